@@ -1,0 +1,72 @@
+"""The l_p-distance operator by its definition, in plain PyTorch: any device, any floating dtype.
+
+    y[b, o] = (sum_i |x[b, i] - w[o, i]|^p)^(1/p),        max_i |x[b, i] - w[o, i]| at p = inf
+
+    dy/dx[b, i] = sign(d) (|d| / y)^(p - 1) = -dy/dw[o, i]    with d = x[b, i] - w[o, i]
+
+Both powers are taken of ratios in [0, 1] (the largest term is divided out), so no p overflows; a ratio that underflows
+is a term too small to count. At p = inf the gradient is sign(d) at the first largest term: a subgradient also at ties.
+Work goes in tiles of at most TILE terms, so that no tensor of size B x O x I exists.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Terms |x_i - w_i| held at a time: in float32 about the size of a core's level-2 cache, so that all passes stay in it.
+TILE = 2**17
+
+
+def lp_distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
+    """See `linflab.models.distance.lp_distance`, which also checks the arguments."""
+    return _LpDistance.apply(x, weight, p)
+
+
+def _tiles(batch: int, outputs: int, inputs: int) -> Iterator[tuple[slice, slice]]:
+    """Pairs of a slice of samples and a slice of outputs that cover (B, O), each with at most TILE terms if it can."""
+    rows = max(1, min(batch, TILE // inputs))
+    columns = max(1, min(outputs, TILE // (rows * inputs)))
+    for row in range(0, batch, rows):
+        for column in range(0, outputs, columns):
+            yield slice(row, row + rows), slice(column, column + columns)
+
+
+class _LpDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, p: float) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        for rows, outs in _tiles(len(x), len(weight), x.shape[1]):
+            d = (x[rows, None, :] - weight[None, outs, :]).abs_()
+            largest = d.amax(dim=2, keepdim=True)
+            if math.isinf(p):
+                y[rows, outs] = largest[..., 0]
+            else:
+                ratio = d.div_(largest.clamp_min(torch.finfo(d.dtype).tiny))
+                y[rows, outs] = largest[..., 0] * ratio.pow_(p).sum(dim=2).pow_(1 / p)
+        ctx.save_for_backward(x, weight, y)
+        ctx.p = p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, y = ctx.saved_tensors
+        p: float = ctx.p
+        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        for rows, outs in _tiles(len(x), len(weight), x.shape[1]):
+            d = x[rows, None, :] - weight[None, outs, :]
+            if math.isinf(p):
+                first = d.abs().argmax(dim=2, keepdim=True)
+                slope = torch.zeros_like(d).scatter_(2, first, d.gather(2, first).sign())
+            else:
+                scale = y[rows, outs, None].clamp_min(torch.finfo(d.dtype).tiny)
+                slope = d.sign()
+                slope *= d.abs_().div_(scale).pow_(p - 1)
+            slope *= grad_y[rows, outs, None]
+            grad_x[rows] += slope.sum(dim=1)
+            grad_weight[outs] -= slope.sum(dim=0)
+        return grad_x, grad_weight, None

@@ -1,0 +1,35 @@
+"""Certificates: for how large a perturbation the prediction is proven not to change."""
+
+import torch
+from torch import Tensor, nn
+
+from linflab.models.robustness.objectives import wrong_class_margins
+
+
+def lipschitz_radius(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The certified l_inf radius of each image, in pixels, from one forward pass at p = inf: margin / (2 L).
+
+    The margin is z_y - max_{j != y} z_j. Both logits can move by at most L times the size of the perturbation, so no
+    perturbation up to the radius makes another class win. An image counts as certified at eps when its radius is
+    strictly greater than eps. Source: Zhang et al. 2021, Section 3.
+
+    Args:
+        network: in evaluation mode, with an attribute `lipschitz_constant` (per pixel, l_inf norm).
+        images: (B, C, H, W) in pixels of [0, 1].
+        labels: (B), the right classes.
+
+    Returns:
+        Radii (B); zero or negative where the image is misclassified or tied.
+
+    Raises:
+        TypeError: the network has no Lipschitz constant by construction.
+        ValueError: the network is in training mode, where outputs depend on the batch.
+    """
+    lipschitz_constant = getattr(network, "lipschitz_constant", None)
+    if lipschitz_constant is None:
+        raise TypeError(f"{type(network).__name__} has no lipschitz_constant: margin/2 certifies nothing for it")
+    if network.training:
+        raise ValueError("certification needs the network in evaluation mode: call network.eval() first")
+    with torch.no_grad():
+        margin = -wrong_class_margins(network(images), labels).amax(dim=1)
+        return margin / (2 * lipschitz_constant)

@@ -1,0 +1,228 @@
+"""The command `linflab`. Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing started."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from linflab.platform.config import load_experiment, read_recipe, recipe_names
+from linflab.platform.datasets import load_dataset
+from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.storage import Storage
+from linflab.search_spaces.space import SearchSpace, load_space, space_names
+
+# Ray, MLflow and pandas take seconds to import: the commands that use them import them, after the input is checked.
+
+app = typer.Typer(
+    help="Train, certify and compare image classifiers that withstand l_inf perturbations.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+space_app = typer.Typer(help="Search spaces: what a sweep may vary.", no_args_is_help=True)
+app.add_typer(space_app, name="space")
+report_app = typer.Typer(help="Tables from records.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
+
+console = Console(highlight=False, soft_wrap=True)
+
+Recipe = Annotated[str, typer.Argument(help="a recipe's name, or the path of a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, such as model.width=128")]
+StorageFolder = Annotated[
+    Path, typer.Option("--storage", envvar="LINFLAB_STORAGE", help="folder of records, weights and tables")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+RUNS = Path("runs")
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = RUNS) -> None:
+    """Train a recipe, score it on the test set once, and record both."""
+    experiment = load_experiment(recipe, overrides or [])
+    place = Storage.open(storage)
+    dataset = load_dataset(experiment.dataset)
+
+    from linflab.platform.progress import TrainingBar
+    from linflab.platform.training import check_fits
+    from linflab.platform.trial import run_trial, train_command
+    from linflab.platform.workers import start_ray, train_on_workers
+    from linflab.reports import schema
+
+    check_fits(experiment, dataset)
+    tags = {schema.KIND: "trial", schema.RECIPE: recipe, schema.COMMAND: train_command(recipe, overrides or [])}
+    if experiment.compute.workers > 1:
+        start_ray()
+    run: Callable[..., dict[str, float]] = train_on_workers if experiment.compute.workers > 1 else run_trial
+    with TrainingBar(console, experiment.training.epochs) as bar:
+        metrics = run(
+            experiment, place, Path(recipe).stem if "/" in recipe else recipe, tags, bar.on_epoch, bar.on_step
+        )
+    clean, robust, certified = (
+        f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
+    )
+    console.print(
+        f"Test: clean {clean}, robust (PGD) {robust}, certified (lipschitz) {certified} at eps = {experiment.eps:g}, "
+        f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}, the best on validation."
+    )
+    console.print(f"Recorded in {place.root}. Browse it: {_ui_command(place)}")
+
+
+@app.command()
+def sweep(
+    recipe: Recipe,
+    space: Annotated[str, typer.Argument(help="a search space's name, or the path of a YAML file")],
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="the sweep's name; by default the space's and the time")] = "",
+    trials: Annotated[int, typer.Option(help="how many points of the space are tried")] = 20,
+    storage: StorageFolder = RUNS,
+) -> None:
+    """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
+    load_experiment(recipe, overrides or [])  # before the slow imports
+    _load_space(space)
+    place = Storage.open(storage)
+
+    from linflab.platform.sweep import plan_sweep, run_sweep
+
+    name = name or f"{Path(space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plan = plan_sweep(recipe, overrides or [], space, name, trials, place)
+    with_result = run_sweep(plan, place, console)
+    if with_result:
+        _report_sweep(name, place)
+    console.print(f"Browse the runs: {_ui_command(place)}")
+    if with_result < trials:
+        raise TrainingError(
+            f"{trials - with_result} of {trials} trials have no result; the runs' tag linflab.failure says why"
+        )
+
+
+@report_app.command("sweep")
+def report_sweep(name: Annotated[str, typer.Argument(help="the sweep's name")], storage: StorageFolder = RUNS) -> None:
+    """The comparison table of a sweep: one row a trial, best first by certified accuracy on validation."""
+    _report_sweep(name, Storage.open(storage))
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """The shipped recipes."""
+    rows = []
+    for name in recipe_names():
+        tree = read_recipe(name)
+        rows.append({key: tree.get(key) for key in ("method", "dataset", "eps")} | {"recipe": name})
+    _print_rows(rows, ["recipe", "method", "dataset", "eps"], as_json)
+
+
+@app.command()
+def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The settings of a recipe, and its network's parameters and FLOPs."""
+    experiment = load_experiment(recipe, overrides or [])
+    dataset = load_dataset(experiment.dataset)
+    from linflab.models.networks.cost import count_flops, count_parameters
+
+    facts = dataset.facts
+    network = experiment.model.build(dataset.input_shape, facts.classes, facts.mean, facts.std)
+    cost = {"parameters": count_parameters(network), "flops": count_flops(network, dataset.input_shape)}
+    if as_json:
+        typer.echo(json.dumps({**cost, "settings": experiment.settings()}))
+    else:
+        console.print(experiment.to_yaml(), end="", markup=False)
+        console.print(f"# {cost['parameters']:,} parameters, {cost['flops']:,} FLOPs an image")
+
+
+@space_app.command("list")
+def space_list(as_json: AsJson = False) -> None:
+    """The shipped search spaces."""
+    rows = [{"space": name, "description": load_space(name).description} for name in space_names()]
+    _print_rows(rows, ["space", "description"], as_json)
+
+
+@space_app.command("show")
+def space_show(
+    name: Annotated[str, typer.Argument(help="a search space's name, or the path of a YAML file")],
+    as_json: AsJson = False,
+) -> None:
+    """The settings that a space varies, and over what values."""
+    space = _load_space(name)
+    if as_json:
+        typer.echo(space.model_dump_json())
+        return
+    rows = [{"setting": path, "values": str(distribution)} for path, distribution in space.parameters.items()]
+    console.print(space.description)
+    _print_rows(rows, ["setting", "values"], as_json=False)
+
+
+@app.command()
+def ui(
+    storage: StorageFolder = RUNS, port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000
+) -> None:
+    """Browse the runs in the MLflow UI, on this machine only."""
+    place = Storage.open(storage)
+    console.print(f"Opening http://127.0.0.1:{port} in about 15 seconds; Ctrl-C ends it.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    raise typer.Exit(subprocess.call(command))
+
+
+def _report_sweep(name: str, place: Storage) -> None:
+    from linflab.reports.records import read_trials
+    from linflab.reports.rendering import print_table, write_table
+    from linflab.reports.tables import sweep_table
+
+    try:
+        trials = read_trials(place.tracking_uri, name)
+    except LookupError as error:
+        raise SettingError(str(error.args[0])) from None
+    if trials.empty:
+        raise SettingError(f"sweep={name}: no trial of it has started yet")
+    table = sweep_table(name, trials)
+    print_table(table, console)
+    number, command = table.commands[0]
+    console.print(f"\nThe best trial again (number {number}):\n  {command}", markup=False)
+    console.print("The table as files:")
+    for path in write_table(table, place.reports, name):
+        console.print(f"  {path}")
+
+
+def _load_space(name: str) -> SearchSpace:
+    try:
+        return load_space(name)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def _ui_command(place: Storage) -> str:
+    default = place.root == RUNS.absolute()
+    return "linflab ui" if default else f"linflab ui --storage {place.root}"
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; an error ends in one line that says what would do."""
+    try:
+        app()
+    except SettingError as error:
+        _fail(error, 2)
+    except TrainingError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")
+    raise SystemExit(status)

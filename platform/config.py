@@ -1,0 +1,221 @@
+"""Experiment: every setting of a run, validated, read from YAML and dotted overrides.
+
+A recipe is a YAML file in `recipes/`, named by its stem, or any other YAML file, named by its path. Overrides like
+`model.width=128` replace single settings. Whatever is wrong is refused here, with one line that names the setting.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from linflab.models.networks.linf_dist import LinfDistMLPConfig
+from linflab.models.robustness.attacks import PGDConfig
+from linflab.models.robustness.objectives import ObjectiveConfig
+from linflab.platform.errors import SettingError
+from linflab.platform.schedules import PSchedule, Share
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """A section of the experiment: unknown settings are refused, values don't change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerConfig(Settings):
+    """Adam, with a learning rate that is constant at first and then follows half a cosine to zero."""
+
+    learning_rate: Rate = 0.03
+    hold_share: Share = Field(0.0, description="share of the training at the constant learning rate")
+    objective_rate_ratio: Rate = Field(0.2, description="learning rate of the objective's parameters over that above")
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    epsilon: Rate = 1e-10
+
+
+class TrainingConfig(Settings):
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="samples of a step, over all workers")
+
+
+class EvaluationConfig(Settings):
+    attack: PGDConfig = PGDConfig()
+    batch_size: int = Field(1000, ge=1, description="samples of a forward pass; it changes speed only")
+
+
+class ComputeConfig(Settings):
+    workers: int = Field(1, ge=1, description="Ray Train workers; each takes an equal part of every batch")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs and threads of a worker; part of what fixes the bits")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a device, else cpu")
+
+
+class Experiment(Settings):
+    """Every setting of a run. Lengths (eps, theta, radii) are in pixels of [0, 1]."""
+
+    method: str = Field("l_inf-dist Net", description="name in comparison tables")
+    dataset: str = Field(description="a data set by its name")
+    eps: float = Field(ge=0, le=1, description="radius at which accuracy is attacked and certified")
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: LinfDistMLPConfig
+    objective: ObjectiveConfig
+    p_schedule: PSchedule = PSchedule()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by dotted path, in the order of their definition."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
+    return pairs
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes, by name."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a recipe (a shipped name, or the path of a YAML file) with overrides `key.path=value`.
+
+    An override of a section's `kind` begins that section anew: settings of the former kind are dropped.
+
+    Raises:
+        SettingError: no such recipe, or a setting that is unknown, missing or wrong.
+    """
+    return build_experiment(read_recipe(recipe), dict(map(parse_override, overrides)))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The settings written in a recipe, not yet validated.
+
+    Raises:
+        SettingError: there is no such recipe, or it is not a YAML mapping.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingError(
+            f"recipe={recipe}: unknown{_suggest(recipe, recipe_names())}; `linflab recipes` lists the recipes, "
+            "and the path of a YAML file will do too"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingError(f"recipe={recipe}: can't be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise SettingError(f"recipe={recipe}: must be a YAML mapping of settings")
+    return tree
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`model.width=128` -> ("model.width", 128); the value is read as YAML.
+
+    Raises:
+        SettingError: it has no key or no `=`.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise SettingError(f"override={text}: must be written key=value, for example model.width=128")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return path, value
+
+
+def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Experiment:
+    """The experiment of a tree of settings with overrides by dotted path.
+
+    Raises:
+        SettingError: a setting is unknown, missing or wrong.
+    """
+    merged = _copy(tree)
+    # kinds first: they decide which settings a section can have
+    for path, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".kind")):
+        *sections, name = path.split(".")
+        node = merged
+        for depth, section in enumerate(sections):
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                parent = ".".join(sections[: depth + 1])
+                raise SettingError(f"{path}={value}: {parent} is a single setting and has none inside")
+        if name == "kind" and node.get("kind", value) != value:
+            node.clear()
+        node[name] = value
+    try:
+        experiment = Experiment.model_validate(merged)
+    except ValidationError as error:
+        raise SettingError(_describe(error, merged)) from None
+    if experiment.training.batch_size % experiment.compute.workers:
+        raise SettingError(
+            f"training.batch_size={experiment.training.batch_size}: must be a multiple of "
+            f"compute.workers={experiment.compute.workers}, so that all workers take equal parts"
+        )
+    return experiment
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
+    """The first of pydantic's complaints as one line: dotted path, value, what would do."""
+    complaint = error.errors()[0]
+    path: list[str] = []
+    node: Any = tree
+    for part in complaint["loc"]:
+        # a union's tag is part of pydantic's location, but not of the path
+        if isinstance(node, Mapping) and part not in node and part is not complaint["loc"][-1]:
+            continue
+        path.append(str(part))
+        node = node.get(part) if isinstance(node, Mapping) else None
+    name = ".".join(path)
+    if complaint["type"] == "extra_forbidden":
+        known = _settings_beside(path, tree)
+        return f"{name}={node}: unknown setting{_suggest(path[-1], known)}; known here: {', '.join(known)}"
+    if complaint["type"] == "missing":
+        return f"{name}: missing; this setting has no default"
+    if complaint["type"] == "value_error":  # raised by our own validators, which name the settings
+        return f"{name}: {complaint['ctx']['error']}"
+    if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = complaint["input"].get("kind") if isinstance(complaint["input"], Mapping) else complaint["input"]
+        kinds = complaint.get("ctx", {}).get("expected_tags", "a kind that `linflab recipes` uses")
+        return f"{name}.kind={given}: must be one of {kinds}"
+    message = complaint["msg"][0].lower() + complaint["msg"][1:]
+    return f"{name}={complaint['input']}: {message}"
+
+
+def _settings_beside(path: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+    """The settings that the section of `path` can have, given the kinds chosen in the tree."""
+    model: type[BaseModel] = Experiment
+    node: Any = tree
+    for part in path[:-1]:
+        node = node[part]
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        kind = node.get("kind")
+        model = next(
+            (m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == kind), models[0]
+        )
+    return list(model.model_fields)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

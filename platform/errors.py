@@ -1,0 +1,9 @@
+"""The two ways in which a command of linflab ends early."""
+
+
+class SettingError(ValueError):
+    """Wrong input: the message names the setting, its value and what would do. Raised before anything starts."""
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong: the message names the step at which it did and what to change."""

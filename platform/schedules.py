@@ -1,0 +1,61 @@
+"""What changes during training, as functions of progress: the share of all steps that are done, in [0, 1).
+
+Shares, not epochs, so that the same schedule fits a run of any length.
+"""
+
+import math
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PSchedule(BaseModel):
+    """p of the l_p-distance neurons: `start`, then exponentially up to `end`, then inf until training ends.
+
+    Source: Zhang et al. 2021, Section 4 (smoothed approximated gradients).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: float = Field(8.0, ge=1, allow_inf_nan=False, description="p at the start")
+    end: float = Field(1000.0, ge=1, allow_inf_nan=False, description="p before it becomes inf")
+    warmup_share: Share = Field(0.0, description="share of the training at p = start, before p grows")
+    infinity_share: Share = Field(0.1, description="share of the training at p = inf, at the end")
+
+    @model_validator(mode="after")
+    def _start_before_end(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"start={self.start:g} is above end={self.end:g}; p grows, so start <= end is needed")
+        if self.warmup_share + self.infinity_share > 1:
+            raise ValueError(
+                f"warmup_share={self.warmup_share:g} and infinity_share={self.infinity_share:g} "
+                "are more than the whole training; their sum can be at most 1"
+            )
+        return self
+
+    def growth(self, progress: float) -> float:
+        """How far p has come from start to end: 0 during the warm-up, 1 from where p is inf."""
+        left, right = self.warmup_share, 1 - self.infinity_share
+        if progress >= right:
+            return 1.0
+        return max(0.0, progress - left) / (right - left)
+
+    def at(self, progress: float) -> float:
+        """p at this progress."""
+        if progress >= 1 - self.infinity_share:
+            return math.inf
+        return exponential(self.start, self.end, self.growth(progress))
+
+
+def exponential(start: float, end: float, share: float) -> float:
+    """From start to end with a constant ratio between equal steps of share; start and end positive."""
+    return start * (end / start) ** share
+
+
+def cosine_after(hold_share: float, progress: float) -> float:
+    """1 until `hold_share` of the training is done, then half a cosine down to 0 at its end."""
+    if progress <= hold_share:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - hold_share) / (1 - hold_share)))

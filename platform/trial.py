@@ -1,0 +1,77 @@
+"""One trial from its settings to its record: train, score the kept network on the test set once, record both."""
+
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from linflab.models.networks.cost import count_flops, count_parameters
+from linflab.platform.config import Experiment
+from linflab.platform.datasets import load_dataset
+from linflab.platform.evaluation import evaluate
+from linflab.platform.storage import Storage
+from linflab.platform.tracking import Run
+from linflab.platform.training import EpochReport, StepReport, fit
+from linflab.reports import schema
+
+
+def train_command(recipe: str, overrides: Sequence[str]) -> str:
+    """The command that trains a recipe with these overrides."""
+    return shlex.join(["linflab", "train", recipe, *overrides])
+
+
+def device_of(experiment: Experiment) -> torch.device:
+    """Where this process trains."""
+    wanted = experiment.compute.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def run_trial(
+    experiment: Experiment,
+    storage: Storage,
+    name: str,
+    tags: Mapping[str, str],
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> dict[str, float]:
+    """Train and score an experiment as one MLflow run; returns the metrics of the network that was kept.
+
+    Of several workers, each calls this; the first records, scores and returns the metrics, the others return {}.
+    """
+    dataset = load_dataset(experiment.dataset).to(device_of(experiment))
+    if dist.is_initialized() and dist.get_rank() > 0:
+        fit(experiment, dataset, on_epoch)
+        return {}
+    with Run.start(storage, experiment, name, tags) as run:
+
+        def record(report: EpochReport) -> None:
+            run.log_epoch(report)
+            on_epoch(report)
+
+        start = time.perf_counter()
+        trained = fit(experiment, dataset, record, on_step)
+        seconds = time.perf_counter() - start
+        evaluation = experiment.evaluation
+        test = evaluate(
+            trained.network, dataset.test, experiment.eps, evaluation.batch_size, evaluation.attack, experiment.seed
+        )
+        assert test.robust is not None and test.certified_but_broken is not None
+        metrics = {
+            schema.BEST_EPOCH: trained.epoch,
+            schema.BEST_VALIDATION_CLEAN: trained.validation.clean,
+            schema.BEST_VALIDATION_CERTIFIED: trained.validation.certified,
+            schema.TEST_CLEAN: test.clean,
+            schema.TEST_ROBUST: test.robust,
+            schema.TEST_CERTIFIED: test.certified,
+            schema.TEST_BROKEN: test.certified_but_broken,
+            schema.FLOPS: count_flops(trained.network, dataset.input_shape),
+            schema.PARAMETERS: count_parameters(trained.network),
+            schema.TRAIN_SECONDS: seconds,
+        }
+        run.log_metrics(metrics)
+        run.log_weights(trained, experiment)
+        return metrics

@@ -1,0 +1,41 @@
+"""The names of tags, parameters and metrics of a run: the platform writes them, the reports read them.
+
+Parameters are the settings of the experiment by dotted path. Accuracies are shares in [0, 1].
+"""
+
+# tags
+SWEEP = "linflab.sweep"  # name of the sweep: on its parent run and on every trial
+KIND = "linflab.kind"  # "sweep" (a parent run) or "trial" (a trained network)
+TRIAL = "linflab.trial"  # number of the trial within its sweep, from 1
+RECIPE = "linflab.recipe"
+METHOD = "linflab.method"
+COMMAND = "linflab.command"  # repeats the run
+SEARCHED = "linflab.searched"  # dotted paths of the settings that the sweep varies, comma-separated
+FAILURE = "linflab.failure"  # why a run failed, one line
+HARDWARE = "linflab.hardware"
+VERSIONS = "linflab.versions"
+
+# metrics of an epoch
+P = "train/p"
+LEARNING_RATE = "train/learning_rate"
+CROSS_ENTROPY_WEIGHT = "train/cross_entropy_weight"
+TRAIN_LOSS = "train/loss"
+EPOCH_SECONDS = "train/epoch_seconds"
+VALIDATION_CLEAN = "val/clean_accuracy"
+VALIDATION_CERTIFIED = "val/certified_accuracy"
+
+# metrics of the network that was kept: the best epoch by certified accuracy on validation
+BEST_EPOCH = "best/epoch"
+BEST_VALIDATION_CLEAN = "best/val/clean_accuracy"
+BEST_VALIDATION_CERTIFIED = "best/val/certified_accuracy"
+TEST_CLEAN = "test/clean_accuracy"
+TEST_ROBUST = "test/robust_accuracy"
+TEST_CERTIFIED = "test/certified_accuracy"
+TEST_BROKEN = "test/certified_but_broken"  # samples; above 0 the certifier is unsound
+FLOPS = "model/flops"
+PARAMETERS = "model/parameters"
+TRAIN_SECONDS = "train/seconds"
+
+# artifacts
+EXPERIMENT_FILE = "experiment.yaml"
+WEIGHTS_FILE = "weights.pt"
