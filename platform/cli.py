@@ -105,7 +105,7 @@ def sweep(
 @report_app.command("sweep")
 def report_sweep(name: Annotated[str, typer.Argument(help="the sweep's name")], storage: StorageFolder = RUNS) -> None:
     """The comparison table of a sweep: one row a trial, best first by certified accuracy on validation."""
-    _report_sweep(name, Storage.open(storage))
+    _report_sweep(name, Storage.with_records(storage))
 
 
 @app.command()
@@ -162,7 +162,7 @@ def ui(
     storage: StorageFolder = RUNS, port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000
 ) -> None:
     """Browse the runs in the MLflow UI, on this machine only."""
-    place = Storage.open(storage)
+    place = Storage.with_records(storage)
     console.print(f"Opening http://127.0.0.1:{port} in about 15 seconds; Ctrl-C ends it.")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -38,9 +38,28 @@ class Storage:
             ) from None
         return cls(root)
 
+    @classmethod
+    def with_records(cls, root: Path) -> "Storage":
+        """The storage at this folder, to read from.
+
+        Raises:
+            SettingError: nothing has been recorded there.
+        """
+        storage = cls(root.expanduser().absolute())
+        if not storage.database.is_file():
+            raise SettingError(
+                f"storage={storage.root}: holds no records (there is no {storage.database.name}); give the folder of "
+                "your runs with --storage, or in LINFLAB_STORAGE"
+            )
+        return storage
+
+    @property
+    def database(self) -> Path:
+        return self.root / "mlflow.db"
+
     @property
     def tracking_uri(self) -> str:
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        return f"sqlite:///{self.database}"
 
     @property
     def ray(self) -> Path:

@@ -94,7 +94,6 @@ def fit(
     batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
     steps_per_epoch = len(dataset.train) // batch_size
     torch.set_num_threads(experiment.compute.cpus_per_worker)
-    torch.set_flush_denormal(True)  # high powers of small ratios are denormal, and slow, long before they matter
     torch.manual_seed(experiment.seed)
 
     facts, device = dataset.facts, dataset.train.images.device

@@ -1,0 +1,151 @@
+"""The l_p-distance operator against its definition in float64 numpy, and its gradients against finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linflab.models.distance import lp_distance, reference
+
+EXPONENTS = st.one_of(
+    st.sampled_from([1.0, 2.0, 8.0, 9.7, 100.5, 1000.0, 2000.0, math.inf]), st.floats(min_value=1, max_value=2000)
+)
+
+
+def by_definition(x: np.ndarray, weight: np.ndarray, p: float) -> np.ndarray:
+    """||x - w||_p by way of logarithms in float64: another route than the one under test."""
+    d = np.abs(x.astype(np.float64)[:, None] - weight.astype(np.float64)[None])
+    if math.isinf(p):
+        return d.max(axis=2)
+    with np.errstate(divide="ignore"):
+        return np.exp(np.logaddexp.reduce(p * np.log(d), axis=2) / p)
+
+
+def slope_by_definition(x: np.ndarray, weight: np.ndarray, p: float) -> np.ndarray:
+    """dy[b, o] / dx[b, i] for finite p, zero where y is zero; (B, O, I)."""
+    d = x.astype(np.float64)[:, None] - weight.astype(np.float64)[None]
+    y = by_definition(x, weight, p)[:, :, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(d == 0, 0.0, np.sign(d) * np.exp((p - 1) * (np.log(np.abs(d)) - np.log(y))))
+
+
+def relative_error(value: torch.Tensor, expected: np.ndarray) -> float:
+    norm = np.linalg.norm(expected)
+    return float(np.linalg.norm(value.double().numpy() - expected) / norm) if norm else float(value.abs().max())
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float]:
+    batch, outputs, inputs = (draw(st.sampled_from([1, 2, 3, 5, 17])) for _ in range(3))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = 10.0 ** draw(st.integers(-6, 6))
+    x, weight = generator.normal(size=(batch, inputs)), generator.normal(size=(outputs, inputs))
+    if draw(st.booleans()):  # on a coarse grid there are ties, and inputs equal to weights
+        x, weight = np.round(x), np.round(weight)
+    return torch.from_numpy(scale * x).float(), torch.from_numpy(scale * weight).float(), draw(EXPONENTS)
+
+
+@given(operands())
+def test_values(case: tuple[torch.Tensor, torch.Tensor, float]) -> None:
+    x, weight, p = case
+    assert relative_error(lp_distance(x, weight, p), by_definition(x.numpy(), weight.numpy(), p)) < 1e-5
+
+
+@given(operands(), st.integers(0, 2**32 - 1))
+def test_gradients(case: tuple[torch.Tensor, torch.Tensor, float], seed: int) -> None:
+    x, weight, p = case
+    upstream = np.random.default_rng(seed).normal(size=(len(x), len(weight)))
+    x.requires_grad_()
+    weight.requires_grad_()
+    lp_distance(x, weight, p).backward(torch.from_numpy(upstream).float())
+    assert x.grad is not None and weight.grad is not None
+    values = x.detach().numpy(), weight.detach().numpy()
+    if math.isinf(p):
+        d = values[0].astype(np.float64)[:, None] - values[1].astype(np.float64)[None]
+        slope = np.zeros_like(d)
+        rows, outs = np.ogrid[: d.shape[0], : d.shape[1]]
+        first = np.abs(values[0][:, None] - values[1][None]).argmax(axis=2)  # ties as float32 sees them
+        slope[rows, outs, first] = np.sign(d)[rows, outs, first]
+    else:
+        slope = slope_by_definition(*values, p)
+    tolerance = max(1e-5, 0 if math.isinf(p) else p * 2**-22)
+    assert relative_error(x.grad, np.einsum("bo,boi->bi", upstream, slope)) < tolerance
+    assert relative_error(weight.grad, -np.einsum("bo,boi->oi", upstream, slope)) < tolerance
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 24.0, math.inf])
+def test_gradients_are_derivatives(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, weight: lp_distance(x, weight, p), (x, weight))
+
+
+def test_gradient_at_a_tie_belongs_to_one_term() -> None:
+    x = torch.tensor([[1.0, -1.0, 0.5]], requires_grad=True)
+    lp_distance(x, torch.zeros(1, 3), math.inf).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("p", [1.0, 8.0, 1000.0, math.inf])
+def test_gradient_is_zero_where_input_equals_weight(p: float) -> None:
+    x = torch.randn(2, 6).requires_grad_()
+    y = lp_distance(x, x.detach().clone()[:1].expand(3, 6).contiguous(), p)
+    y[0].sum().backward()
+    assert y[0].tolist() == [0.0, 0.0, 0.0]
+    assert x.grad is not None and x.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("p", [1.0, 8.0, 1000.0, math.inf])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_non_finite_input_gives_non_finite_output(p: float, bad: float) -> None:
+    x = torch.randn(2, 6)
+    x[0, 3] = bad
+    y = lp_distance(x, torch.randn(3, 6), p)
+    assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("p", [8.0, math.inf])
+def test_work_goes_in_tiles(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    Largest.numel = max(Largest.numel, tensor.numel())
+            return result
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(33, 20).requires_grad_(), torch.randn(41, 20).requires_grad_()
+    whole = torch.autograd.grad(lp_distance(x, weight, p).sum(), (x, weight))
+    monkeypatch.setattr(reference, "TILE", 1500)  # of 33 * 41 * 20 = 27060 terms, and of 1353 outputs
+    with Largest():
+        tiled = torch.autograd.grad(lp_distance(x, weight, p).sum(), (x, weight))
+    assert Largest.numel <= 1500
+    for one, other in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "p", "error", "says"),
+    [
+        (torch.zeros(2, 3), torch.zeros(4, 5), 2.0, ValueError, "(2, 3) and (4, 5)"),
+        (torch.zeros(3), torch.zeros(4, 3), 2.0, ValueError, "(3,) and (4, 3)"),
+        (torch.zeros(2, 0), torch.zeros(4, 0), 2.0, ValueError, "I >= 1"),
+        (torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64), 2.0, TypeError, "float64"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64), 2.0, TypeError, "int64"),
+        (torch.zeros(2, 3), torch.zeros(4, 3), 0.5, ValueError, "p = 0.5"),
+        (torch.zeros(2, 3), torch.zeros(4, 3), math.nan, ValueError, "p = nan"),
+        (torch.zeros(2, 3), torch.zeros(4, 3, device="meta"), 2.0, ValueError, "meta"),
+    ],
+)
+def test_wrong_arguments(x: torch.Tensor, weight: torch.Tensor, p: float, error: type[Exception], says: str) -> None:
+    with pytest.raises(error) as caught:
+        lp_distance(x, weight, p)
+    assert says in str(caught.value)

@@ -1,0 +1,135 @@
+"""Objectives against their formulas, certificates against perturbations, PGD against networks with known radii."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linflab.models.networks.linf_dist import LinfDistMLP, LinfDistMLPConfig
+from linflab.models.robustness.attacks import PGDConfig, pgd
+from linflab.models.robustness.certification import lipschitz_radius
+from linflab.models.robustness.objectives import ClippedHingeCrossEntropyConfig, HingeConfig
+from tests.conftest import TrainedOnDigits
+
+
+@st.composite
+def logits_and_labels(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, classes = draw(st.integers(1, 6)), draw(st.integers(2, 7))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return 3 * torch.randn(batch, classes, dtype=torch.float64), torch.randint(classes, (batch,))
+
+
+@given(logits_and_labels(), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.5, 10))
+def test_hinge(case: tuple[torch.Tensor, torch.Tensor], theta: float, a: float, lipschitz: float) -> None:
+    z, labels = case
+    expected = []
+    for row, y in zip(z.tolist(), labels.tolist(), strict=True):
+        terms = [max(0.0, row[j] - row[y] + 2 * lipschitz * theta) for j in range(len(row)) if j != y]
+        expected.append(a * max(terms) + (1 - a) * sum(terms) / len(row))
+    loss = HingeConfig(theta=theta, max_weight=a).build(lipschitz)(z, labels, 0.0)
+    assert loss.item() == pytest.approx(np.mean(expected))
+
+
+@given(logits_and_labels(), st.floats(0.01, 1), st.floats(0.001, 2), st.floats(0.5, 10))
+def test_clipped_hinge_cross_entropy(
+    case: tuple[torch.Tensor, torch.Tensor], theta: float, weight: float, lipschitz: float
+) -> None:
+    z, labels = case
+    objective = ClippedHingeCrossEntropyConfig(theta=theta).build(lipschitz)
+    with torch.no_grad():
+        objective.scale.fill_(1.7)
+    expected = []
+    for row, y in zip(z.tolist(), labels.tolist(), strict=True):
+        threshold = 2 * lipschitz * theta
+        margin = max(row[j] - row[y] for j in range(len(row)) if j != y)
+        scaled = 1.7 * np.array(row)
+        cross_entropy = np.log(np.exp(scaled).sum()) - scaled[y]
+        expected.append(min(1.0, max(0.0, (margin + threshold) / threshold)) + weight * cross_entropy)
+    assert objective(z, labels, weight).item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_objectives_have_finite_gradients_at_equal_logits() -> None:
+    for config in (HingeConfig(theta=0.1), ClippedHingeCrossEntropyConfig(theta=0.1)):
+        z = torch.zeros(3, 4, requires_grad=True)
+        config.build(2.0)(z, torch.tensor([0, 1, 2]), 0.1).backward()
+        assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
+
+
+def one_pixel_net(std: float) -> LinfDistMLP:
+    """Two classes with centres at normalised -1 and +1: the decision falls at pixel value 0.5, and nowhere else."""
+    net = LinfDistMLPConfig(depth=1, width=1).build((1, 1, 1), 2, mean=(0.5,), std=std).double().eval()
+    with torch.no_grad():
+        net.distances[0].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+    return net
+
+
+@pytest.mark.parametrize("std", [0.25, 1.0, 3.0])
+def test_radius_is_in_pixels(std: float) -> None:
+    """The image 0.3 is exactly 0.2 from the boundary, whatever the normalisation: the certificate is tight here."""
+    radius = lipschitz_radius(one_pixel_net(std), torch.full((1, 1, 1, 1), 0.3).double(), torch.tensor([0]))
+    assert radius.item() == pytest.approx(0.2, rel=1e-6)
+
+
+def test_pgd_breaks_what_can_be_broken_and_nothing_else() -> None:
+    images = torch.linspace(0, 0.49, 50).double().view(-1, 1, 1, 1)
+    labels = torch.zeros(50, dtype=torch.int64)
+    net = one_pixel_net(1.0)  # centres outside of the pixels: no plateau between them, where gradients are zero
+    radius = 0.5 - images.flatten()
+    for restarts in (1, 2):  # cross entropy; and the margin too
+        robust = pgd(net, images, labels, 0.205, PGDConfig(steps=20, restarts=restarts), torch.Generator())
+        assert torch.equal(robust, radius > 0.205)
+
+
+def test_pgd_keeps_to_the_ball_and_to_pixels() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Recorder(LinfDistMLP):
+        def forward(self, images: torch.Tensor, p: float = float("inf")) -> torch.Tensor:
+            seen.append(images.detach())
+            return super().forward(images, p)
+
+    torch.manual_seed(0)
+    net = Recorder(LinfDistMLPConfig(depth=2, width=8, initialization="normal"), (1, 4, 4), 3, (0.0,), 1.0).eval()
+    images = torch.rand(1, 1, 4, 4)
+    label = net(images).argmax(dim=1)
+    seen.clear()
+    pgd(net, images, label, 0.02, PGDConfig(steps=10, restarts=4), torch.Generator())
+    assert len(seen) == 1 + 4 * 11
+    for attacked in seen[1:]:
+        assert attacked.min() >= 0 and attacked.max() <= 1
+        assert (attacked - images).abs().max() <= 0.02 + 1e-6
+
+
+def test_certified_images_keep_their_class(digits_net: TrainedOnDigits) -> None:
+    """Moved by 0.999 of the certified radius towards any sign pattern, in float32 as users run it."""
+    network = digits_net.trained.network
+    images, labels = digits_net.dataset.test.batch(torch.arange(len(digits_net.dataset.test)))
+    radius = lipschitz_radius(network, images, labels)
+    certified = radius > 0
+    assert certified.float().mean() > 0.8  # else there is little to test
+    images, labels, radius = images[certified], labels[certified], radius[certified]
+    step = 0.999 * radius.view(-1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        signs = torch.randint(0, 2, images.shape, generator=generator) * 2.0 - 1
+        assert torch.equal(network(images + step * signs).argmax(dim=1), labels)
+    # and towards the signs that a linear view of the network says are worst
+    for other in range(10):
+        point = images.clone().requires_grad_()
+        logits = network(point, 8.0)
+        gain = (logits[:, other] - logits.gather(1, labels[:, None])[:, 0]).sum()
+        (gradient,) = torch.autograd.grad(gain, point)
+        assert torch.equal(network(images + step * gradient.sign()).argmax(dim=1), labels)
+
+
+def test_refusals(digits_net: TrainedOnDigits) -> None:
+    images, labels = digits_net.dataset.test.batch(torch.arange(2))
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    with pytest.raises(TypeError, match="lipschitz_constant"):
+        lipschitz_radius(plain, images, labels)
+    training = digits_net.experiment.model.build((1, 8, 8), 10).train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        lipschitz_radius(training, images, labels)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        pgd(training, images, labels, 0.1, PGDConfig(), torch.Generator())

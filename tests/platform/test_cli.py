@@ -1,0 +1,120 @@
+"""The command as a user types it: what it prints, and one clear line with exit status 2 for wrong input."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICK, RECIPE, FinishedSweep
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+# no way out to a network, also where there is one
+OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+
+
+def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("linflab: ")
+    for words in says:
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("command", [["train", RECIPE], ["sweep", RECIPE, "demo"]])
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("model.widht=3", "did you mean width?"), ("model.width=wide", "integer"), ("eps=-1", "eps=-1")],
+)
+def test_wrong_settings(linflab: Command, tmp_path: Path, command: list[str], override: str, says: str) -> None:
+    refused(linflab(*command, override, "--storage", str(tmp_path / "runs")), override, says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_p_start_above_p_end(linflab: Command, tmp_path: Path) -> None:
+    refused(linflab("train", RECIPE, "p_schedule.start=100", "p_schedule.end=10"), "start=100", "end=10")
+
+
+def test_unknown_recipe(linflab: Command) -> None:
+    refused(linflab("train", "digits_eps0.1"), "recipe=digits_eps0.1", RECIPE)
+
+
+def test_missing_data_without_network(linflab: Command, tmp_path: Path) -> None:
+    done = linflab(
+        "train",
+        RECIPE,
+        "dataset=fashion_mnist",
+        LINFLAB_DATA=str(tmp_path / "data"),
+        LINFLAB_STORAGE=str(tmp_path / "runs"),
+        **OFFLINE,
+    )
+    refused(done, "dataset=fashion_mnist", str(tmp_path / "data" / "fashion_mnist"), "LINFLAB_DATA")
+    assert not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("command", [["train", RECIPE], ["sweep", RECIPE, "demo"]])
+def test_unwritable_storage(linflab: Command, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()  # a file where a folder is needed: not even root can write below it
+    refused(linflab(*command, "--storage", str(tmp_path / "file" / "runs")), str(tmp_path / "file"), "--storage")
+
+
+def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> None:
+    many = 64 * (os.cpu_count() or 1)
+    done = linflab(
+        "train", RECIPE, f"compute.workers={many}", f"training.batch_size={many}", "--storage", str(tmp_path)
+    )
+    refused(done, f"compute.workers={many}", "CPUs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demoo"], "space=demoo"),
+        (["demo", "--trials", "0"], "trials=0"),
+        (["demo", "--name", "it's"], "name=it's"),
+        (["SPACE"], "model.depht"),
+    ],
+)
+def test_wrong_sweeps(linflab: Command, tmp_path: Path, arguments: list[str], says: str) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("description: typo\nparameters:\n  model.depht: {distribution: integer, low: 2, high: 3}\n")
+    typed = [str(space) if argument == "SPACE" else argument for argument in arguments]
+    refused(linflab("sweep", RECIPE, *typed, "--storage", str(tmp_path / "runs")), says)
+
+
+def test_report_of_an_unknown_sweep(linflab: Command, tmp_path: Path, finished_sweep: FinishedSweep) -> None:
+    refused(
+        linflab("report", "sweep", "nothing", "--storage", str(tmp_path / "no")), str(tmp_path / "no"), "no records"
+    )
+    refused(linflab("ui", "--storage", str(tmp_path / "no")), "no records")
+    assert not (tmp_path / "no").exists()
+    refused(linflab("report", "sweep", "nothing", "--storage", str(finished_sweep.storage)), "sweep=nothing", "three")
+
+
+def test_listings(linflab: Command) -> None:
+    recipes = json.loads(linflab("recipes", "--json").stdout)
+    assert RECIPE in [recipe["recipe"] for recipe in recipes]
+    spaces = json.loads(linflab("space", "list", "--json").stdout)
+    assert "demo" in [space["space"] for space in spaces]
+    assert "p_schedule.start" in linflab("space", "show", "demo").stdout
+    described = json.loads(linflab("describe", RECIPE, "model.width=10", "--json").stdout)
+    assert described["flops"] == 64 * 10 + 10 * 10 + 10 * 10
+    assert described["settings"]["model.width"] == 10
+
+
+def test_train_prints_progress_and_result(linflab: Command, tmp_path: Path) -> None:
+    done = linflab("train", RECIPE, *QUICK, "--storage", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert "p inf" in lines[2] and "certified" in lines[2]
+    assert lines[3].startswith("Test: clean ")
+    assert f"linflab ui --storage {tmp_path}" in lines[4]
+
+
+def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:
+    done = linflab("train", RECIPE, *QUICK, "optimizer.learning_rate=1e30", "--storage", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("linflab: the loss became")

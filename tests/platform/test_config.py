@@ -1,0 +1,79 @@
+"""Experiments from recipes and overrides, and one clear line for everything that is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from linflab.platform.config import build_experiment, load_experiment, read_recipe, recipe_names
+from linflab.platform.errors import SettingError
+from tests.conftest import RECIPE
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_valid_and_survive_yaml(name: str) -> None:
+    experiment = load_experiment(name)
+    assert build_experiment(yaml.safe_load(experiment.to_yaml()), {}) == experiment
+    assert name.startswith(f"{experiment.dataset}_eps")
+
+
+def test_overrides() -> None:
+    experiment = load_experiment(RECIPE, ["model.width=128", "eps=0.2", "optimizer.learning_rate=1e-3"])
+    assert (experiment.model.width, experiment.eps, experiment.optimizer.learning_rate) == (128, 0.2, 1e-3)
+    assert experiment.settings()["model.width"] == 128
+    assert experiment.settings()["evaluation.attack.steps"] == 100
+
+
+def test_another_kind_begins_its_section_anew() -> None:
+    objective = load_experiment(RECIPE, ["objective.theta=0.3", "objective.kind=hinge"]).objective
+    assert (objective.kind, objective.theta) == ("hinge", 0.3)
+
+
+def test_recipe_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**read_recipe(RECIPE), "eps": 0.05}))
+    assert load_experiment(str(path)).eps == 0.05
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.widht=3", ["model.widht=3", "unknown", "did you mean width?", "depth"]),
+        ("colour=red", ["colour=red", "unknown", "dataset"]),
+        ("objective.lamda_start=1", ["objective.lamda_start=1", "did you mean lambda_start?"]),
+        ("model.width=wide", ["model.width=wide", "integer"]),
+        ("model.width=12.5", ["model.width=12.5", "integer"]),
+        ("model.width=0", ["model.width=0", "greater than or equal to 1"]),
+        ("model.width.x=1", ["model.width is a single setting"]),
+        ("eps=-0.1", ["eps=-0.1", "greater than or equal to 0"]),
+        ("eps=nan", ["eps=nan"]),
+        ("p_schedule.start=2000", ["p_schedule", "start=2000", "end=1000"]),
+        ("p_schedule.end=inf", ["p_schedule.end=inf", "finite"]),
+        ("p_schedule.infinity_share=0.95", ["p_schedule", "0.95", "at most 1"]),
+        ("objective.kind=squared", ["objective.kind=squared", "hinge"]),
+        ("objective.kind=hinge", ["objective.theta", "missing"]),
+        ("compute.workers=3", ["training.batch_size=32", "compute.workers=3"]),
+        ("model.width", ["model.width", "key=value"]),
+        ("optimizer.learning_rate=-1", ["optimizer.learning_rate=-1", "greater than 0"]),
+        ("seed=abc", ["seed=abc", "integer"]),
+    ],
+)
+def test_wrong_settings(override: str, says: list[str]) -> None:
+    with pytest.raises(SettingError) as caught:
+        load_experiment(RECIPE, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in says:
+        assert words in message
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(SettingError, match=f"did you mean {RECIPE}"):
+        load_experiment(RECIPE.replace("linf", "lin"))
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "a: [\n", "\0"])
+def test_recipe_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(SettingError, match="YAML"):
+        load_experiment(str(tmp_path / "own.yaml"))

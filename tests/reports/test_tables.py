@@ -1,0 +1,142 @@
+"""Tables from records: order, missing values, and the formats they are written in."""
+
+import io
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+
+from linflab.reports import schema
+from linflab.reports.records import read_trials, sweep_names
+from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
+from linflab.reports.tables import Table, sweep_table
+
+SETTINGS = {
+    "dataset": "digits",
+    "eps": "0.1",
+    "evaluation.attack.steps": "20",
+    "evaluation.attack.restarts": "1",
+    "evaluation.attack.step_size": "0.25",
+    "compute.workers": "1",
+    "compute.cpus_per_worker": "1",
+}
+
+
+def record(client: MlflowClient, number: int, validation: float | None, width: int = 64, clean: float = 0.9) -> None:
+    tags = {
+        schema.KIND: "trial",
+        schema.SWEEP: "s",
+        schema.TRIAL: str(number),
+        schema.METHOD: "l_inf-dist Net",
+        schema.COMMAND: f"linflab train r model.width={width}",
+        schema.SEARCHED: "model.width,p_schedule.start",
+        schema.HARDWARE: "2 CPU cores",
+    }
+    run = client.create_run("0", tags=tags)
+    for name, value in {**SETTINGS, "model.width": str(width), "p_schedule.start": "8.123456"}.items():
+        client.log_param(run.info.run_id, name, value)
+    if validation is None:
+        client.set_tag(run.info.run_id, schema.FAILURE, "TrainingError: the loss became nan")
+        client.set_terminated(run.info.run_id, "FAILED")
+        return
+    metrics = {
+        schema.BEST_VALIDATION_CERTIFIED: validation,
+        schema.BEST_VALIDATION_CLEAN: clean,
+        schema.TEST_CLEAN: 0.95,
+        schema.TEST_ROBUST: 0.9,
+        schema.TEST_CERTIFIED: 1 - validation,  # the wrong way round: the order must not look at it
+        schema.TEST_BROKEN: 0,
+        schema.FLOPS: 82_700_000,
+        schema.TRAIN_SECONDS: 1000,
+    }
+    for name, value in metrics.items():
+        client.log_metric(run.info.run_id, name, value)
+    client.set_terminated(run.info.run_id)
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    client.create_run("0", tags={schema.KIND: "sweep", schema.SWEEP: "s"})
+    client.create_run("0", tags={schema.KIND: "sweep", schema.SWEEP: "empty"})
+    client.create_run("0", tags={schema.KIND: "trial", schema.SWEEP: "other", schema.TRIAL: "1"})
+    record(client, 1, 0.5, width=32)
+    record(client, 2, None, width=48)
+    record(client, 3, 0.8, width=64, clean=0.85)
+    record(client, 4, 0.8, width=96, clean=0.95)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def table(tracking_uri: str) -> Table:
+    return sweep_table("s", read_trials(tracking_uri, "s"))
+
+
+def test_best_by_validation_first_and_failed_last(table: Table) -> None:
+    assert table.rows["#"].tolist() == [4, 3, 1, 2]
+    assert table.rows["Val. certified"].tolist()[:3] == [80, 80, 50]
+    assert math.isnan(table.rows["Certified"].tolist()[3])
+    assert table.rows["FLOPs"].tolist()[0] == "82.7M"
+    assert table.rows["Setting"].tolist()[0] == "width=96, p_start=8.12"
+
+
+def test_notes_say_what_the_numbers_are(table: Table) -> None:
+    notes = "\n".join(table.notes)
+    for words in (
+        "validation",
+        "certifier lipschitz",
+        "20 steps",
+        "2 CPU cores",
+        "3000 seconds",
+        "Trial 2 has no result (failed): TrainingError: the loss became nan",
+    ):
+        assert words in notes
+
+
+def test_sweep_without_trials_and_unknown_sweep(tracking_uri: str) -> None:
+    assert read_trials(tracking_uri, "empty").empty
+    assert set(sweep_names(MlflowClient(tracking_uri))) == {"s", "empty"}
+    with pytest.raises(LookupError, match="sweep=it's"):
+        read_trials(tracking_uri, "it's")
+
+
+def test_markdown(table: Table) -> None:
+    lines = to_markdown(table).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[0] == ["#", "Method", "Setting", "FLOPs", "Val. certified", "Test", "Robust", "Certified"]
+    assert cells[2] == ["4", "l_inf-dist Net", "width=96, p_start=8.12", "82.7M", "80.00", "95.00", "90.00", "20.00"]
+    assert cells[5][3:] == ["-"] * 5
+    assert "4. `linflab train r model.width=96`" in lines
+
+
+def test_latex(table: Table) -> None:
+    text = to_latex(table)
+    for words in (r"\toprule", r"\midrule", r"\bottomrule", r"l\_inf-dist Net", r"\# &", r"p\_start=8.12"):
+        assert words in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 5 and all(line.count("&") == 7 for line in body)
+
+
+def test_csv(table: Table) -> None:
+    rows = pd.read_csv(io.StringIO(to_csv(table)))
+    assert rows["#"].tolist() == [4, 3, 1, 2]
+    assert rows["Command"].tolist()[0] == "linflab train r model.width=96"
+    assert rows["Certified"].isna().tolist() == [False, False, False, True]
+
+
+def test_terminal_fits_in_80_columns(table: Table) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_table(table, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "width=96" in text and "80.00" in text
+
+
+def test_files(table: Table, tmp_path: Path) -> None:
+    paths = write_table(table, tmp_path / "reports", "s")
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["s.csv", "s.md", "s.tex"]
+    assert [path.suffix for path in paths] == [".md", ".tex", ".csv"]
