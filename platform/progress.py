@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from linflab.platform.training import EpochReport, StepReport
 from linflab.reports import schema
+from linflab.reports.tables import describe_settings
 
 
 class TrainingBar:
@@ -107,26 +109,23 @@ class SweepView(Callback):
 
     def _update(self, trial: Trial, result: dict[str, Any], state: str) -> None:
         before = self.rows.get(trial.trial_id, ({}, {}, ""))
-        self.rows[trial.trial_id] = (trial.config, result or before[1], state)
+        self.rows[trial.trial_id] = (trial.config, {**before[1], **result}, state)
 
     def _say(self, trial: Trial, text: str) -> None:
         if not self.console.is_terminal:
             self.console.print(f"trial {trial.config['trial']}/{self.total} {text}", highlight=False)
 
     def _settings(self, config: dict[str, Any]) -> str:
-        short = (
-            f"{path}={config[path]:.3g}" if isinstance(config[path], float) else f"{path}={config[path]}"
-            for path in self.searched
-        )
-        return ", ".join(short)
+        return describe_settings({path: config[path] for path in self.searched})
 
     def _render(self) -> Group:
-        table = Table(expand=True)
+        table = Table(expand=True, box=SIMPLE_HEAD)
         for name in ("#", "Setting", "Epoch", "p", "Loss", "Val. certified", "Best", "State"):
-            table.add_column(
-                name, justify="left" if name in ("Setting", "State") else "right", no_wrap=name != "Setting"
-            )
-        for config, result, state in self.rows.values():
+            text = name in ("Setting", "State")
+            table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
+        # running ones first, then the best: where the screen ends, the worst are left out
+        ended = sum(state != "running" for _, _, state in self.rows.values())
+        for config, result, state in sorted(self.rows.values(), key=self._place):
             table.add_row(
                 str(config["trial"]),
                 self._settings(config),
@@ -137,9 +136,14 @@ class SweepView(Callback):
                 _percent(result.get(schema.BEST_VALIDATION_CERTIFIED)),
                 state,
             )
-        ended = sum(state != "running" for _, _, state in self.rows.values())
         seconds = time.monotonic() - self.began
-        return Group(table, f"{ended} of {self.total} trials ended, {seconds:.0f} s")
+        return Group(f"{ended} of {self.total} trials ended, {seconds:.0f} s", table)
+
+    @staticmethod
+    def _place(row: tuple[dict[str, Any], dict[str, Any], str]) -> tuple[bool, float, int]:
+        config, result, state = row
+        best = 0.0 if state == "running" else result.get(schema.BEST_VALIDATION_CERTIFIED, 0.0)
+        return state != "running", -best, config["trial"]
 
 
 def _p(p: float) -> str:

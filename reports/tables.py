@@ -1,5 +1,6 @@
 """Comparison tables: rows as they stand in a paper, made from records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -53,7 +54,10 @@ def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
         {
             NUMBER: trials[schema.TRIAL],
             METHOD: trials[schema.METHOD],
-            SETTING: [_setting(trial) for _, trial in trials.iterrows()],
+            SETTING: [
+                describe_settings({path: trial[path] for path in str(trial[schema.SEARCHED]).split(",")})
+                for _, trial in trials.iterrows()
+            ],
             FLOPS: [_flops(count) for count in trials[schema.FLOPS]],
             VALIDATION: 100 * trials[schema.BEST_VALIDATION_CERTIFIED],
             TEST: 100 * trials[schema.TEST_CLEAN],
@@ -97,12 +101,11 @@ def _workers(trial: pd.Series) -> str:
     return f"{workers} worker{'s' * (workers > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
 
 
-def _setting(trial: pd.Series) -> str:
-    """What the sweep varied, by short names where they say enough: `p_start=7.34, width=96`."""
-    paths = str(trial[schema.SEARCHED]).split(",")
-    short = [_short_name(path) for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-    return ", ".join(f"{name}={_short(trial[path])}" for name, path in zip(names, paths, strict=True))
+def describe_settings(values: Mapping[str, object]) -> str:
+    """Settings by dotted path for reading, by short names where they say enough: `p_start=7.34, width=96`."""
+    short = [_short_name(path) for path in values]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, values, strict=True)]
+    return ", ".join(f"{name}={_short(value)}" for name, value in zip(names, values.values(), strict=True))
 
 
 def _short_name(path: str) -> str:
