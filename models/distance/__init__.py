@@ -1,13 +1,16 @@
-"""The l_p-distance operator: one public function in front of one implementation per device."""
+"""The l_p-distance operator: a small public surface in front of one implementation per device.
+
+CPU tensors in float32 go to C++ kernels (`cpu.py`), everything else to plain PyTorch (`reference.py`).
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from linflab.models.distance import reference
+from linflab.models.distance import cpu, reference
 
-__all__ = ["lp_distance"]
+__all__ = ["linf_distance_bounds", "lp_distance"]
 
 
 def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
@@ -29,15 +32,52 @@ def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
         TypeError: x and weight are not both float32 or both float64.
         ValueError: the shapes do not fit, the devices differ, or p is below 1 or NaN.
     """
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"lp_distance takes float32 or float64 for both, got x {x.dtype} and weight {weight.dtype}")
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[1] == 0:
-        raise ValueError(
-            f"lp_distance takes x (B, I) and weight (O, I) with one I >= 1, "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    if x.device != weight.device:
-        raise ValueError(f"lp_distance takes x and weight on one device, got {x.device} and {weight.device}")
+    _check("lp_distance", weight, x=x)
     if not p >= 1:
         raise ValueError(f"lp_distance takes 1 <= p <= inf, got p = {p}")
+    if _has_kernels(x):
+        return cpu.lp_distance(x, weight, float(p))
     return reference.lp_distance(x, weight, float(p))
+
+
+def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact range of ||x[b] - weight[o]||_inf over the box lower[b] <= x[b] <= upper[b].
+
+    The coordinates of a box move freely, so the largest value is max_i max(upper_i - w_i, w_i - lower_i), and the
+    smallest is max_i max(lower_i - w_i, w_i - upper_i, 0); each is rounded as a single difference is.
+
+    Args:
+        lower: lower corners (B, I), float32 or float64, nowhere above `upper`.
+        upper: upper corners (B, I), of the dtype and device of lower.
+        weight: one centre per output (O, I), of the same dtype and device.
+
+    Returns:
+        Smallest and largest distance, (B, O) each, without gradients.
+
+    Raises:
+        TypeError, ValueError: as `lp_distance`.
+    """
+    _check("linf_distance_bounds", weight, lower=lower, upper=upper)
+    if lower.shape != upper.shape:
+        raise ValueError(f"linf_distance_bounds takes corners of one shape, got {lower.shape} and {upper.shape}")
+    with torch.no_grad():
+        if _has_kernels(lower):
+            return cpu.linf_distance_bounds(lower, upper, weight)
+        return reference.linf_distance_bounds(lower, upper, weight)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and cpu.KERNELS is not None
+
+
+def _check(function: str, weight: Tensor, **inputs: Tensor) -> None:
+    for name, x in inputs.items():
+        if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{function} takes float32 or float64 for all, got {name} {x.dtype}, weight {weight.dtype}")
+        if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[1] == 0:
+            raise ValueError(
+                f"{function} takes {name} (B, I) and weight (O, I) with one I >= 1, "
+                f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+            )
+        if x.device != weight.device:
+            raise ValueError(f"{function} takes tensors on one device, got {name} {x.device}, weight {weight.device}")

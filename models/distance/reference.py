@@ -26,6 +26,17 @@ def lp_distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
     return _LpDistance.apply(x, weight, p)
 
 
+def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `linflab.models.distance.linf_distance_bounds`, which also checks the arguments."""
+    low = lower.new_empty(lower.shape[0], weight.shape[0])
+    high = torch.empty_like(low)
+    for rows, outs in _tiles(len(lower), len(weight), lower.shape[1]):
+        below, above = lower[rows, None, :] - weight[None, outs, :], upper[rows, None, :] - weight[None, outs, :]
+        high[rows, outs] = torch.maximum(above, -below).amax(dim=2)
+        low[rows, outs] = torch.maximum(below, -above).amax(dim=2).clamp_min_(0)
+    return low, high
+
+
 def _tiles(batch: int, outputs: int, inputs: int) -> Iterator[tuple[slice, slice]]:
     """Pairs of a slice of samples and a slice of outputs that cover (B, O), each with at most TILE terms if it can."""
     rows = max(1, min(batch, TILE // inputs))

@@ -1,0 +1,176 @@
+// A vector of floats, as wide as the instruction set that this file is compiled for, with the operations that the
+// kernels need. All are exact or rounded once, except where a comment says otherwise.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// Added to a float of less than 2^22 and taken off again it rounds to whole numbers; in between, the sum's low bits are
+// that whole number.
+constexpr float ROUNDER = 0x1.8p23f;
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define LINFLAB_ISA "avx512"
+
+struct Vec {
+    static constexpr int size = 16;
+    static constexpr int registers = 32;
+    __m512 v;
+
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p)}; }
+    static Vec all(float a) { return {_mm512_set1_ps(a)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store(float* p, int n) const { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+    friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+    static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    // max(|a|, |b|) of b already non-negative, in one instruction
+    static Vec max_abs(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0b1011)}; }
+    static Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+    static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+    static uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+    static Vec keep(uint32_t mask, Vec a) { return {_mm512_maskz_mov_ps((__mmask16)mask, a.v)}; }
+    static Vec with_sign(Vec magnitude, Vec sign) {
+        const __m512i bits = _mm512_set1_epi32((int)0x80000000);
+        return {_mm512_castsi512_ps(
+            _mm512_ternarylogic_epi32(bits, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
+    }
+    static Vec exponent(Vec a, Vec& mantissa) {  // a = mantissa 2^exponent, mantissa in [0.75, 1.5)
+        // subtracting the bits of 0.75 makes the exponent field count from there
+        const __m512i bits = _mm512_castps_si512(a.v);
+        const __m512i count = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3F400000)), 23);
+        mantissa = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(count, 23)))};
+        return {_mm512_cvtepi32_ps(count)};
+    }
+    static Vec scale(Vec a, Vec shifted) {  // a 2^k for shifted = k + ROUNDER, where the result is a normal number
+        return {_mm512_castsi512_ps(
+            _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
+    }
+};
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define LINFLAB_ISA "avx2"
+
+struct Vec {
+    static constexpr int size = 8;
+    static constexpr int registers = 16;
+    __m256 v;
+
+    static __m256i first(int n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+    static Vec all(float a) { return {_mm256_set1_ps(a)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+    friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+    static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+    static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    static Vec max_abs(Vec a, Vec b) { return max(abs(a), b); }
+    static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+    static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+    static uint32_t at_least(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
+    static Vec keep(uint32_t mask, Vec a) {
+        const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bit), bit);
+        return {_mm256_and_ps(_mm256_castsi256_ps(on), a.v)};
+    }
+    static Vec with_sign(Vec magnitude, Vec sign) {
+        const __m256 bits = _mm256_set1_ps(-0.0f);
+        return {_mm256_or_ps(_mm256_andnot_ps(bits, magnitude.v), _mm256_and_ps(bits, sign.v))};
+    }
+    static Vec exponent(Vec a, Vec& mantissa) {
+        const __m256i bits = _mm256_castps_si256(a.v);
+        const __m256i count = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F400000)), 23);
+        mantissa = {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(count, 23)))};
+        return {_mm256_cvtepi32_ps(count)};
+    }
+    static Vec scale(Vec a, Vec shifted) {
+        return {_mm256_castsi256_ps(
+            _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
+    }
+};
+
+#else
+#define LINFLAB_ISA "portable"
+
+struct Vec {  // short loops, which compilers turn into whatever vectors the machine has
+    static constexpr int size = 8;
+    static constexpr int registers = 16;
+    float v[8];
+
+    template <class F>
+    static Vec map(F f) {
+        Vec r;
+        for (int k = 0; k < 8; ++k) r.v[k] = f(k);
+        return r;
+    }
+    static Vec load(const float* p) { return map([=](int k) { return p[k]; }); }
+    static Vec load(const float* p, int n) { return map([=](int k) { return k < n ? p[k] : 0.0f; }); }
+    static Vec all(float a) { return map([=](int) { return a; }); }
+    void store(float* p) const { std::memcpy(p, v, sizeof v); }
+    void store(float* p, int n) const { std::memcpy(p, v, n * sizeof(float)); }
+    friend Vec operator+(Vec a, Vec b) { return map([&](int k) { return a.v[k] + b.v[k]; }); }
+    friend Vec operator-(Vec a, Vec b) { return map([&](int k) { return a.v[k] - b.v[k]; }); }
+    friend Vec operator*(Vec a, Vec b) { return map([&](int k) { return a.v[k] * b.v[k]; }); }
+    friend Vec operator/(Vec a, Vec b) { return map([&](int k) { return a.v[k] / b.v[k]; }); }
+    static Vec fma(Vec a, Vec b, Vec c) { return map([&](int k) { return a.v[k] * b.v[k] + c.v[k]; }); }  // rounded twice
+    static Vec max(Vec a, Vec b) { return map([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; }); }
+    static Vec min(Vec a, Vec b) { return map([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; }); }
+    static Vec max_abs(Vec a, Vec b) { return max(abs(a), b); }
+    static Vec abs(Vec a) { return map([&](int k) { return std::fabs(a.v[k]); }); }
+    static Vec sqrt(Vec a) { return map([&](int k) { return std::sqrt(a.v[k]); }); }
+    static uint32_t at_least(Vec a, Vec b) {
+        uint32_t mask = 0;
+        for (int k = 0; k < 8; ++k) mask |= (uint32_t)(a.v[k] >= b.v[k]) << k;
+        return mask;
+    }
+    static Vec keep(uint32_t mask, Vec a) { return map([&](int k) { return mask >> k & 1 ? a.v[k] : 0.0f; }); }
+    static Vec with_sign(Vec magnitude, Vec sign) {
+        return map([&](int k) { return std::copysign(magnitude.v[k], sign.v[k]); });
+    }
+    static Vec exponent(Vec a, Vec& mantissa) {
+        return map([&](int k) {
+            int32_t bits;
+            std::memcpy(&bits, &a.v[k], 4);
+            const int32_t count = (bits - 0x3F400000) >> 23;
+            const int32_t rest = bits - (int32_t)((uint32_t)count << 23);
+            std::memcpy(&mantissa.v[k], &rest, 4);
+            return (float)count;
+        });
+    }
+    static Vec scale(Vec a, Vec shifted) {
+        return map([&](int k) { return std::ldexp(a.v[k], (int)(shifted.v[k] - ROUNDER)); });
+    }
+};
+#endif
+
+inline float sum(Vec a) {  // pairwise, always in the same order
+    float t[Vec::size];
+    a.store(t);
+    for (int half = Vec::size / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) t[k] += t[k + half];
+    return t[0];
+}
+
+inline float largest(Vec a) {
+    float t[Vec::size];
+    a.store(t);
+    for (int half = Vec::size / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) t[k] = std::max(t[k], t[k + half]);
+    return t[0];
+}
