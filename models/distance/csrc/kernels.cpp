@@ -66,27 +66,29 @@ int useful_threads(int threads, double terms) {  // starting a thread costs abou
 
 // ---------------------------------------------------------------------------------------------------- powers
 
+// Polynomials are summed by Estrin's scheme: more products than Horner's, but fewer that wait for one another.
+
 inline Vec log2_of(Vec a) {  // relative error below 3e-7 for positive normal a; finite for others
     Vec mantissa;
     const Vec exponent = Vec::exponent(a, mantissa);
-    const Vec f = mantissa - Vec::all(1.0f);
+    const Vec f = mantissa - Vec::all(1.0f), f2 = f * f, f4 = f2 * f2;
     // fit of log2(1 + f) / f on [-0.25, 0.5], by least squares at Chebyshev points
-    constexpr float c[] = {1.44269526f,    -0.72135066986f, 0.48084750772f, -0.36033529043f,
-                           0.29007357359f, -0.25065219402f, 0.20412734151f, -0.096163973212f};
-    Vec r = Vec::all(c[7]);
-    for (int k = 6; k >= 0; --k) r = Vec::fma(r, f, Vec::all(c[k]));
-    return Vec::fma(f, r, exponent);
+    const Vec c01 = Vec::fma(Vec::all(-0.72135066986f), f, Vec::all(1.44269526f));
+    const Vec c23 = Vec::fma(Vec::all(-0.36033529043f), f, Vec::all(0.48084750772f));
+    const Vec c45 = Vec::fma(Vec::all(-0.25065219402f), f, Vec::all(0.29007357359f));
+    const Vec c67 = Vec::fma(Vec::all(-0.096163973212f), f, Vec::all(0.20412734151f));
+    const Vec ratio = Vec::fma(Vec::fma(c67, f2, c45), f4, Vec::fma(c23, f2, c01));
+    return Vec::fma(f, ratio, exponent);
 }
 
 inline Vec exp2_of(Vec t) {  // relative error below 3e-7 for t up to 127; 2^-126 for t below -126
     t = Vec::max(t, Vec::all(-126.0f));
-    const Vec shifted = t + Vec::all(ROUNDER), f = t - (shifted - Vec::all(ROUNDER));
+    const Vec shifted = t + Vec::all(ROUNDER), f = t - (shifted - Vec::all(ROUNDER)), f2 = f * f;
     // the same kind of fit of 2^f on [-0.5, 0.5]
-    constexpr float c[] = {1.0000001192f,  0.69314718246f, 0.24022106826f,
-                           0.05550327152f, 0.0096760373563f, 0.0013400432654f};
-    Vec r = Vec::all(c[5]);
-    for (int k = 4; k >= 0; --k) r = Vec::fma(r, f, Vec::all(c[k]));
-    return Vec::scale(r, shifted);
+    const Vec c01 = Vec::fma(Vec::all(0.69314718246f), f, Vec::all(1.0000001192f));
+    const Vec c23 = Vec::fma(Vec::all(0.05550327152f), f, Vec::all(0.24022106826f));
+    const Vec c45 = Vec::fma(Vec::all(0.0013400432654f), f, Vec::all(0.0096760373563f));
+    return Vec::scale(Vec::fma(Vec::fma(c45, f2, c23), f2, c01), shifted);
 }
 
 template <int P>
@@ -162,6 +164,9 @@ struct Shape {
     int64_t samples, outputs, inputs;
     double terms() const { return (double)samples * outputs * inputs; }
 };
+
+// As many outputs as keep their weights on these inputs in level 2.
+int64_t block_of(int64_t inputs) { return std::max<int64_t>(2, std::min<int64_t>(OUTPUT_BLOCK, 32 * SLICE / inputs)); }
 
 // Calls f(first sample, samples, first output, outputs) for tiles that cover [b0, b1) x [o0, o1): RB x RO, and narrower
 // ones at the edges. f is a generic lambda that takes the tile's size as integral constants.
@@ -257,83 +262,117 @@ inline float dense_sum(const float* x, const float* w, int64_t n, float p, float
     return sum(total[0] + total[1]);
 }
 
-// The same, of those terms that count: in groups of vectors whose maxima reach the threshold.
-inline float sparse_sum(const float* x, const float* w, int64_t n, float p, float inverse, float least,
-                        const float* maxima, int64_t maxima_stride) {
-    const Vec power = Vec::all(p), scale = Vec::all(inverse), threshold = Vec::all(least);
-    Vec total = Vec::all(0.0f);
-    for (int64_t begin = 0; begin < n; begin += GROUP * N, maxima += maxima_stride) {
-        if (!Vec::at_least(Vec::load(maxima), threshold)) continue;
-        for (int64_t i = begin; i < std::min(n, begin + GROUP * N); i += N) {
-            const int left = (int)std::min<int64_t>(N, n - i);
-            const Vec u = Vec::abs(Vec::load(x + i, left) - Vec::load(w + i, left));
-            if (const uint32_t mask = Vec::at_least(u, threshold))
-                total = total + Vec::keep(mask, exp2_of(power * log2_of(u * scale)));
+constexpr int WINDOW = 64 / N;  // groups whose masks make one word: bit g N + l stands for lane l of group g
+
+// Appends to `found` the differences, times `factor`, at the marked lanes of a window of groups that begins at i, where
+// |d| >= least; `where`, if given, gets their positions. Returns the new count. Branches on the word alone, since whether a single
+// term counts is hard to predict.
+inline int64_t collect(uint64_t word, const float* x, const float* w, int64_t i, int64_t end, float least,
+                       float factor, int64_t count, float* found, int32_t* where) {
+    for (; word; word &= word - 1) {
+        const int bit = __builtin_ctzll(word);
+        const int64_t first = i + bit / N * GROUP * N + bit % N;
+        for (int v = 0; v < GROUP; ++v) {
+            const int64_t at = first + v * N;
+            if (at >= end) break;
+            const float d = x[at] - w[at];
+            found[count] = d * factor;
+            if (where) where[count] = (int32_t)at;
+            count += std::fabs(d) >= least;
         }
     }
-    return sum(total);
+    return count;
 }
 
+// A tile by the scaled way, for all its pairs of sample and output together: their steps depend on one another, and
+// overlap only with those of other pairs.
 template <int TB, int TO>
-void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, float* y, int64_t y_stride, float* maxima) {
-    Vec acc[TB][TO];
-    for (auto& row : acc)
-        for (auto& a : row) a = Vec::all(0.0f);
-    float* out = maxima;
-    auto group = [&](int64_t i, int vectors, auto load) {
-        Vec most[TB][TO];
-        for (auto& row : most)
+void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, float* y, int64_t y_stride, float* scratch) {
+    constexpr int PAIRS = TB * TO;
+    static_assert(PAIRS <= N);
+    const int64_t groups = (n + GROUP * N - 1) / (GROUP * N);
+    float *maxima = scratch, *found = scratch + groups * PAIRS * N;
+    Vec most[PAIRS];
+    for (auto& m : most) m = Vec::all(0.0f);
+    auto group = [&](int64_t g, int vectors, auto load) {
+        Vec acc[TB][TO];
+        for (auto& row : acc)
             for (auto& a : row) a = Vec::all(0.0f);
         for (int v = 0; v < vectors; ++v) {
+            const int64_t i = (g * GROUP + v) * N;
             Vec wv[TO];
-            for (int c = 0; c < TO; ++c) wv[c] = load(w + c * n, i + v * N);
+            for (int c = 0; c < TO; ++c) wv[c] = load(w + c * n, i);
             for (int r = 0; r < TB; ++r) {
-                const Vec xv = load(x + r * n, i + v * N);
-                for (int c = 0; c < TO; ++c) most[r][c] = Vec::max_abs(xv - wv[c], most[r][c]);
+                const Vec xv = load(x + r * n, i);
+                for (int c = 0; c < TO; ++c) acc[r][c] = Vec::max_abs(xv - wv[c], acc[r][c]);
             }
         }
         for (int r = 0; r < TB; ++r)
-            for (int c = 0; c < TO; ++c, out += N) {
-                most[r][c].store(out);
-                acc[r][c] = Vec::max(acc[r][c], most[r][c]);
+            for (int c = 0; c < TO; ++c) {
+                const int pair = r * TO + c;
+                acc[r][c].store(maxima + (pair * groups + g) * N);
+                most[pair] = Vec::max(acc[r][c], most[pair]);
             }
     };
-    int64_t i = 0;
-    for (; i + GROUP * N <= n; i += GROUP * N) group(i, GROUP, [](const float* p, int64_t at) { return Vec::load(p + at); });
-    if (i < n)
-        group(i, (int)((n - i + N - 1) / N),
-              [&](const float* p, int64_t at) { return Vec::load(p + at, (int)std::min<int64_t>(N, n - at)); });
-    float sums[N] = {}, scales[N] = {};
-    for (int r = 0; r < TB; ++r)
-        for (int c = 0; c < TO; ++c) {
-            const float m = largest(acc[r][c]), inverse = m > 0 ? 1 / m : 0.0f;
-            sums[r * TO + c] = k.dense ? dense_sum(x + r * n, w + c * n, n, k.p, inverse)
-                                       : sparse_sum(x + r * n, w + c * n, n, k.p, inverse, m * k.ratio,
-                                                    maxima + (r * TO + c) * N, TB * TO * N);
-            scales[r * TO + c] = m;
+    const int64_t whole = n / (GROUP * N);
+    for (int64_t g = 0; g < whole; ++g) group(g, GROUP, [](const float* p, int64_t i) { return Vec::load(p + i); });
+    if (whole < groups)
+        group(whole, (int)((n - whole * GROUP * N + N - 1) / N),
+              [&](const float* p, int64_t i) { return Vec::load(p + i, (int)std::min<int64_t>(N, n - i)); });
+
+    float scale[N] = {}, inverse[N] = {}, total[N] = {};
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        scale[pair] = largest(most[pair]);
+        inverse[pair] = scale[pair] > 0 ? 1 / scale[pair] : 0.0f;
+    }
+    if (k.dense) {
+        for (int pair = 0; pair < PAIRS; ++pair)
+            total[pair] = dense_sum(x + pair / TO * n, w + pair % TO * n, n, k.p, inverse[pair]);
+    } else {
+        int64_t count[PAIRS + 1] = {};
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const float least = scale[pair] * k.ratio;
+            count[pair + 1] = count[pair];
+            for (int64_t g = 0; g < groups; g += WINDOW) {
+                const float* of_window = maxima + (pair * groups + g) * N;
+                uint64_t word = 0;
+                for (int j = 0; j < std::min<int64_t>(WINDOW, groups - g); ++j)
+                    word |= (uint64_t)Vec::at_least(Vec::load(of_window + j * N), Vec::all(least)) << (j * N);
+                count[pair + 1] = collect(word, x + pair / TO * n, w + pair % TO * n, g * GROUP * N, n, least,
+                                          inverse[pair], count[pair + 1], found, nullptr);
+            }
         }
-    const Vec root = exp2_of(log2_of(Vec::load(sums)) * Vec::all(1 / k.p)) * Vec::load(scales);
+        for (int64_t j = 0; j < count[PAIRS]; j += N)
+            exp2_of(Vec::all(k.p) * log2_of(Vec::abs(Vec::load(found + j)))).store(found + j);
+        for (int pair = 0; pair < PAIRS; ++pair)
+            for (int64_t j = count[pair]; j < count[pair + 1]; ++j) total[pair] += found[j];
+    }
+    const Vec root = exp2_of(log2_of(Vec::load(total)) * Vec::all(1 / k.p)) * Vec::load(scale);
     float roots[N];
     root.store(roots);
-    for (int r = 0; r < TB; ++r)
-        for (int c = 0; c < TO; ++c) y[r * y_stride + c] = roots[r * TO + c];
+    for (int pair = 0; pair < PAIRS; ++pair) y[pair / TO * y_stride + pair % TO] = roots[pair];
+}
+
+// Floats that scaled_tile needs: maxima of the groups, and all terms if all count.
+int64_t scaled_scratch(int64_t inputs, int pairs) {
+    return pairs * ((inputs / (GROUP * N) + 1) * N + inputs) + 2 * N;
 }
 
 void scaled_block(const float* x, const float* w, float* y, Shape s, Scaled k, int64_t b0, int64_t b1, int64_t o0,
                   int64_t o1) {
-    std::vector<float> maxima((s.inputs / (GROUP * N) + 1) * 4 * N);
-    const int64_t block = std::max<int64_t>(2, std::min<int64_t>(OUTPUT_BLOCK, 32 * SLICE / s.inputs));
+    std::vector<float> scratch(scaled_scratch(s.inputs, RB * 2));
+    const int64_t block = block_of(s.inputs);
     for (int64_t o = o0; o < o1; o += block)
-        tiles<2, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
+        tiles<RB, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
             scaled_tile<decltype(nb)::value, decltype(no)::value>(x + tb * s.inputs, w + to * s.inputs, s.inputs, k,
-                                                                  y + tb * s.outputs + to, s.outputs, maxima.data());
+                                                                  y + tb * s.outputs + to, s.outputs, scratch.data());
         });
 }
 
 // y holds sums of p-th powers: take the p-th root, or compute anew where the sum left the range of floats.
 void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, int64_t b0, int64_t b1, int64_t o0,
                 int64_t o1) {
-    std::vector<float> maxima((s.inputs / (GROUP * N) + 1) * N);
+    std::vector<float> scratch(scaled_scratch(s.inputs, 1));
     for (int64_t b = b0; b < b1; ++b)
         for (int64_t o = o0; o < o1; o += N) {
             float* row = y + b * s.outputs;
@@ -345,7 +384,7 @@ void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, int
             for (int c = 0; c < n; ++c)
                 if (!(good >> c & 1))
                     scaled_tile<1, 1>(x + b * s.inputs, w + (o + c) * s.inputs, s.inputs, k, row + o + c, 1,
-                                      maxima.data());
+                                      scratch.data());
         }
 }
 
@@ -473,97 +512,141 @@ struct ScaledSlope {  // constants of sign(d) (|d| / y)^(p - 1)
     }
 };
 
-// One sample and one output on up to CHUNK vectors of inputs, of which `xv` holds the sample's.
-void scaled_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, int64_t begin, int64_t end,
-                     const Vec* xv) {
-    const float y = q.y[b * q.s.outputs + o], grad = q.grad_y[b * q.s.outputs + o];
-    const float* w = q.w + o * q.s.inputs;
-    const Vec threshold = Vec::all(std::max(y * k.ratio, std::numeric_limits<float>::min()));
-    Vec most = Vec::all(0.0f);
-    const int64_t whole = (end - begin) / N;
-    if (whole == CHUNK) {
-        for (int v = 0; v < CHUNK; ++v) most = Vec::max_abs(xv[v] - Vec::load(w + begin + v * N), most);
-        if (!Vec::at_least(most, threshold)) return;
-    }
-    const Vec inverse = Vec::all(1 / y), gradient = Vec::all(grad);
-    for (int v = 0; begin + v * N < end; ++v) {
-        const int64_t i = begin + v * N;
-        const int n = (int)std::min<int64_t>(N, end - i);
-        const Vec d = xv[v] - (n == N ? Vec::load(w + i) : Vec::load(w + i, n));
-        const Vec u = Vec::abs(d);
-        const uint32_t mask = Vec::at_least(u, threshold);
-        if (!mask) continue;
-        const Vec slope = Vec::with_sign(exp2_of(Vec::all(k.power) * log2_of(u * inverse)), d);
-        const Vec g = Vec::keep(mask, gradient * slope);
-        float* gx = q.grad_x + b * q.s.inputs + i;
-        float* gw = q.grad_w + o * q.s.inputs + i;
-        if (n == N) {
-            (Vec::load(gx) + g).store(gx);
-            (Vec::load(gw) - g).store(gw);
+// Bits of those lanes of the window of groups at i, for TO outputs, whose largest |x_i - w_i| reaches the thresholds.
+template <int TO>
+inline void scan(const float* x, const float* w, int64_t stride, int64_t i, int64_t end, const Vec* thresholds,
+                 uint64_t* words) {
+    uint64_t marked[TO] = {};
+    for (int g = 0; g < WINDOW && i < end; ++g, i += GROUP * N) {
+        Vec most[TO];
+        for (auto& m : most) m = Vec::all(0.0f);
+        if (i + GROUP * N <= end) {
+            for (int v = 0; v < GROUP; ++v) {
+                const Vec xv = Vec::load(x + i + v * N);
+                for (int c = 0; c < TO; ++c) most[c] = Vec::max_abs(xv - Vec::load(w + c * stride + i + v * N), most[c]);
+            }
         } else {
-            (Vec::load(gx, n) + g).store(gx, n);
-            (Vec::load(gw, n) - g).store(gw, n);
+            for (int64_t at = i; at < end; at += N) {
+                const int left = (int)std::min<int64_t>(N, end - at);
+                for (int c = 0; c < TO; ++c)
+                    most[c] = Vec::max_abs(Vec::load(x + at, left) - Vec::load(w + c * stride + at, left), most[c]);
+            }
+        }
+        for (int c = 0; c < TO; ++c) marked[c] |= (uint64_t)Vec::at_least(most[c], thresholds[c]) << (g * N);
+    }
+    for (int c = 0; c < TO; ++c) words[c] = marked[c];
+}
+
+struct Found {  // differences that count, and where they are
+    std::vector<float> d, slope;
+    std::vector<int32_t> where;
+
+    explicit Found(int64_t n) : d(n + 1), slope(n + 1 + N), where(n + 1) {}
+};
+
+// One sample and TO outputs, on inputs from begin to end.
+template <int TO>
+void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, int64_t begin, int64_t end,
+                     Found* found) {
+    const int64_t n = q.s.inputs, at = b * q.s.outputs + o;
+    const float *x = q.x + b * n, *w = q.w + o * n;
+    float least[TO];
+    Vec thresholds[TO];
+    int64_t count[TO] = {};
+    for (int c = 0; c < TO; ++c) {
+        least[c] = std::max(q.y[at + c] * k.ratio, std::numeric_limits<float>::min());
+        thresholds[c] = Vec::all(least[c]);
+    }
+    for (int64_t i = begin; i < end; i += WINDOW * GROUP * N) {
+        uint64_t words[TO];
+        scan<TO>(x, w, n, i, end, thresholds, words);
+        for (int c = 0; c < TO; ++c)
+            count[c] = collect(words[c], x, w + c * n, i, end, least[c], 1.0f, count[c], found[c].d.data(),
+                               found[c].where.data());
+    }
+    for (int c = 0; c < TO; ++c) {
+        const Vec inverse = Vec::all(1 / q.y[at + c]), gradient = Vec::all(q.grad_y[at + c]);
+        float* slope = found[c].slope.data();
+        for (int64_t j = 0; j < count[c]; j += N) {
+            const Vec d = Vec::load(found[c].d.data() + j, (int)std::min<int64_t>(N, count[c] - j));
+            const Vec magnitude = exp2_of(Vec::all(k.power) * log2_of(Vec::abs(d) * inverse));
+            (gradient * Vec::with_sign(magnitude, d)).store(slope + j);
+        }
+        float *gx = q.grad_x + b * n, *gw = q.grad_w + (o + c) * n;
+        for (int64_t j = 0; j < count[c]; ++j) {
+            const int32_t i = found[c].where[j];
+            gx[i] += slope[j];
+            gw[i] -= slope[j];
         }
     }
 }
 
-void load_chunk(const float* x, int64_t begin, int64_t end, Vec* xv) {
-    for (int v = 0; begin + v * N < end; ++v) {
-        const int64_t i = begin + v * N;
-        xv[v] = end - i >= N ? Vec::load(x + i) : Vec::load(x + i, (int)(end - i));
+void sparse_gradients(const Gradients& q, ScaledSlope k, int64_t begin, int64_t end) {
+    Found found[2] = {Found(end - begin), Found(end - begin)};
+    const int64_t block = block_of(end - begin);
+    for (int64_t o = 0; o < q.s.outputs; o += block)
+        tiles<1, 2>(0, q.s.samples, o, std::min(o + block, q.s.outputs), [&](int64_t b, int64_t to, auto, auto no) {
+            sparse_gradient<decltype(no)::value>(q, k, b, to, begin, end, found);
+        });
+}
+
+// The first input whose |d| is y, for TO outputs: twice its position, plus one where d is negative; -1 where y is 0, or
+// not a number.
+template <int TO>
+void find_largest(const Gradients& q, int64_t b, int64_t o, int32_t* where) {
+    const int64_t n = q.s.inputs;
+    const float *x = q.x + b * n, *w = q.w + o * n, *y = q.y + b * q.s.outputs + o;
+    Vec thresholds[TO];
+    bool open = false;
+    for (int c = 0; c < TO; ++c) {
+        where[c] = -1;
+        thresholds[c] = Vec::all(y[c] > 0 ? y[c] : std::numeric_limits<float>::quiet_NaN());
+        open |= y[c] > 0;
+    }
+    for (int64_t i = 0; i < n && open; i += WINDOW * GROUP * N) {
+        uint64_t words[TO];
+        scan<TO>(x, w, n, i, n, thresholds, words);
+        open = false;
+        for (int c = 0; c < TO; ++c) {
+            if (where[c] < 0 && words[c]) {
+                // lanes of a group are not in the order of inputs: take the first of all that are marked
+                int64_t first = 2 * n;
+                for (uint64_t word = words[c]; word; word &= word - 1) {
+                    const int bit = __builtin_ctzll(word);
+                    for (int v = 0; v < GROUP; ++v) {
+                        const int64_t at = std::min(i + bit / N * GROUP * N + v * N + bit % N, n - 1);
+                        const float d = x[at] - w[c * n + at];
+                        first = std::min(first, std::fabs(d) >= y[c] ? 2 * at + (d < 0) : 2 * n);
+                    }
+                }
+                where[c] = (int32_t)first;
+            }
+            open |= where[c] < 0 && y[c] > 0;
+        }
     }
 }
 
-void scaled_gradients(const Gradients& q, ScaledSlope k, int64_t begin, int64_t end) {
-    for (int64_t o = 0; o < q.s.outputs; o += OUTPUT_BLOCK)
-        for (int64_t b = 0; b < q.s.samples; ++b) {
-            Vec xv[CHUNK];
-            load_chunk(q.x + b * q.s.inputs, begin, end, xv);
-            for (int64_t c = o; c < std::min(o + OUTPUT_BLOCK, q.s.outputs); ++c)
-                if (q.y[b * q.s.outputs + c] > 0) scaled_gradient(q, k, b, c, begin, end, xv);
-        }
-}
-
-// p = inf: the first input whose |d| is y. `where` (samples x outputs) holds it between the two gradients.
+// p = inf. `where` (samples x outputs) holds the inputs found between the two gradients.
 void largest_gradients(const Gradients& q, int32_t* where, int threads) {
     const Shape s = q.s;
-    const int64_t n = s.inputs, block = std::max<int64_t>(1, 4096 / n);
+    const int64_t n = s.inputs, block = block_of(n);
+    const auto add = [&](float* row, int32_t found, float grad) {
+        if (found >= 0) row[found >> 1] += grad * (float)(1 - 2 * (found & 1));  // a branch on the sign would be guessed
+    };
     parallel(threads, s.samples, 1, [&](int64_t b0, int64_t b1) {
-        for (int64_t o0 = 0; o0 < s.outputs; o0 += block)
-            for (int64_t b = b0; b < b1; ++b)
-                for (int64_t o = o0; o < std::min(o0 + block, s.outputs); ++o) {
-                    const float *x = q.x + b * n, *w = q.w + o * n;
-                    const float y = q.y[b * s.outputs + o];
-                    const Vec sought = Vec::all(y);
-                    int64_t i = 0, found = -1;
-                    const int64_t step = GROUP * N;
-                    for (; y > 0 && i + step <= n; i += step) {
-                        Vec most = Vec::all(0.0f);
-                        for (int v = 0; v < GROUP; ++v)
-                            most = Vec::max_abs(Vec::load(x + i + v * N) - Vec::load(w + i + v * N), most);
-                        if (Vec::at_least(most, sought)) break;
-                    }
-                    for (; y > 0 && i < n && found < 0; i += N) {
-                        const int left = (int)std::min<int64_t>(N, n - i);
-                        const Vec u = Vec::abs(Vec::load(x + i, left) - Vec::load(w + i, left));
-                        if (const uint32_t mask = Vec::at_least(u, sought)) {
-                            found = i;
-                            while (!(mask >> (found - i) & 1)) ++found;
-                        }
-                    }
-                    where[b * s.outputs + o] = (int32_t)found;
-                    if (found >= 0)
-                        q.grad_x[b * n + found] += std::copysign(1.0f, x[found] - w[found]) * q.grad_y[b * s.outputs + o];
-                }
+        for (int64_t o = 0; o < s.outputs; o += block)
+            tiles<1, 2>(b0, b1, o, std::min(o + block, s.outputs), [&](int64_t b, int64_t to, auto, auto no) {
+                constexpr int TO = decltype(no)::value;
+                const int64_t at = b * s.outputs + to;
+                find_largest<TO>(q, b, to, where + at);
+                for (int c = 0; c < TO; ++c) add(q.grad_x + b * n, where[at + c], q.grad_y[at + c]);
+            });
     });
     parallel(threads, s.outputs, 16, [&](int64_t o0, int64_t o1) {
-        for (int64_t b = 0; b < s.samples; ++b)
-            for (int64_t o = o0; o < o1; ++o) {
-                const int32_t i = where[b * s.outputs + o];
-                if (i >= 0)
-                    q.grad_w[o * n + i] -=
-                        std::copysign(1.0f, q.x[b * n + i] - q.w[o * n + i]) * q.grad_y[b * s.outputs + o];
-            }
+        for (int64_t first = o0; first < o1; first += block)
+            for (int64_t b = 0; b < s.samples; ++b)
+                for (int64_t o = first; o < std::min(first + block, o1); ++o)
+                    add(q.grad_w + o * n, where[b * s.outputs + o], -q.grad_y[b * s.outputs + o]);
     });
 }
 
@@ -604,12 +687,10 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
     });
     if (direct && others.empty()) return;
     if (direct && (int64_t)others.size() <= pairs / 8) {
-        over_chunks([&](int64_t i, int64_t end) {
-            for (const int64_t at : others) {
-                Vec xv[CHUNK];
-                load_chunk(q.x + at / s.outputs * s.inputs, i, end, xv);
-                scaled_gradient(q, k, at / s.outputs, at % s.outputs, i, end, xv);
-            }
+        parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) {
+            Found found(end - begin);
+            for (const int64_t at : others)
+                sparse_gradient<1>(q, k, at / s.outputs, at % s.outputs, begin, end, &found);
         });
     } else if (k.dense) {
         for (int64_t at = 0; at < pairs; ++at) scratch[at] = q.y[at] > 0 ? 1 / q.y[at] : 0.0f;
@@ -617,7 +698,7 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
             all_gradients(q, DenseSlope{q.grad_y, scratch, Vec::all(k.power)}, i, end);
         });
     } else {
-        over_chunks([&](int64_t i, int64_t end) { scaled_gradients(q, k, i, end); });
+        parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) { sparse_gradients(q, k, begin, end); });
     }
 }
 
@@ -668,7 +749,7 @@ void bounds_tile(const float* lower, const float* upper, const float* w, int64_t
 void bounds(const float* lower, const float* upper, const float* w, float* lo, float* hi, Shape s, int threads) {
     constexpr int TB = N == 16 ? 2 : 1;
     over_plane(threads, s, [&](int64_t b0, int64_t b1, int64_t o0, int64_t o1) {
-        const int64_t block = std::max<int64_t>(2, std::min<int64_t>(OUTPUT_BLOCK, 32 * SLICE / s.inputs));
+        const int64_t block = block_of(s.inputs);
         for (int64_t o = o0; o < o1; o += block)
             tiles<TB, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
                 bounds_tile<decltype(nb)::value, decltype(no)::value>(lower + tb * s.inputs, upper + tb * s.inputs,

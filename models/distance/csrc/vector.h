@@ -159,18 +159,42 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
 };
 #endif
 
-inline float sum(Vec a) {  // pairwise, always in the same order
-    float t[Vec::size];
-    a.store(t);
-    for (int half = Vec::size / 2; half; half /= 2)
-        for (int k = 0; k < half; ++k) t[k] += t[k + half];
-    return t[0];
+// Sum and maximum of the lanes, pairwise and always in the same order.
+#if defined(__AVX2__) && defined(__FMA__)
+template <class F>
+inline float fold(__m256 a, F f) {
+    __m128 r = f(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    r = f(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(f(r, _mm_movehdup_ps(r)));
 }
-
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+template <class F>
+inline __m256 halved(Vec a, F f) {
+    return f(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+}
+#else
+template <class F>
+inline __m256 halved(Vec a, F) {
+    return a.v;
+}
+#endif
+inline float sum(Vec a) {
+    return fold(halved(a, [](__m256 p, __m256 q) { return _mm256_add_ps(p, q); }),
+                [](__m128 p, __m128 q) { return _mm_add_ps(p, q); });
+}
 inline float largest(Vec a) {
-    float t[Vec::size];
-    a.store(t);
-    for (int half = Vec::size / 2; half; half /= 2)
-        for (int k = 0; k < half; ++k) t[k] = std::max(t[k], t[k + half]);
-    return t[0];
+    return fold(halved(a, [](__m256 p, __m256 q) { return _mm256_max_ps(p, q); }),
+                [](__m128 p, __m128 q) { return _mm_max_ps(p, q); });
 }
+#else
+inline float sum(Vec a) {
+    for (int half = Vec::size / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) a.v[k] += a.v[k + half];
+    return a.v[0];
+}
+inline float largest(Vec a) {
+    for (int half = Vec::size / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) a.v[k] = std::max(a.v[k], a.v[k + half]);
+    return a.v[0];
+}
+#endif
