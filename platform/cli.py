@@ -1,9 +1,15 @@
-"""The command `linflab`. Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing started."""
+"""The command `linflab`.
+
+Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing was started, 130 interrupted.
+"""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from linflab.platform.config import load_experiment, read_recipe, recipe_names
-from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.datasets import facts_of, load_dataset
+from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.storage import Storage
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
 
@@ -31,7 +37,7 @@ app.add_typer(space_app, name="space")
 report_app = typer.Typer(help="Tables from records.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 Recipe = Annotated[str, typer.Argument(help="a recipe's name, or the path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, such as model.width=128")]
@@ -46,24 +52,38 @@ RUNS = Path("runs")
 def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = RUNS) -> None:
     """Train a recipe, score it on the test set once, and record both."""
     experiment = load_experiment(recipe, overrides or [])
-    place = Storage.open(storage)
     dataset = load_dataset(experiment.dataset)
+    place = Storage.open(storage)
 
     from linflab.platform.progress import TrainingBar
+    from linflab.platform.tracking import end_open_runs
     from linflab.platform.training import check_fits
-    from linflab.platform.trial import run_trial, train_command
+    from linflab.platform.trial import check_machine, run_trial, train_command
     from linflab.platform.workers import start_ray, train_on_workers
     from linflab.reports import schema
 
     check_fits(experiment, dataset)
-    tags = {schema.KIND: "trial", schema.RECIPE: recipe, schema.COMMAND: train_command(recipe, overrides or [])}
+    launch = uuid.uuid4().hex
+    tags = {
+        schema.KIND: "trial",
+        schema.LAUNCH: launch,
+        schema.RECIPE: recipe,
+        schema.COMMAND: train_command(recipe, overrides or []),
+    }
+    name = Path(recipe).stem if "/" in recipe else recipe
     if experiment.compute.workers > 1:
         start_ray()
-    run: Callable[..., dict[str, float]] = train_on_workers if experiment.compute.workers > 1 else run_trial
-    with TrainingBar(console, experiment.training.epochs) as bar:
-        metrics = run(
-            experiment, place, Path(recipe).stem if "/" in recipe else recipe, tags, bar.on_epoch, bar.on_step
-        )
+        train_it: Callable[..., dict[str, float]] = train_on_workers
+    else:
+        check_machine(experiment)
+        train_it = run_trial
+    try:
+        with TrainingBar(console, experiment.training.epochs) as bar:
+            metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step)
+    except (KeyboardInterrupt, SystemExit):  # Ray Train exits by itself
+        raise Interrupted("interrupted; what was logged of the run is kept, and the run marked as killed") from None
+    finally:
+        end_open_runs(place, launch)  # of workers that were killed
     clean, robust, certified = (
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
@@ -84,15 +104,20 @@ def sweep(
     storage: StorageFolder = RUNS,
 ) -> None:
     """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
-    load_experiment(recipe, overrides or [])  # before the slow imports
+    load_dataset(load_experiment(recipe, overrides or []).dataset)  # before the slow imports
     _load_space(space)
     place = Storage.open(storage)
 
     from linflab.platform.sweep import plan_sweep, run_sweep
 
-    name = name or f"{Path(space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or f"{re.sub(r'[^A-Za-z0-9._-]', '_', Path(space).stem).lstrip('._-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = plan_sweep(recipe, overrides or [], space, name, trials, place)
-    with_result = run_sweep(plan, place, console)
+    try:
+        with_result = run_sweep(plan, place, console)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; the trials that had ended are recorded, and `linflab report sweep {name}` makes their table"
+        ) from None
     if with_result:
         _report_sweep(name, place)
     console.print(f"Browse the runs: {_ui_command(place)}")
@@ -122,16 +147,18 @@ def recipes(as_json: AsJson = False) -> None:
 def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The settings of a recipe, and its network's parameters and FLOPs."""
     experiment = load_experiment(recipe, overrides or [])
-    dataset = load_dataset(experiment.dataset)
+    facts = facts_of(experiment.dataset)
+    import torch
+
     from linflab.models.networks.cost import count_flops, count_parameters
 
-    facts = dataset.facts
-    network = experiment.model.build(dataset.input_shape, facts.classes, facts.mean, facts.std)
-    cost = {"parameters": count_parameters(network), "flops": count_flops(network, dataset.input_shape)}
+    with torch.device("meta"):  # shapes are all that is counted
+        network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
+    cost = {"parameters": count_parameters(network), "flops": count_flops(network, facts.input_shape)}
     if as_json:
         typer.echo(json.dumps({**cost, "settings": experiment.settings()}))
     else:
-        console.print(experiment.to_yaml(), end="", markup=False)
+        console.print(experiment.to_yaml(), end="")
         console.print(f"# {cost['parameters']:,} parameters, {cost['flops']:,} FLOPs an image")
 
 
@@ -183,7 +210,7 @@ def _report_sweep(name: str, place: Storage) -> None:
     table = sweep_table(name, trials)
     print_table(table, console)
     number, command = table.commands[0]
-    console.print(f"\nThe best trial again (number {number}):\n  {command}", markup=False)
+    console.print(f"\nThe best trial again (number {number}):\n  {command}")
     console.print("The table as files:")
     for path in write_table(table, place.reports, name):
         console.print(f"  {path}")
@@ -198,7 +225,7 @@ def _load_space(name: str) -> SearchSpace:
 
 def _ui_command(place: Storage) -> str:
     default = place.root == RUNS.absolute()
-    return "linflab ui" if default else f"linflab ui --storage {place.root}"
+    return "linflab ui" if default else f"linflab ui --storage {shlex.quote(str(place.root))}"
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
@@ -214,15 +241,9 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -
 
 
 def main() -> None:
-    """Run the command; an error ends in one line that says what would do."""
+    """Run the command; what goes wrong ends in one line that says what would do."""
     try:
         app()
-    except SettingError as error:
-        _fail(error, 2)
-    except TrainingError as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception, status: int) -> None:
-    sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")
-    raise SystemExit(status)
+    except (SettingError, TrainingError, Interrupted) as error:
+        sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")
+        raise SystemExit({SettingError: 2, TrainingError: 1, Interrupted: 130}[type(error)]) from None

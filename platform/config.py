@@ -47,12 +47,14 @@ class TrainingConfig(Settings):
 
 class EvaluationConfig(Settings):
     attack: PGDConfig = PGDConfig()
-    batch_size: int = Field(1000, ge=1, description="samples of a forward pass; it changes speed only")
+    batch_size: int = Field(1000, ge=1, description="samples that are scored together")
 
 
 class ComputeConfig(Settings):
-    workers: int = Field(1, ge=1, description="Ray Train workers; each takes an equal part of every batch")
-    cpus_per_worker: int = Field(1, ge=1, description="CPUs and threads of a worker; part of what fixes the bits")
+    workers: int = Field(1, ge=1, le=10_000, description="Ray Train workers; each takes an equal part of every batch")
+    cpus_per_worker: int = Field(
+        1, ge=1, le=10_000, description="CPUs and threads of a worker; part of what fixes the bits"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a device, else cpu")
 
 
@@ -111,12 +113,13 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     try:
         tree = yaml.safe_load(path.read_text())
+        tree = _copy(tree) if isinstance(tree, dict) else tree  # fails here on a tree that contains itself
     except FileNotFoundError:
         raise SettingError(
             f"recipe={recipe}: unknown{_suggest(recipe, recipe_names())}; `linflab recipes` lists the recipes, "
             "and the path of a YAML file will do too"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: the 31st of February
         raise SettingError(f"recipe={recipe}: can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise SettingError(f"recipe={recipe}: must be a YAML mapping of settings")
@@ -134,7 +137,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise SettingError(f"override={text}: must be written key=value, for example model.width=128")
     try:
         return path, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         return path, value
 
 
@@ -161,6 +164,10 @@ def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
         raise SettingError(_describe(error, merged)) from None
+    settings = experiment.settings()
+    for path, value in _flatten(merged):
+        if isinstance(value, bool) and not isinstance(settings.get(path), bool):  # to pydantic, true is 1
+            raise SettingError(f"{path}={str(value).lower()}: must be a number or a name, not true or false")
     if experiment.training.batch_size % experiment.compute.workers:
         raise SettingError(
             f"training.batch_size={experiment.training.batch_size}: must be a multiple of "

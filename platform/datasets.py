@@ -26,14 +26,15 @@ class Facts:
 
     mean: tuple[float, ...]
     std: float
+    input_shape: tuple[int, int, int]
     classes: int
     validation_size: int
     white: int = 255  # the value that is 1.0
 
 
 FACTS = {
-    "digits": Facts(mean=(0.3053,), std=0.3761, classes=10, validation_size=237, white=16),
-    "fashion_mnist": Facts(mean=(0.2860,), std=0.3520, classes=10, validation_size=5000),
+    "digits": Facts(mean=(0.3053,), std=0.3761, input_shape=(1, 8, 8), classes=10, validation_size=237, white=16),
+    "fashion_mnist": Facts(mean=(0.2860,), std=0.3520, input_shape=(1, 28, 28), classes=10, validation_size=5000),
 }
 
 
@@ -66,11 +67,6 @@ class Dataset:
     validation: Split
     test: Split
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        _, channels, height, width = self.train.images.shape
-        return channels, height, width
-
     def to(self, device: torch.device) -> "Dataset":
         """The same data on a device; on the CPU the memory-mapped arrays themselves."""
         splits = (self.train.to(device), self.validation.to(device), self.test.to(device))
@@ -82,6 +78,17 @@ def data_folder() -> Path:
     return Path(os.environ.get("LINFLAB_DATA") or "~/.cache/linflab/datasets").expanduser().absolute()
 
 
+def facts_of(name: str) -> Facts:
+    """The facts of a data set by name.
+
+    Raises:
+        SettingError: no such data set.
+    """
+    if name not in FACTS:
+        raise SettingError(f"dataset={name}: unknown; must be one of {', '.join(FACTS)}")
+    return FACTS[name]
+
+
 def load_dataset(name: str) -> Dataset:
     """A data set by name, fetched and prepared first where it is not there yet.
 
@@ -90,10 +97,8 @@ def load_dataset(name: str) -> Dataset:
     Raises:
         SettingError: no such data set, or it is neither prepared nor to be downloaded; names the place looked in.
     """
-    if name not in FACTS:
-        raise SettingError(f"dataset={name}: unknown; must be one of {', '.join(FACTS)}")
-    facts = FACTS[name]
-    arrays = _digits() if name == "digits" else _open(_prepared(name))
+    facts = facts_of(name)
+    arrays = _digits() if name == "digits" else _open(_prepared(name), facts)
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(array) for array in arrays)
     order = torch.from_numpy(_fixed_permutation(len(train_labels)))
     held_out, kept = order[: facts.validation_size], order[facts.validation_size :]
@@ -124,7 +129,7 @@ def _digits() -> Arrays:
     return images[train], labels[train], images[test], labels[test]
 
 
-def _open(folder: Path) -> Arrays:
+def _open(folder: Path, facts: Facts) -> Arrays:
     """The four arrays of a prepared folder, mapped copy-on-write: pages are shared until somebody writes."""
     images, labels, test_images, test_labels = (
         _open_array(folder / f"{file}.npy", ndim=4 if "images" in file else 1) for file in FILES
@@ -132,6 +137,12 @@ def _open(folder: Path) -> Arrays:
     for image_array, label_array in ((images, labels), (test_images, test_labels)):
         if len(image_array) != len(label_array):
             raise SettingError(f"{folder}: {len(image_array)} images but {len(label_array)} labels; prepare it anew")
+        if image_array.shape[1:] != facts.input_shape:
+            raise SettingError(f"{folder}: images are {image_array.shape[1:]}, should be {facts.input_shape}")
+        if len(label_array) == 0 or label_array.max() >= facts.classes:
+            raise SettingError(f"{folder}: labels must be there, and be from 0 to {facts.classes - 1}")
+    if len(labels) <= facts.validation_size:
+        raise SettingError(f"{folder}: {len(labels)} training images; more than {facts.validation_size} are needed")
     return images, labels, test_images, test_labels
 
 

@@ -1,4 +1,4 @@
-"""The two ways in which a command of linflab ends early."""
+"""The ways in which a command of linflab ends early."""
 
 
 class SettingError(ValueError):
@@ -7,3 +7,7 @@ class SettingError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training went wrong: the message names the step at which it did and what to change."""
+
+
+class Interrupted(RuntimeError):
+    """The user ended the work: the message says what is kept, and how to go on."""

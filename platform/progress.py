@@ -124,8 +124,8 @@ class SweepView(Callback):
             text = name in ("Setting", "State")
             table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
         # running ones first, then the best: where the screen ends, the worst are left out
-        ended = sum(state != "running" for _, _, state in self.rows.values())
-        for config, result, state in sorted(self.rows.values(), key=self._place):
+        ended = sum(state != "running" for _, _, state in list(self.rows.values()))
+        for config, result, state in sorted(list(self.rows.values()), key=self._place):
             table.add_row(
                 str(config["trial"]),
                 self._settings(config),

@@ -20,7 +20,8 @@ class PSchedule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: float = Field(8.0, ge=1, allow_inf_nan=False, description="p at the start")
-    end: float = Field(1000.0, ge=1, allow_inf_nan=False, description="p before it becomes inf")
+    # in float32 gradients err by about p 2^-24
+    end: float = Field(1000.0, ge=1, le=1e5, allow_inf_nan=False, description="p before it becomes inf")
     warmup_share: Share = Field(0.0, description="share of the training at p = start, before p grows")
     infinity_share: Share = Field(0.1, description="share of the training at p = inf, at the end")
 
@@ -40,7 +41,7 @@ class PSchedule(BaseModel):
         left, right = self.warmup_share, 1 - self.infinity_share
         if progress >= right:
             return 1.0
-        return max(0.0, progress - left) / (right - left)
+        return 0.0 if progress <= left else (progress - left) / (right - left)
 
     def at(self, progress: float) -> float:
         """p at this progress."""

@@ -6,16 +6,19 @@
 <storage>/reports/      tables
 """
 
+import sqlite3
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from linflab.platform.errors import SettingError
 
+ELSEWHERE = "give another folder with --storage, or in LINFLAB_STORAGE"
+
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage folder that can be written to."""
+    """A storage folder by its absolute path."""
 
     root: Path
 
@@ -24,34 +27,53 @@ class Storage:
         """The storage at this folder, made where it is missing.
 
         Raises:
-            SettingError: it can't be made or written to.
+            SettingError: it can't be made or written to, or what is there is no storage.
         """
-        root = root.expanduser().absolute()
+        storage = cls._at(root)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
+            for folder in (storage.root, storage.artifacts, storage.ray, storage.reports):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=storage.root):
                 pass
         except OSError as error:
-            raise SettingError(
-                f"storage={root}: can't be written to ({error.strerror}); give a folder that can with --storage, "
-                "or in LINFLAB_STORAGE"
-            ) from None
-        return cls(root)
+            raise SettingError(f"storage={storage.root}: can't be written to ({error}); {ELSEWHERE}") from None
+        if storage.database.exists():
+            storage._check_database()
+        return storage
 
     @classmethod
     def with_records(cls, root: Path) -> "Storage":
         """The storage at this folder, to read from.
 
         Raises:
-            SettingError: nothing has been recorded there.
+            SettingError: nothing has been recorded there, or what is there is no storage.
         """
-        storage = cls(root.expanduser().absolute())
-        if not storage.database.is_file():
-            raise SettingError(
-                f"storage={storage.root}: holds no records (there is no {storage.database.name}); give the folder of "
-                "your runs with --storage, or in LINFLAB_STORAGE"
-            )
+        storage = cls._at(root)
+        if not storage.database.exists():
+            raise SettingError(f"storage={storage.root}: holds no records (no {storage.database.name}); {ELSEWHERE}")
+        storage._check_database()
         return storage
+
+    @classmethod
+    def _at(cls, root: Path) -> "Storage":
+        if set("?%#") & set(str(root)):
+            raise SettingError(
+                f"storage={root}: must be a path without ?, % and #, which mean more in a database's URI"
+            )
+        try:
+            return cls(root.expanduser().absolute())
+        except RuntimeError as error:  # ~nobody
+            raise SettingError(f"storage={root}: {error}; {ELSEWHERE}") from None
+
+    def _check_database(self) -> None:
+        try:
+            with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as connection:
+                connection.execute("PRAGMA schema_version")
+            connection.close()
+        except sqlite3.Error as error:
+            raise SettingError(
+                f"storage={self.root}: {self.database.name} can't be read ({error}); {ELSEWHERE}"
+            ) from None
 
     @property
     def database(self) -> Path:
@@ -62,13 +84,13 @@ class Storage:
         return f"sqlite:///{self.database}"
 
     @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
     def ray(self) -> Path:
         return self.root / "ray"
 
     @property
     def reports(self) -> Path:
         return self.root / "reports"
-
-    @property
-    def artifacts(self) -> Path:
-        return self.root / "artifacts"

@@ -2,12 +2,14 @@
 
 import os
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import optuna
+import ray
 from mlflow.tracking import MlflowClient
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -19,7 +21,7 @@ from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import SettingError
 from linflab.platform.progress import SweepView
 from linflab.platform.storage import Storage
-from linflab.platform.tracking import Run
+from linflab.platform.tracking import Run, end_open_runs
 from linflab.platform.training import check_fits
 from linflab.platform.trial import run_trial, train_command
 from linflab.platform.workers import start_ray, summary, train_on_workers, worker_resources
@@ -28,6 +30,7 @@ from linflab.reports.records import sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
 
 METRIC = schema.BEST_VALIDATION_CERTIFIED
+FIXED = ("dataset", "eps", "evaluation", "compute")  # sections that a sweep can't vary
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ class SweepPlan:
 
     def experiment(self, point: Mapping[str, Any]) -> Experiment:
         """The experiment at a point of the space: settings by dotted path."""
-        return build_experiment(self.tree, {**dict(map(parse_override, self.overrides)), **point})
+        return build_experiment(self.tree, {**dict(map(parse_override, self._kept(point))), **point})
 
     def command(self, point: Mapping[str, Any]) -> str:
         """What repeats the trial at a point."""
-        chosen = {path: f"{path}={value}" for path, value in point.items()}
-        kept = [override for override in self.overrides if parse_override(override)[0] not in chosen]
-        return train_command(self.recipe, [*kept, *chosen.values()])
+        return train_command(self.recipe, [*self._kept(point), *(f"{path}={value}" for path, value in point.items())])
+
+    def _kept(self, point: Mapping[str, Any]) -> list[str]:
+        """The overrides but for those that the point replaces; the point's come after them."""
+        return [override for override in self.overrides if parse_override(override)[0] not in point]
 
 
 def plan_sweep(
@@ -81,15 +86,20 @@ def plan_sweep(
     except ValueError as error:
         raise SettingError(str(error)) from None
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, trials)
-    # at its first values the space must make a valid experiment, and so must each parameter at all its extremes
-    middle = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
+    dataset = load_dataset(base.dataset)
+    check_fits(base, dataset)
+    lows = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
     for path, distribution in space.parameters.items():
+        if path.split(".")[0] in FIXED:
+            raise SettingError(
+                f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
+            )
+        # a trial may still meet a combination that is refused: it fails, and the sweep goes on
         for value in distribution.extremes():
             try:
-                plan.experiment({**middle, path: value})
+                check_fits(plan.experiment({**lows, path: value}), dataset)
             except SettingError as error:
                 raise SettingError(f"space={space_name}: {error}") from None
-    check_fits(base, load_dataset(base.dataset))
     if (storage.ray / name).exists() or name in sweep_names(MlflowClient(storage.tracking_uri)):
         raise SettingError(f"name={name}: this sweep is already in {storage.root}; choose another name")
     return plan
@@ -100,52 +110,62 @@ def run_sweep(plan: SweepPlan, storage: Storage, console: Console) -> int:
 
     Raises:
         SettingError: the cluster is too small for a trial.
+        KeyboardInterrupt: the user ended the sweep; what had ended by then is recorded.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow records; no second log of every epoch
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be silent, as `verbose=0` asks
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     start_ray()
     resources = worker_resources(plan.base)
+    launch = uuid.uuid4().hex
     tags = {
         schema.KIND: "sweep",
         schema.SWEEP: plan.name,
+        schema.LAUNCH: launch,
         schema.RECIPE: plan.recipe,
         schema.SEARCHED: ",".join(plan.space.parameters),
         "mlflow.note.content": f"{plan.trials} trials over: {plan.space.description}",
     }
     with Run.start(storage, plan.base, plan.name, tags) as parent:
         view = SweepView(console, list(plan.space.parameters), plan.trials)
+        common = {"mlflow.parentRunId": parent.id, schema.LAUNCH: launch}
         try:
             with view:
-                results = _tuner(plan, storage, parent.id, resources, view).fit()
+                results = list(_tuner(plan, storage, common, resources, view).fit())
         finally:
-            _end_open_trials(storage, plan.name)
-        with_result = sum(
-            result.error is None and schema.TEST_CERTIFIED in (result.metrics or {}) for result in results
-        )
-        best = max(
-            (result.metrics for result in results if result.metrics and schema.TEST_CERTIFIED in result.metrics),
-            key=lambda metrics: metrics[METRIC],
-            default=None,
-        )
-        if best is not None:
+            end_open_runs(storage, launch, but=parent.id)
+        scored = [result for result in results if not result.error and schema.TEST_CERTIFIED in (result.metrics or {})]
+        if len(scored) + sum(result.error is not None for result in results) < plan.trials:
+            raise KeyboardInterrupt  # which Tune had taken, to stop
+        if scored:
+            best = max(scored, key=_place).metrics
             parent.log_metrics({name: best[name] for name in (METRIC, schema.TEST_CERTIFIED)})
-    return with_result
+    return len(scored)
+
+
+def _place(result: tune.Result) -> tuple[float, float, int]:
+    """Orders trials as the table does."""
+    return result.metrics[METRIC], result.metrics[schema.BEST_VALIDATION_CLEAN], -result.config["trial"]
 
 
 def _tuner(
-    plan: SweepPlan, storage: Storage, parent_id: str, resources: Mapping[str, float], view: SweepView
+    plan: SweepPlan, storage: Storage, tags: Mapping[str, str], resources: Mapping[str, float], view: SweepView
 ) -> tune.Tuner:
-    several = plan.base.compute.workers > 1  # their workers take the resources; the trial itself only waits for them
+    workers = plan.base.compute.workers
+    several = workers > 1  # their workers take the resources; the trial itself only waits for them
+    there = ray.cluster_resources()
+    at_once = int(min(there[name] // (workers * needed) for name, needed in resources.items()))
     trainable = tune.with_resources(
-        partial(_trial, plan=plan, storage=storage, parent_id=parent_id),
+        partial(_trial, plan=plan, storage=storage, common=dict(tags)),
         # whole CPUs would leave too few for the workers; one byte of memory is the least that Tune accepts
         {"memory": 1} if several else dict(resources),
     )
     search = OptunaSearch(partial(_suggest, plan.space), metric=METRIC, mode="max", seed=plan.base.seed % 2**32)
     return tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(search_alg=search, num_samples=plan.trials, reuse_actors=not several),
+        tune_config=tune.TuneConfig(
+            search_alg=search, num_samples=plan.trials, max_concurrent_trials=at_once, reuse_actors=not several
+        ),
         run_config=tune.RunConfig(name=plan.name, storage_path=str(storage.ray), verbose=0, callbacks=[view]),
     )
 
@@ -155,13 +175,12 @@ def _suggest(space: SearchSpace, trial: Any) -> dict[str, Any]:
     return {**space.suggest(trial), "trial": trial.number + 1}
 
 
-def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, parent_id: str) -> None:
+def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, common: Mapping[str, str]) -> None:
     number = config["trial"]
     point = {path: value for path, value in config.items() if path != "trial"}
-    experiment = plan.experiment(point)
     name = f"{plan.name}-{number}"
     tags = {
-        "mlflow.parentRunId": parent_id,
+        **common,
         schema.KIND: "trial",
         schema.SWEEP: plan.name,
         schema.TRIAL: str(number),
@@ -169,17 +188,13 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, parent_id:
         schema.COMMAND: plan.command(point),
         schema.SEARCHED: ",".join(point),
     }
+    try:
+        experiment = plan.experiment(point)
+    except SettingError:
+        with Run.start(storage, plan.base, name, tags, {**plan.base.settings(), **point}):
+            raise
     if experiment.compute.workers > 1:
         metrics = train_on_workers(experiment, storage, name, tags, callbacks=[TuneReportCallback()])
     else:
         metrics = run_trial(experiment, storage, name, tags, on_epoch=lambda report: tune.report(summary(report)))
     tune.report({"epoch": experiment.training.epochs, **metrics})
-
-
-def _end_open_trials(storage: Storage, sweep: str) -> None:
-    """Mark what still runs, by the record, as killed: its process is gone when the sweep has ended."""
-    client = MlflowClient(storage.tracking_uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"tags.`{schema.SWEEP}` = '{sweep}' AND tags.`{schema.KIND}` = 'trial' AND attributes.status = 'RUNNING'"
-    for run in client.search_runs(experiments, query):
-        client.set_terminated(run.info.run_id, "KILLED")

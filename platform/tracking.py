@@ -30,6 +30,8 @@ def mlflow_experiment(client: MlflowClient, storage: Storage, experiment: Experi
     """The id of MLflow's experiment for this setting (data set and eps), made where it is missing."""
     name = f"{experiment.dataset} eps {experiment.eps:g}"
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":  # in the UI, say; new runs bring it back
+        client.restore_experiment(found.experiment_id)
     if found is None:
         try:
             return client.create_experiment(name, artifact_location=storage.artifacts.as_uri())
@@ -48,8 +50,15 @@ class Run:
         self.id = run_id
 
     @classmethod
-    def start(cls, storage: Storage, experiment: Experiment, name: str, tags: Mapping[str, str]) -> Self:
-        """A new run of this name with the experiment's settings as parameters."""
+    def start(
+        cls,
+        storage: Storage,
+        experiment: Experiment,
+        name: str,
+        tags: Mapping[str, str],
+        settings: Mapping[str, object] | None = None,
+    ) -> Self:
+        """A new run of this name with the experiment's settings as parameters, or other ones if they are given."""
         client = MlflowClient(storage.tracking_uri)
         everywhere = {
             "mlflow.runName": name,
@@ -60,9 +69,13 @@ class Run:
         }
         run = client.create_run(mlflow_experiment(client, storage, experiment), tags={**everywhere, **tags})
         self = cls(client, run.info.run_id)
-        params = [Param(path, str(value)) for path, value in experiment.settings().items()]
-        client.log_batch(self.id, params=params, synchronous=True)
-        client.log_text(self.id, experiment.to_yaml(), schema.EXPERIMENT_FILE)
+        params = [Param(path, str(value)) for path, value in (settings or experiment.settings()).items()]
+        try:
+            client.log_batch(self.id, params=params, synchronous=True)
+            client.log_text(self.id, experiment.to_yaml(), schema.EXPERIMENT_FILE)
+        except BaseException:
+            client.set_terminated(self.id, "FAILED")
+            raise
         return self
 
     def log_epoch(self, report: EpochReport) -> None:
@@ -107,9 +120,21 @@ class Run:
         if kind is None:
             self.client.set_terminated(self.id, "FINISHED")
             return
-        interrupted = issubclass(kind, KeyboardInterrupt | SystemExit)
+        if issubclass(kind, KeyboardInterrupt | SystemExit):
+            self.client.set_terminated(self.id, "KILLED")
+            return
         self.log_tags({schema.FAILURE: f"{kind.__name__}: {' '.join(str(error).split())}"[:5000]})
-        self.client.set_terminated(self.id, "KILLED" if interrupted else "FAILED")
+        self.client.set_terminated(self.id, "FAILED")
+
+
+def end_open_runs(storage: Storage, launch: str, but: str = "") -> None:
+    """Mark what still runs by the record, of one launch, `but` one run, as killed: for when its processes are gone."""
+    client = MlflowClient(storage.tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.`{schema.LAUNCH}` = '{launch}' AND attributes.status = 'RUNNING'"
+    for run in client.search_runs(experiments, query):
+        if run.info.run_id != but:
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:

@@ -61,18 +61,16 @@ class _Loss(nn.Module):
 
 
 def check_fits(experiment: Experiment, dataset: Dataset) -> None:
-    """Check what the settings ask of data and machine.
+    """Check what the settings ask of the data.
 
     Raises:
-        SettingError: a batch is larger than the training set, or there is no CUDA device where one is asked for.
+        SettingError: a batch is larger than the training set.
     """
     if experiment.training.batch_size > len(dataset.train):
         raise SettingError(
             f"training.batch_size={experiment.training.batch_size}: {dataset.name} has {len(dataset.train)} "
             "training images; a batch can hold no more"
         )
-    if experiment.compute.device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("compute.device=cuda: there is no CUDA device here; cpu or auto will do")
 
 
 def fit(
@@ -97,7 +95,7 @@ def fit(
     torch.manual_seed(experiment.seed)
 
     facts, device = dataset.facts, dataset.train.images.device
-    network = experiment.model.build(dataset.input_shape, facts.classes, facts.mean, facts.std)
+    network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
     objective = experiment.objective.build(network.lipschitz_constant)
     loss_of = _Loss(network, objective).to(device)
     optimizer = torch.optim.Adam(

@@ -1,5 +1,6 @@
 """One trial from its settings to its record: train, score the kept network on the test set once, record both."""
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from linflab.models.networks.cost import count_flops, count_parameters
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import load_dataset
+from linflab.platform.errors import SettingError
 from linflab.platform.evaluation import evaluate
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run
@@ -20,6 +22,19 @@ from linflab.reports import schema
 def train_command(recipe: str, overrides: Sequence[str]) -> str:
     """The command that trains a recipe with these overrides."""
     return shlex.join(["linflab", "train", recipe, *overrides])
+
+
+def check_machine(experiment: Experiment) -> None:
+    """Check that this process can train the experiment alone.
+
+    Raises:
+        SettingError: this machine has fewer CPUs, or no CUDA device where one is asked for.
+    """
+    cpus = os.cpu_count() or 1
+    if experiment.compute.cpus_per_worker > cpus:
+        raise SettingError(f"compute.cpus_per_worker={experiment.compute.cpus_per_worker}: this machine has {cpus}")
+    if experiment.compute.device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("compute.device=cuda: there is no CUDA device here; cpu or auto will do")
 
 
 def device_of(experiment: Experiment) -> torch.device:
@@ -42,9 +57,8 @@ def run_trial(
 
     Of several workers, each calls this; the first records, scores and returns the metrics, the others return {}.
     """
-    dataset = load_dataset(experiment.dataset).to(device_of(experiment))
     if dist.is_initialized() and dist.get_rank() > 0:
-        fit(experiment, dataset, on_epoch)
+        fit(experiment, load_dataset(experiment.dataset).to(device_of(experiment)), on_epoch)
         return {}
     with Run.start(storage, experiment, name, tags) as run:
 
@@ -52,6 +66,7 @@ def run_trial(
             run.log_epoch(report)
             on_epoch(report)
 
+        dataset = load_dataset(experiment.dataset).to(device_of(experiment))
         start = time.perf_counter()
         trained = fit(experiment, dataset, record, on_step)
         seconds = time.perf_counter() - start
@@ -68,7 +83,7 @@ def run_trial(
             schema.TEST_ROBUST: test.robust,
             schema.TEST_CERTIFIED: test.certified,
             schema.TEST_BROKEN: test.certified_but_broken,
-            schema.FLOPS: count_flops(trained.network, dataset.input_shape),
+            schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
             schema.PARAMETERS: count_parameters(trained.network),
             schema.TRAIN_SECONDS: seconds,
         }

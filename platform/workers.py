@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from linflab.platform.config import Experiment
+from linflab.platform.datasets import data_folder
 from linflab.platform.errors import SettingError, TrainingError
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, StepReport
@@ -26,6 +27,7 @@ def start_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine for the life of this process."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ["LINFLAB_DATA"] = str(data_folder())  # absolute: Ray's workers run in folders of their own
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
             configure_logging=True,
@@ -56,7 +58,10 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
     if not uses_gpus(experiment):
         return {"CPU": cpus}
     if workers > there.get("GPU", 0):
-        raise SettingError(f"compute.workers={workers}: need a GPU each; there are {there.get('GPU', 0):g}")
+        raise SettingError(
+            f"compute.workers={workers}: need a GPU each; there are {there.get('GPU', 0):g}; "
+            "compute.device=cpu trains without"
+        )
     return {"CPU": cpus, "GPU": 1}
 
 

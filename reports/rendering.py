@@ -7,6 +7,7 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TerminalTable
+from rich.text import Text
 
 from linflab.reports.tables import METHOD, NUMBER, Table
 
@@ -21,7 +22,7 @@ def to_markdown(table: Table) -> str:
         index=False, disable_numparse=True, colalign=["right" if right else "left" for right in numeric]
     )
     notes = "\n".join(f"- {note}" for note in table.notes)
-    commands = "\n".join(f"{number}. `{command}`" for number, command in sorted(table.commands))
+    commands = "\n".join(f"- #{number}: `{command}`" for number, command in sorted(table.commands))
     return f"## {table.title}\n\n{aligned}\n\n{notes}\n\nEach row again, by its number:\n\n{commands}\n"
 
 
@@ -54,16 +55,16 @@ def print_table(table: Table, console: Console) -> None:
     title = table.title
     if rows[METHOD].nunique() == 1:  # then it need not take width from every row
         title, rows = f"{title}, {rows[METHOD].iloc[0]}", rows.drop(columns=METHOD)
-    shown = TerminalTable(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    shown = TerminalTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     for name, dtype in rows.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
         shown.add_column(str(name).replace(" ", "\n"), justify="right" if right else "left", no_wrap=right)
     for _, row in _texts(rows).iterrows():
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console.print(shown, soft_wrap=False)
     console.print()
     for note in table.notes:
-        console.print(note, style="dim", soft_wrap=False)
+        console.print(Text(note), style="dim", soft_wrap=False)
 
 
 def write_table(table: Table, folder: Path, name: str) -> list[Path]:

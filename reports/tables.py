@@ -130,6 +130,6 @@ def _flops(count: float) -> str | None:
     if pd.isna(count):
         return None
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # what rounds to 1000K is 1M
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"

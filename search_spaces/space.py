@@ -137,21 +137,21 @@ def load_space(name: str) -> SearchSpace:
     Raises:
         ValueError: no such space, or what is in the file is not one; says which entry is wrong.
     """
-    return _load(name, FOLDER, ())
+    return _load(name, Path(), ())
 
 
-def _load(name: str, folder: Path, including: tuple[str, ...]) -> SearchSpace:
-    if name in including:
-        raise ValueError(f"space={including[0]}: includes itself by way of {' -> '.join([*including, name])}")
+def _load(name: str, folder: Path, including: tuple[Path, ...]) -> SearchSpace:
     own = name.endswith((".yaml", ".yml"))
-    path = folder / name if own and including else Path(name) if own else FOLDER / f"{name}.yaml"
+    path = (folder / name if own else FOLDER / f"{name}.yaml").resolve()
+    if path in including:
+        raise ValueError(f"space={name}: includes itself by way of {' -> '.join(other.name for other in including)}")
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"space={name}: unknown; must be one of {', '.join(space_names())}, or the path of a YAML file"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"space={name}: can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, Mapping):
         raise ValueError(f"space={name}: must be a YAML mapping with description and parameters")
@@ -163,7 +163,7 @@ def _load(name: str, folder: Path, including: tuple[str, ...]) -> SearchSpace:
         raise ValueError(f"space={name}: {place}: {complaint['msg']} (got {complaint['input']})") from None
     parameters: dict[str, Any] = {}
     for other in space.include:
-        parameters |= _load(other, path.parent, (*including, name)).parameters
+        parameters |= _load(other, path.parent, (*including, path)).parameters
     parameters |= space.parameters
     if not parameters:
         raise ValueError(f"space={name}: has no parameters, so there is nothing to search")

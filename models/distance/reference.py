@@ -6,7 +6,7 @@
 
 Both powers are taken of ratios in [0, 1] (the largest term is divided out), so no p overflows; a ratio that underflows
 is a term too small to count. At p = inf the gradient is sign(d) at the first largest term: a subgradient also at ties.
-Work goes in tiles of at most TILE terms, so that no tensor of size B x O x I exists.
+Work goes in tiles, so that no tensor of size B x O x I exists.
 """
 
 import math
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Terms |x_i - w_i| held at a time: in float32 about the size of a core's level-2 cache, so that all passes stay in it.
-TILE = 2**17
+# Terms |x_i - w_i| held at a time. On a CPU a tile is about the size of a core's level-2 cache, so that all passes over
+# it stay there; elsewhere it is as large as keeps the device busy, a quarter of a GiB in float32.
+TILE, TILE_ELSEWHERE = 2**17, 2**26
 
 
 def lp_distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
@@ -30,17 +31,19 @@ def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[
     """See `linflab.models.distance.linf_distance_bounds`, which also checks the arguments."""
     low = lower.new_empty(lower.shape[0], weight.shape[0])
     high = torch.empty_like(low)
-    for rows, outs in _tiles(len(lower), len(weight), lower.shape[1]):
+    for rows, outs in _tiles(lower, weight):
         below, above = lower[rows, None, :] - weight[None, outs, :], upper[rows, None, :] - weight[None, outs, :]
         high[rows, outs] = torch.maximum(above, -below).amax(dim=2)
         low[rows, outs] = torch.maximum(below, -above).amax(dim=2).clamp_min_(0)
     return low, high
 
 
-def _tiles(batch: int, outputs: int, inputs: int) -> Iterator[tuple[slice, slice]]:
-    """Pairs of a slice of samples and a slice of outputs that cover (B, O), each with at most TILE terms if it can."""
-    rows = max(1, min(batch, TILE // inputs))
-    columns = max(1, min(outputs, TILE // (rows * inputs)))
+def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Pairs of a slice of samples and a slice of outputs that cover (B, O); a tile has one row of I terms at least."""
+    (batch, inputs), outputs = x.shape, weight.shape[0]
+    terms = TILE if x.device.type == "cpu" else TILE_ELSEWHERE
+    rows = max(1, min(batch, terms // inputs))
+    columns = max(1, min(outputs, terms // (rows * inputs)))
     for row in range(0, batch, rows):
         for column in range(0, outputs, columns):
             yield slice(row, row + rows), slice(column, column + columns)
@@ -50,7 +53,7 @@ class _LpDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, p: float) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
-        for rows, outs in _tiles(len(x), len(weight), x.shape[1]):
+        for rows, outs in _tiles(x, weight):
             d = (x[rows, None, :] - weight[None, outs, :]).abs_()
             largest = d.amax(dim=2, keepdim=True)
             if math.isinf(p):
@@ -68,7 +71,7 @@ class _LpDistance(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         p: float = ctx.p
         grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        for rows, outs in _tiles(len(x), len(weight), x.shape[1]):
+        for rows, outs in _tiles(x, weight):
             d = x[rows, None, :] - weight[None, outs, :]
             if math.isinf(p):
                 first = d.abs().argmax(dim=2, keepdim=True)

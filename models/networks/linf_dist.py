@@ -18,8 +18,8 @@ class LinfDistMLPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["linf_dist_mlp"] = "linf_dist_mlp"
-    depth: int = Field(5, ge=1, description="distance layers, the last one included")
-    width: int = Field(5120, ge=1, description="neurons of every layer but the last")
+    depth: int = Field(5, ge=1, le=1000, description="distance layers, the last one included")
+    width: int = Field(5120, ge=1, le=1_000_000, description="neurons of every layer but the last")
     initialization: Literal["normal", "identity"] = Field(
         "identity", description="N(0, 1) weights; identity also passes the input through the layers that can"
     )

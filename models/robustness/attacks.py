@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linflab.models.robustness.objectives import wrong_class_margins
+from linflab.models.robustness.objectives import margin
 
 
 class PGDConfig(BaseModel):
@@ -36,7 +36,7 @@ def pgd(
         generator: the source of the random starts, on the CPU, so that every device draws the same.
 
     Returns:
-        (B) bool: True where the prediction was right and stayed right at every point visited.
+        (B) bool: True where the right class won at every point visited, the image itself included; a tie is no win.
 
     Raises:
         ValueError: the network is in training mode, where outputs depend on the batch.
@@ -44,7 +44,7 @@ def pgd(
     if network.training:
         raise ValueError("attacks need the network in evaluation mode: call network.eval() first")
     with torch.no_grad():
-        robust = network(images).argmax(dim=1) == labels
+        robust = margin(network(images), labels) > 0
     for restart in range(config.restarts):
         alive = robust.nonzero()[:, 0]
         if len(alive) == 0:
@@ -57,13 +57,13 @@ def pgd(
         for step in range(config.steps + 1):
             attacked = attacked.detach().requires_grad_()
             logits = network(attacked)
-            broken |= logits.detach().argmax(dim=1) != target
+            broken |= margin(logits.detach(), target) <= 0
             if step == config.steps or bool(broken.all()):
                 break
             if restart % 2 == 0:
                 gain = functional.cross_entropy(logits, target, reduction="sum")
             else:
-                gain = wrong_class_margins(logits, target).amax(dim=1).sum()
+                gain = -margin(logits, target).sum()
             (gradient,) = torch.autograd.grad(gain, attacked)
             attacked = attacked.detach() + config.step_size * eps * gradient.sign()
             attacked = torch.clamp(attacked, min=low, max=high)

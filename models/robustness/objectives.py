@@ -21,6 +21,11 @@ def wrong_class_margins(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits - logits.gather(1, index)).scatter(1, index, -torch.inf)
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - max_{j != y} z_j (B): positive where the right class wins, and wins alone."""
+    return -wrong_class_margins(logits, labels).amax(dim=1)
+
+
 class HingeConfig(BaseModel):
     """Settings of `Hinge`; the defaults are those of the paper's CIFAR-10 and MNIST nets but for theta."""
 
@@ -78,8 +83,7 @@ class ClippedHingeCrossEntropy(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, logits: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
-        worst = wrong_class_margins(logits, labels).amax(dim=1)
-        hinge = torch.clamp((worst + self.threshold) / self.threshold, 0, 1).mean()
+        hinge = torch.clamp((self.threshold - margin(logits, labels)) / self.threshold, 0, 1).mean()
         return hinge + cross_entropy_weight * functional.cross_entropy(self.scale * logits, labels)
 
 

@@ -1,6 +1,11 @@
-"""The l_p-distance operator against its definition in float64 numpy, and its gradients against finite differences."""
+"""The l_p-distance operator against its definition in float64 numpy: every implementation that this machine can run."""
 
+import importlib
 import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,11 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linflab.models.distance import lp_distance, reference
+from linflab.models.distance import cpu, linf_distance_bounds, lp_distance, reference
 
 EXPONENTS = st.one_of(
     st.sampled_from([1.0, 2.0, 8.0, 9.7, 100.5, 1000.0, 2000.0, math.inf]), st.floats(min_value=1, max_value=2000)
 )
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+IMPLEMENTATIONS = ["reference", *cpu.MODULES.get(CAPABILITY, ("portable",))]
+everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Makes lp_distance use one implementation, for float32 on the CPU."""
+    before = cpu.KERNELS
+    compiled = implementation != "reference"
+    cpu.KERNELS = importlib.import_module(f"linflab.models.distance._kernels_{implementation}") if compiled else None
+    try:
+        yield
+    finally:
+        cpu.KERNELS = before
 
 
 def by_definition(x: np.ndarray, weight: np.ndarray, p: float) -> np.ndarray:
@@ -49,19 +70,24 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float]:
     return torch.from_numpy(scale * x).float(), torch.from_numpy(scale * weight).float(), draw(EXPONENTS)
 
 
-@given(operands())
-def test_values(case: tuple[torch.Tensor, torch.Tensor, float]) -> None:
+@everywhere
+@given(case=operands())
+def test_values(implementation: str, case: tuple[torch.Tensor, torch.Tensor, float]) -> None:
     x, weight, p = case
-    assert relative_error(lp_distance(x, weight, p), by_definition(x.numpy(), weight.numpy(), p)) < 1e-5
+    with using(implementation):
+        y = lp_distance(x, weight, p)
+    assert relative_error(y, by_definition(x.numpy(), weight.numpy(), p)) < 1e-5
 
 
-@given(operands(), st.integers(0, 2**32 - 1))
-def test_gradients(case: tuple[torch.Tensor, torch.Tensor, float], seed: int) -> None:
+@everywhere
+@given(case=operands(), seed=st.integers(0, 2**32 - 1))
+def test_gradients(implementation: str, case: tuple[torch.Tensor, torch.Tensor, float], seed: int) -> None:
     x, weight, p = case
     upstream = np.random.default_rng(seed).normal(size=(len(x), len(weight)))
     x.requires_grad_()
     weight.requires_grad_()
-    lp_distance(x, weight, p).backward(torch.from_numpy(upstream).float())
+    with using(implementation):
+        lp_distance(x, weight, p).backward(torch.from_numpy(upstream).float())
     assert x.grad is not None and weight.grad is not None
     values = x.detach().numpy(), weight.detach().numpy()
     if math.isinf(p):
@@ -88,28 +114,113 @@ def test_gradients_are_derivatives(p: float) -> None:
     assert torch.autograd.gradcheck(lambda x, weight: lp_distance(x, weight, p), (x, weight))
 
 
-def test_gradient_at_a_tie_belongs_to_one_term() -> None:
-    x = torch.tensor([[1.0, -1.0, 0.5]], requires_grad=True)
-    lp_distance(x, torch.zeros(1, 3), math.inf).sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [[1.0, 0.0, 0.0]]
+@everywhere
+@pytest.mark.parametrize("inputs", [3, 40, 300])
+def test_gradient_at_a_tie_belongs_to_the_first_term(implementation: str, inputs: int) -> None:
+    x = torch.linspace(-0.5, 0.5, inputs)[None].repeat(5, 1)
+    expected = torch.zeros(5, inputs)
+    for row, (one, other) in enumerate([(0, 1), (0, inputs - 1), (1, 2), (inputs - 2, inputs - 1), (inputs // 2, 2)]):
+        x[row, one], x[row, other] = 1.0, -1.0
+        expected[row, min(one, other)] = x[row, min(one, other)]
+    x.requires_grad_()
+    with using(implementation):
+        lp_distance(x, torch.zeros(1, inputs), math.inf).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, expected)
 
 
-@pytest.mark.parametrize("p", [1.0, 8.0, 1000.0, math.inf])
-def test_gradient_is_zero_where_input_equals_weight(p: float) -> None:
+@everywhere
+@pytest.mark.parametrize("p", [1.0, 1.5, 8.0, 9.7, 1000.0, math.inf])
+def test_gradient_is_zero_where_input_equals_weight(implementation: str, p: float) -> None:
     x = torch.randn(2, 6).requires_grad_()
-    y = lp_distance(x, x.detach().clone()[:1].expand(3, 6).contiguous(), p)
-    y[0].sum().backward()
+    with using(implementation):
+        y = lp_distance(x, x.detach().clone()[:1].expand(3, 6).contiguous(), p)
+        y[0].sum().backward()
     assert y[0].tolist() == [0.0, 0.0, 0.0]
     assert x.grad is not None and x.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("p", [1.0, 8.0, 1000.0, math.inf])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_non_finite_input_gives_non_finite_output(p: float, bad: float) -> None:
-    x = torch.randn(2, 6)
+@everywhere
+def test_non_finite_input_gives_non_finite_output(implementation: str, p: float, bad: float) -> None:
+    x = torch.randn(2, 60)
     x[0, 3] = bad
-    y = lp_distance(x, torch.randn(3, 6), p)
+    x.requires_grad_()
+    with using(implementation):
+        y = lp_distance(x, torch.randn(3, 60), p)
+        y.sum().backward()  # whatever it gives, it ends
     assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("p", [1.0, 8.0, 9.7, 48.0, 100.5, 1000.0, math.inf])
+@pytest.mark.parametrize("shape", [(33, 70, 1100), (300, 5, 800)])
+def test_same_bits_on_any_number_of_threads(p: float, shape: tuple[int, int, int]) -> None:
+    batch, outputs, inputs = shape
+    torch.manual_seed(0)
+    x, weight, upstream = torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(batch, outputs)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            y = lp_distance(a, b, p)
+            results.append((y, *torch.autograd.grad(y, (a, b), upstream)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(results[0] * 2, results[1] + results[2], strict=True):
+        assert torch.equal(one, other)
+
+
+@everywhere
+@given(case=operands(), radius=st.floats(0, 3))
+def test_bounds_are_the_exact_range(
+    implementation: str, case: tuple[torch.Tensor, torch.Tensor, float], radius: float
+) -> None:
+    x, weight, _ = case
+    reach = radius * x.abs().amax() * torch.rand_like(x)
+    lower, upper = x - reach, x + reach
+    with using(implementation):
+        low, high = linf_distance_bounds(lower, upper, weight)
+    # both ends are taken on by points of the box: the nearest to the weight, and in each coordinate the farthest
+    d = np.stack(
+        [
+            np.subtract.outer(weight.numpy()[:, i], corner.numpy()[:, i])
+            for corner in (lower, upper)
+            for i in range(x.shape[1])
+        ]
+    ).reshape(2, x.shape[1], len(weight), len(x))
+    farthest = np.abs(d).max(axis=(0, 1)).T
+    nearest = np.where((d[0] >= 0) & (d[1] <= 0), 0, np.abs(d).min(axis=0)).max(axis=0).T
+    np.testing.assert_array_equal(high.numpy(), farthest)
+    np.testing.assert_array_equal(low.numpy(), nearest)
+
+
+def test_operators_keep_the_rules_of_torch_library() -> None:
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    for p in (8.0, 9.7, math.inf):
+        torch.library.opcheck(torch.ops.linflab.lp_distance.default, (x, weight, p))
+    box = (x.detach(), x.detach() + 1, weight.detach())
+    torch.library.opcheck(torch.ops.linflab.linf_distance_bounds.default, box)
+
+
+def test_without_a_compiled_module() -> None:
+    """One warning that says how to get the fast path; everything works."""
+    code = """
+import sys, warnings
+for isa in ("avx512", "avx2", "portable"):
+    sys.modules[f"linflab.models.distance._kernels_{isa}"] = None  # an import of it now fails
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from linflab.models.distance import lp_distance
+    for _ in range(2):
+        assert lp_distance(torch.zeros(1, 2), torch.ones(1, 2), 1.0).item() == 2
+print([str(warning.message) for warning in caught if "C++" in str(warning.message)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pip install --force-reinstall") == 1
 
 
 @pytest.mark.parametrize("p", [8.0, math.inf])
@@ -124,12 +235,15 @@ def test_work_goes_in_tiles(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
                     Largest.numel = max(Largest.numel, tensor.numel())
             return result
 
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(reference.lp_distance(x, weight, p).sum(), (x, weight))
+
     torch.manual_seed(0)
     x, weight = torch.randn(33, 20).requires_grad_(), torch.randn(41, 20).requires_grad_()
-    whole = torch.autograd.grad(lp_distance(x, weight, p).sum(), (x, weight))
+    whole = gradients()
     monkeypatch.setattr(reference, "TILE", 1500)  # of 33 * 41 * 20 = 27060 terms, and of 1353 outputs
     with Largest():
-        tiled = torch.autograd.grad(lp_distance(x, weight, p).sum(), (x, weight))
+        tiled = gradients()
     assert Largest.numel <= 1500
     for one, other in zip(whole, tiled, strict=True):
         torch.testing.assert_close(one, other)

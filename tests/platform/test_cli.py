@@ -51,13 +51,23 @@ def test_missing_data_without_network(linflab: Command, tmp_path: Path) -> None:
         **OFFLINE,
     )
     refused(done, "dataset=fashion_mnist", str(tmp_path / "data" / "fashion_mnist"), "LINFLAB_DATA")
-    assert not any((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("command", [["train", RECIPE], ["sweep", RECIPE, "demo"]])
 def test_unwritable_storage(linflab: Command, tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "file").touch()  # a file where a folder is needed: not even root can write below it
     refused(linflab(*command, "--storage", str(tmp_path / "file" / "runs")), str(tmp_path / "file"), "--storage")
+
+
+@pytest.mark.parametrize("storage", ["q?x", "p%41x", "garbage", "folder"])
+def test_storage_that_is_none(linflab: Command, tmp_path: Path, storage: str) -> None:
+    if storage in ("garbage", "folder"):
+        (tmp_path / storage).mkdir()
+        database = tmp_path / storage / "mlflow.db"
+        database.write_bytes(b"no database" * 100) if storage == "garbage" else database.mkdir()
+    for command in (["train", RECIPE], ["report", "sweep", "any"]):
+        refused(linflab(*command, "--storage", str(tmp_path / storage)), storage)
 
 
 def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> None:
@@ -74,13 +84,20 @@ def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> 
         (["demoo"], "space=demoo"),
         (["demo", "--trials", "0"], "trials=0"),
         (["demo", "--name", "it's"], "name=it's"),
-        (["SPACE"], "model.depht"),
+        (["SPACE", "model.depht"], "model.depht"),
+        (["SPACE", "training.batch_size"], "training.batch_size=5000"),
+        (["SPACE", "eps"], "eps can't be searched"),
+        (["SPACE", "compute.workers"], "compute.workers can't be searched"),
     ],
 )
 def test_wrong_sweeps(linflab: Command, tmp_path: Path, arguments: list[str], says: str) -> None:
-    space = tmp_path / "space.yaml"
-    space.write_text("description: typo\nparameters:\n  model.depht: {distribution: integer, low: 2, high: 3}\n")
-    typed = [str(space) if argument == "SPACE" else argument for argument in arguments]
+    typed = arguments
+    if arguments[0] == "SPACE":
+        space = tmp_path / "space.yaml"
+        space.write_text(
+            f"description: x\nparameters:\n  {arguments[1]}: {{distribution: integer, low: 1, high: 5000}}\n"
+        )
+        typed = [str(space)]
     refused(linflab("sweep", RECIPE, *typed, "--storage", str(tmp_path / "runs")), says)
 
 

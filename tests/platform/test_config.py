@@ -55,6 +55,10 @@ def test_recipe_by_path(tmp_path: Path) -> None:
         ("compute.workers=3", ["training.batch_size=32", "compute.workers=3"]),
         ("model.width", ["model.width", "key=value"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate=-1", "greater than 0"]),
+        ("model.width=true", ["model.width=true", "true or false"]),
+        ("eps=yes", ["eps=true"]),
+        ("training=5", ["training=5"]),
+        ("model=3", ["model=3"]),
         ("seed=abc", ["seed=abc", "integer"]),
     ],
 )
@@ -72,7 +76,7 @@ def test_unknown_recipe() -> None:
         load_experiment(RECIPE.replace("linf", "lin"))
 
 
-@pytest.mark.parametrize("text", ["- a list\n", "a: [\n", "\0"])
+@pytest.mark.parametrize("text", ["- a list\n", "a: [\n", "\0", "eps: 2020-13-45\n", "a: &a [*a]\nb: &b {c: *b}\n"])
 def test_recipe_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(SettingError, match="YAML"):

@@ -15,9 +15,9 @@ def prepared(folder: Path, images: int = 6000, **replaced: np.ndarray) -> None:
     """A folder in prepared form, filled with noise."""
     generator = np.random.RandomState(0)
     arrays = {
-        "train_images": generator.randint(0, 256, (images, 1, 4, 4), np.uint8),
+        "train_images": generator.randint(0, 256, (images, 1, 28, 28), np.uint8),
         "train_labels": generator.randint(0, 10, images, np.uint8),
-        "test_images": generator.randint(0, 256, (50, 1, 4, 4), np.uint8),
+        "test_images": generator.randint(0, 256, (50, 1, 28, 28), np.uint8),
         "test_labels": generator.randint(0, 10, 50, np.uint8),
     }
     folder.mkdir(parents=True)
@@ -27,7 +27,7 @@ def prepared(folder: Path, images: int = 6000, **replaced: np.ndarray) -> None:
 
 def test_digits() -> None:
     data = load_dataset("digits")
-    assert data.input_shape == (1, 8, 8)
+    assert data.train.images.shape[1:] == data.facts.input_shape == (1, 8, 8)
     assert (len(data.train), len(data.validation), len(data.test)) == (1200, 237, 360)
     images, labels = data.train.batch(torch.arange(len(data.train)))
     assert images.dtype == torch.float32 and images.min() == 0 and images.max() == 1
@@ -54,7 +54,11 @@ def test_prepared_files_are_mapped_not_read(tmp_path: Path, monkeypatch: pytest.
     prepared(tmp_path / "fashion_mnist")
     data = load_dataset("fashion_mnist")
     assert (len(data.train), len(data.validation), len(data.test)) == (1000, 5000, 50)
-    assert str(tmp_path / "fashion_mnist" / "train_images.npy") in Path("/proc/self/maps").read_text()
+    # what another process writes to the file is seen: it has not been read into memory
+    on_disk = np.load(tmp_path / "fashion_mnist" / "train_images.npy", mmap_mode="r+")
+    on_disk[0] = 77
+    on_disk.flush()
+    assert (data.train.images[0] == 77).all()
     images, labels = data.test.batch(torch.tensor([3, 1]))
     stored = np.load(tmp_path / "fashion_mnist" / "test_images.npy")
     np.testing.assert_allclose(images.numpy(), stored[[3, 1]] / 255.0, rtol=1e-6)
@@ -65,8 +69,11 @@ def test_prepared_files_are_mapped_not_read(tmp_path: Path, monkeypatch: pytest.
     ("file", "array", "says"),
     [
         ("train_labels", np.zeros(5999, np.uint8), "6000 images but 5999 labels"),
-        ("test_images", np.zeros((50, 1, 4, 4), np.float32), "float32"),
+        ("test_images", np.zeros((50, 1, 28, 28), np.float32), "float32"),
         ("test_labels", np.zeros((50, 1), np.uint8), "dimensions"),
+        ("test_labels", np.full(50, 10, np.uint8), "from 0 to 9"),
+        ("test_images", np.zeros((50, 1, 32, 32), np.uint8), "should be"),
+        ("test_images", np.zeros((50, 3, 28, 28), np.uint8), "should be"),
     ],
 )
 def test_wrong_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, array: np.ndarray, says: str) -> None:

@@ -16,7 +16,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from linflab.platform.config import build_experiment
-from linflab.platform.datasets import load_dataset
+from linflab.platform.datasets import data_folder, load_dataset
 from linflab.platform.evaluation import evaluate
 from linflab.platform.storage import Storage
 from linflab.reports import schema
@@ -98,25 +98,33 @@ def test_name_is_taken(finished_sweep: FinishedSweep, linflab: Command) -> None:
     assert done.returncode == 2 and "choose another name" in done.stderr
 
 
-def test_sweep_goes_on_past_a_failing_trial(tmp_path: Path, linflab: Command) -> None:
+def test_sweep_goes_on_past_failing_trials(tmp_path: Path, linflab: Command) -> None:
+    """Some learning rates diverge; and two shares, each fine alone, together leave no room for p to grow."""
     space = tmp_path / "space.yaml"
     space.write_text(
-        "description: a learning rate that works and one that does not\nparameters:\n"
+        "description: what can go wrong\nparameters:\n"
         "  optimizer.learning_rate: {distribution: categorical, choices: [0.1, 1.0e+30]}\n"
+        "  p_schedule.warmup_share: {distribution: categorical, choices: [0.1, 0.8]}\n"
+        "  p_schedule.infinity_share: {distribution: categorical, choices: [0.1, 0.7]}\n"
     )
     done = linflab(
-        "sweep", RECIPE, str(space), *QUICK, "seed=1", "--trials", "6", "--name", "some", "--storage", str(tmp_path)
-    )
+        "sweep", RECIPE, str(space), *QUICK, "training.epochs=1", "--trials", "9", "--name", "some",
+        "--storage", str(tmp_path),
+    )  # fmt: skip
     trials = read_trials(Storage(tmp_path).tracking_uri, "some")
-    failed = trials[trials["optimizer.learning_rate"] == "1e+30"]
-    assert len(trials) == 6 and 0 < len(failed) < 6  # the seed draws both
-    assert set(failed["status"]) == {"FAILED"} and failed[schema.FAILURE].str.contains("learning_rate").all()
-    rest = trials.drop(failed.index)
-    assert set(rest["status"]) == {"FINISHED"} and rest[schema.TEST_CERTIFIED].notna().all()
-    assert done.returncode == 1 and f"{len(failed)} of 6 trials have no result" in done.stderr
+    refused = trials["p_schedule.warmup_share"].eq("0.8") & trials["p_schedule.infinity_share"].eq("0.7")
+    diverged = trials["optimizer.learning_rate"].eq("1e+30") & ~refused
+    fine = trials[~refused & ~diverged]
+    assert len(trials) == 9 and refused.any() and diverged.any() and len(fine)  # the seed draws all three
+    assert trials[refused][schema.FAILURE].str.contains("SettingError: p_schedule").all()
+    assert trials[diverged][schema.FAILURE].str.contains("TrainingError: the loss became .*learning_rate").all()
+    assert set(trials[refused | diverged]["status"]) == {"FAILED"}
+    assert set(fine["status"]) == {"FINISHED"} and fine[schema.TEST_CERTIFIED].notna().all()
+    failed = 9 - len(fine)
+    assert done.returncode == 1 and f"{failed} of 9 trials have no result" in done.stderr
     table = (tmp_path / "reports" / "some.md").read_text()
-    assert table.count("| - ") >= len(failed)  # dashes, not zeros
-    assert "has no result (failed): TrainingError" in table
+    assert table.count("| - ") >= failed  # dashes, not zeros
+    assert table.count("has no result (failed)") == failed
 
 
 def test_two_ray_train_workers_agree_with_one(tmp_path: Path, linflab: Command) -> None:
@@ -154,20 +162,9 @@ def test_trials_of_several_workers(tmp_path: Path, linflab: Command) -> None:
     assert set(trials["status"]) == {"FINISHED"} and trials[schema.TEST_CERTIFIED].notna().all()
 
 
-def test_interrupted_sweep_leaves_no_open_run(tmp_path: Path) -> None:
-    command = [
-        str(Path(sys.executable).with_name("linflab")),
-        "sweep",
-        RECIPE,
-        "demo",
-        "training.epochs=10000",
-        "--trials",
-        "4",
-        "--name",
-        "cut",
-        "--storage",
-        str(tmp_path),
-    ]
+def interrupted(command: list[str], sign: str, storage: Path) -> tuple[int, str, list[str]]:
+    """Ends a command by Ctrl-C some time after it printed the sign: status, rest of its output, status of its runs."""
+    command = [str(Path(sys.executable).with_name("linflab")), *command, "--storage", str(storage)]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -177,13 +174,60 @@ def test_interrupted_sweep_leaves_no_open_run(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "started" in line:
+            if sign in line:
                 break
-        time.sleep(15)  # the trial's run is open by now
+        time.sleep(12)  # trials have opened their runs by now
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=120)
-    client = MlflowClient(Storage(tmp_path).tracking_uri)
+    client = MlflowClient(Storage(storage).tracking_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(runs) >= 2, rest
-    assert "RUNNING" not in {run.info.status for run in runs}
-    assert process.returncode != 0
+    return process.returncode, rest, [run.info.status for run in runs]
+
+
+def test_interrupted_sweep_leaves_no_open_run(tmp_path: Path) -> None:
+    command = ["sweep", RECIPE, "demo", "training.epochs=10000", "--trials", "4", "--name", "cut"]
+    status, rest, runs = interrupted(command, "started", tmp_path)
+    assert status == 130 and "linflab: interrupted" in rest
+    assert len(runs) >= 2 and set(runs) == {"KILLED"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_training_leaves_no_open_run(tmp_path: Path, workers: int) -> None:
+    command = ["train", RECIPE, "training.epochs=10000", f"compute.workers={workers}"]
+    status, rest, runs = interrupted(command, "epoch 2/", tmp_path)
+    assert status == 130 and "linflab: interrupted" in rest
+    assert runs == ["KILLED"]
+
+
+@pytest.mark.slow
+def test_two_workers_repeat_their_bits(tmp_path: Path, linflab: Command) -> None:
+    weights = []
+    for name in ("one", "other"):
+        done = linflab("train", RECIPE, *QUICK, "compute.workers=2", "--storage", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        client = MlflowClient(Storage(tmp_path / name).tracking_uri)
+        (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        path = client.download_artifacts(run.info.run_id, schema.WEIGHTS_FILE)
+        weights.append(torch.load(path, weights_only=True)["network"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (data_folder() / "fashion_mnist").is_dir(), reason="needs fashion_mnist in prepared form in $LINFLAB_DATA"
+)
+def test_fashion_mnist_learns(tmp_path: Path, linflab: Command) -> None:
+    done = linflab(
+        "train",
+        "fashion_mnist_eps0.1_linf_dist_net_cpu",
+        "model.width=128",
+        "model.depth=3",
+        "training.epochs=3",
+        "--storage",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(Storage(tmp_path).tracking_uri)
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.data.metrics[schema.TEST_CERTIFIED] > 0.6 and run.data.metrics[schema.TEST_BROKEN] == 0

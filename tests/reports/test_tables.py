@@ -39,7 +39,7 @@ def record(client: MlflowClient, number: int, validation: float | None, width: i
     for name, value in {**SETTINGS, "model.width": str(width), "p_schedule.start": "8.123456"}.items():
         client.log_param(run.info.run_id, name, value)
     if validation is None:
-        client.set_tag(run.info.run_id, schema.FAILURE, "TrainingError: the loss became nan")
+        client.set_tag(run.info.run_id, schema.FAILURE, "TrainingError: the loss became nan [/gloo/pair.cc:53]")
         client.set_terminated(run.info.run_id, "FAILED")
         return
     metrics = {
@@ -92,7 +92,7 @@ def test_notes_say_what_the_numbers_are(table: Table) -> None:
         "20 steps",
         "2 CPU cores",
         "3000 seconds",
-        "Trial 2 has no result (failed): TrainingError: the loss became nan",
+        "Trial 2 has no result (failed): TrainingError: the loss became nan [/gloo/pair.cc:53]",
     ):
         assert words in notes
 
@@ -110,7 +110,7 @@ def test_markdown(table: Table) -> None:
     assert cells[0] == ["#", "Method", "Setting", "FLOPs", "Val. certified", "Test", "Robust", "Certified"]
     assert cells[2] == ["4", "l_inf-dist Net", "width=96, p_start=8.12", "82.7M", "80.00", "95.00", "90.00", "20.00"]
     assert cells[5][3:] == ["-"] * 5
-    assert "4. `linflab train r model.width=96`" in lines
+    assert "- #4: `linflab train r model.width=96`" in lines
 
 
 def test_latex(table: Table) -> None:
@@ -133,7 +133,7 @@ def test_terminal_fits_in_80_columns(table: Table) -> None:
     print_table(table, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 80
-    assert "width=96" in text and "80.00" in text
+    assert "width=96" in text and "80.00" in text and "pair.cc" in text
 
 
 def test_files(table: Table, tmp_path: Path) -> None:

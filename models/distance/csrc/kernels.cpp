@@ -30,7 +30,6 @@ constexpr int GROUP = 4;                         // vectors whose maximum is kep
 constexpr int RB = 4, RO = N == 16 ? 4 : 2;      // a tile: samples times outputs
 constexpr int64_t SLICE = 1024;                  // inputs of a tile at a time: four rows of a sample fit into level 1
 constexpr int64_t OUTPUT_BLOCK = 32;             // outputs whose slices stay in level 2 while the samples pass
-constexpr float DENSE_BELOW = 0.45f;             // see Scaled
 constexpr float LOW = 0x1p-90f, HIGH = 0x1p120f; // a direct sum in here has lost nothing that counts
 
 // Flush denormals to zero while it lives: powers of small ratios are denormal, hence slow, long before they matter.
@@ -66,29 +65,155 @@ int useful_threads(int threads, double terms) {  // starting a thread costs abou
 
 // ---------------------------------------------------------------------------------------------------- powers
 
-// Polynomials are summed by Estrin's scheme: more products than Horner's, but fewer that wait for one another.
+// Several vectors go side by side, so that a constant is loaded once for all and one's steps fill the other's waits.
 
-inline Vec log2_of(Vec a) {  // relative error below 3e-7 for positive normal a; finite for others
-    Vec mantissa;
-    const Vec exponent = Vec::exponent(a, mantissa);
-    const Vec f = mantissa - Vec::all(1.0f), f2 = f * f, f4 = f2 * f2;
+template <int K>
+inline void log2_of(Vec (&a)[K]) {  // relative error below 3e-7 for positive normal a; finite for others
     // fit of log2(1 + f) / f on [-0.25, 0.5], by least squares at Chebyshev points
-    const Vec c01 = Vec::fma(Vec::all(-0.72135066986f), f, Vec::all(1.44269526f));
-    const Vec c23 = Vec::fma(Vec::all(-0.36033529043f), f, Vec::all(0.48084750772f));
-    const Vec c45 = Vec::fma(Vec::all(-0.25065219402f), f, Vec::all(0.29007357359f));
-    const Vec c67 = Vec::fma(Vec::all(-0.096163973212f), f, Vec::all(0.20412734151f));
-    const Vec ratio = Vec::fma(Vec::fma(c67, f2, c45), f4, Vec::fma(c23, f2, c01));
-    return Vec::fma(f, ratio, exponent);
+    constexpr float c[] = {1.44269526f,    -0.72135066986f, 0.48084750772f, -0.36033529043f,
+                           0.29007357359f, -0.25065219402f, 0.20412734151f, -0.096163973212f};
+    Vec exponent[K], f[K], r[K];
+    for (int k = 0; k < K; ++k) exponent[k] = Vec::exponent(a[k], f[k]);
+    for (int k = 0; k < K; ++k) f[k] = f[k] - Vec::all(1.0f);
+    for (int k = 0; k < K; ++k) r[k] = Vec::fma(Vec::all(c[7]), f[k], Vec::all(c[6]));
+    for (int degree = 5; degree >= 0; --degree)
+        for (int k = 0; k < K; ++k) r[k] = Vec::fma(r[k], f[k], Vec::all(c[degree]));
+    for (int k = 0; k < K; ++k) a[k] = Vec::fma(f[k], r[k], exponent[k]);
 }
 
-inline Vec exp2_of(Vec t) {  // relative error below 3e-7 for t up to 127; 2^-126 for t below -126
-    t = Vec::max(t, Vec::all(-126.0f));
-    const Vec shifted = t + Vec::all(ROUNDER), f = t - (shifted - Vec::all(ROUNDER)), f2 = f * f;
+template <int K>
+inline void exp2_of(Vec (&t)[K]) {  // relative error below 3e-7 for t up to 127; 2^-126 for t below -126
     // the same kind of fit of 2^f on [-0.5, 0.5]
-    const Vec c01 = Vec::fma(Vec::all(0.69314718246f), f, Vec::all(1.0000001192f));
-    const Vec c23 = Vec::fma(Vec::all(0.05550327152f), f, Vec::all(0.24022106826f));
-    const Vec c45 = Vec::fma(Vec::all(0.0013400432654f), f, Vec::all(0.0096760373563f));
-    return Vec::scale(Vec::fma(Vec::fma(c45, f2, c23), f2, c01), shifted);
+    constexpr float c[] = {1.0000001192f,  0.69314718246f, 0.24022106826f,
+                           0.05550327152f, 0.0096760373563f, 0.0013400432654f};
+    Vec shifted[K], f[K], r[K];
+    for (int k = 0; k < K; ++k) t[k] = Vec::max(t[k], Vec::all(-126.0f));
+    for (int k = 0; k < K; ++k) shifted[k] = t[k] + Vec::all(ROUNDER);
+    for (int k = 0; k < K; ++k) f[k] = t[k] - (shifted[k] - Vec::all(ROUNDER));
+    for (int k = 0; k < K; ++k) r[k] = Vec::fma(Vec::all(c[5]), f[k], Vec::all(c[4]));
+    for (int degree = 3; degree >= 0; --degree)
+        for (int k = 0; k < K; ++k) r[k] = Vec::fma(r[k], f[k], Vec::all(c[degree]));
+    for (int k = 0; k < K; ++k) t[k] = Vec::scale(r[k], shifted[k]);
+}
+
+// u^power for u in [0, 1], or 2^-126 where that is less.
+template <int K>
+inline void to_the_power(Vec (&u)[K], Vec power) {
+    log2_of(u);
+    for (auto& t : u) t = t * power;
+    exp2_of(u);
+}
+
+inline Vec log2_of(Vec a) {
+    Vec one[] = {a};
+    log2_of(one);
+    return one[0];
+}
+
+inline Vec exp2_of(Vec t) {
+    Vec one[] = {t};
+    exp2_of(one);
+    return one[0];
+}
+
+inline Vec to_the_power(Vec u, Vec power) {
+    Vec one[] = {u};
+    to_the_power(one, power);
+    return one[0];
+}
+
+// How dense sums and slopes raise numbers u of [0, 1] to a power: by logarithms ...
+struct LogPower {
+    Vec exponent;
+
+    template <int K>
+    void operator()(Vec (&u)[K]) const {
+        Vec t[K];
+        for (int k = 0; k < K; ++k) t[k] = u[k];
+        to_the_power(t, exponent);
+        for (int k = 0; k < K; ++k)
+            u[k] = Vec::keep(Vec::at_least(u[k], Vec::all(std::numeric_limits<float>::min())), t[k]);
+    }
+};
+
+template <int P>
+inline Vec power(Vec u);
+
+// ... or, in half the instructions, as u^n times a polynomial that is near u^(exponent - n) where u^n is not small.
+template <int BASE>
+struct FittedPower {  // n = BASE
+    const float* c;
+
+    template <int K>
+    void operator()(Vec (&u)[K]) const {
+        Vec r[K];
+        for (int k = 0; k < K; ++k) r[k] = Vec::fma(Vec::all(c[7]), u[k], Vec::all(c[6]));
+        for (int degree = 5; degree >= 0; --degree)
+            for (int k = 0; k < K; ++k) r[k] = Vec::fma(r[k], u[k], Vec::all(c[degree]));
+        for (int k = 0; k < K; ++k) u[k] = power<BASE>(u[k]) * r[k];
+    }
+};
+
+// The coefficients of the polynomial of degree 7, by least squares with weights u^(0.6 n): the error of u^exponent, in all,
+// is below 2^-22, and far below that where u is small.
+void fit_power(double exponent, int base, float (&c)[8]) {
+    constexpr int POINTS = 128, DEGREE = 7;
+    double q[DEGREE + 1][POINTS], target[POINTS], inverse[DEGREE + 1][DEGREE + 1] = {};
+    for (int k = 0; k < POINTS; ++k) {
+        const double u = 0.5 + 0.5 * std::cos(M_PI * (k + 0.5) / POINTS), weight = std::pow(u, 0.6 * base);
+        target[k] = std::pow(u, exponent - base) * weight;
+        for (int j = 0; j <= DEGREE; ++j) q[j][k] = std::cos(j * M_PI * (k + 0.5) / POINTS) * weight;
+    }
+    // modified Gram-Schmidt, twice over; inverse[j] are the Chebyshev coefficients of q[j]
+    double result[DEGREE + 1] = {};
+    for (int j = 0; j <= DEGREE; ++j) {
+        inverse[j][j] = 1;
+        for (int pass = 0; pass < 2; ++pass)
+            for (int i = 0; i < j; ++i) {
+                double dot = 0;
+                for (int k = 0; k < POINTS; ++k) dot += q[i][k] * q[j][k];
+                for (int k = 0; k < POINTS; ++k) q[j][k] -= dot * q[i][k];
+                for (int m = 0; m <= j; ++m) inverse[j][m] -= dot * inverse[i][m];
+            }
+        double norm = 0, dot = 0;
+        for (int k = 0; k < POINTS; ++k) norm += q[j][k] * q[j][k];
+        norm = std::sqrt(norm);
+        for (int k = 0; k < POINTS; ++k) q[j][k] /= norm;
+        for (int m = 0; m <= j; ++m) inverse[j][m] /= norm;
+        for (int k = 0; k < POINTS; ++k) dot += q[j][k] * target[k];
+        for (int k = 0; k < POINTS; ++k) target[k] -= dot * q[j][k];
+        for (int m = 0; m <= j; ++m) result[m] += dot * inverse[j][m];
+    }
+    // Chebyshev polynomials in 2 u - 1 to powers of u
+    double before[DEGREE + 1] = {1}, now[DEGREE + 1] = {-1, 2}, sums[DEGREE + 1] = {};
+    for (int m = 0; m <= DEGREE; ++m) {
+        for (int j = 0; j <= DEGREE; ++j) sums[j] += result[m] * before[j];
+        double next[DEGREE + 1];
+        for (int j = 0; j <= DEGREE; ++j) next[j] = 2 * ((j ? 2 * now[j - 1] : 0) - now[j]) - before[j];
+        std::copy(now, now + DEGREE + 1, before);
+        std::copy(next, next + DEGREE + 1, now);
+    }
+    for (int j = 0; j <= DEGREE; ++j) c[j] = (float)sums[j];
+}
+
+constexpr double LARGEST_FIT = 56;  // beyond, so few terms count that looking for them is faster
+
+// Calls f with what raises to this power.
+template <class F>
+void with_power(double exponent, F f) {
+    float c[8];
+    const int base = exponent < 4 || exponent >= LARGEST_FIT ? 0 : exponent < 8 ? 4 : (int)exponent / 8 * 8;
+    if (base) fit_power(exponent, base, c);
+    switch (base) {
+        case 4: return f(FittedPower<4>{c});
+        case 8: return f(FittedPower<8>{c});
+        case 16: return f(FittedPower<16>{c});
+        case 24: return f(FittedPower<24>{c});
+        case 32: return f(FittedPower<32>{c});
+        case 40: return f(FittedPower<40>{c});
+        case 48: return f(FittedPower<48>{c});
+        default: return f(LogPower{Vec::all((float)exponent)});
+    }
 }
 
 template <int P>
@@ -103,8 +228,10 @@ inline Vec power(Vec u) {  // u^P by repeated squaring
     }
 }
 
-// What a direct tile accumulates over the differences d.
+// What a direct tile accumulates over the differences d. Where `scaled`, d is first multiplied by a power of two that
+// brings typical distances near 1, for else too many sums would leave the range of floats.
 struct Largest {
+    static constexpr bool scaled = false;
     static Vec add(Vec acc, Vec d) { return Vec::max_abs(d, acc); }
     static float reduce(Vec acc) { return largest(acc); }
     static float join(float a, float b) { return std::max(a, b); }
@@ -112,6 +239,7 @@ struct Largest {
 
 template <int P>
 struct SumOfPowers {  // of |d|^P; slope: sign(d) |d|^(P - 1)
+    static constexpr bool scaled = P > 16;
     static Vec add(Vec acc, Vec d) {
         if constexpr (P == 1) {
             return acc + Vec::abs(d);
@@ -154,6 +282,7 @@ bool with_direct(double p, F f) {
         case 24: f(SumOfPowers<24>()); return true;
         case 32: f(SumOfPowers<32>()); return true;
         case 48: f(SumOfPowers<48>()); return true;
+        case 64: f(SumOfPowers<64>()); return true;
         default: return false;
     }
 }
@@ -197,7 +326,9 @@ void over_plane(int threads, Shape s, F f) {
 }
 
 template <class T, int TB, int TO>
-void direct_tile(const float* x, const float* w, int64_t stride, int64_t n, bool first, float* y, int64_t y_stride) {
+void direct_tile(const float* x, const float* w, int64_t stride, int64_t n, float scale, bool first, float* y,
+                 int64_t y_stride) {
+    const auto scaled = [&](Vec d) { return T::scaled ? d * Vec::all(scale) : d; };
     Vec acc[TB][TO];
     for (auto& row : acc)
         for (auto& a : row) a = Vec::all(0.0f);
@@ -207,14 +338,14 @@ void direct_tile(const float* x, const float* w, int64_t stride, int64_t n, bool
         for (int c = 0; c < TO; ++c) wv[c] = Vec::load(w + c * stride + i);
         for (int r = 0; r < TB; ++r) {
             const Vec xv = Vec::load(x + r * stride + i);
-            for (int c = 0; c < TO; ++c) acc[r][c] = T::add(acc[r][c], xv - wv[c]);
+            for (int c = 0; c < TO; ++c) acc[r][c] = T::add(acc[r][c], scaled(xv - wv[c]));
         }
     }
     if (i < n) {
         for (int r = 0; r < TB; ++r)
             for (int c = 0; c < TO; ++c)
-                acc[r][c] = T::add(acc[r][c], Vec::load(x + r * stride + i, (int)(n - i)) -
-                                                  Vec::load(w + c * stride + i, (int)(n - i)));
+                acc[r][c] = T::add(acc[r][c], scaled(Vec::load(x + r * stride + i, (int)(n - i)) -
+                                                     Vec::load(w + c * stride + i, (int)(n - i))));
     }
     for (int r = 0; r < TB; ++r)
         for (int c = 0; c < TO; ++c) {
@@ -225,12 +356,13 @@ void direct_tile(const float* x, const float* w, int64_t stride, int64_t n, bool
 }
 
 template <class T>
-void direct_block(const float* x, const float* w, float* y, Shape s, int64_t b0, int64_t b1, int64_t o0, int64_t o1) {
+void direct_block(const float* x, const float* w, float* y, Shape s, float scale, int64_t b0, int64_t b1, int64_t o0,
+                  int64_t o1) {
     for (int64_t i = 0; i < s.inputs; i += SLICE)
         for (int64_t o = o0; o < o1; o += OUTPUT_BLOCK)
             tiles<RB, RO>(b0, b1, o, std::min(o + OUTPUT_BLOCK, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
                 direct_tile<T, decltype(nb)::value, decltype(no)::value>(
-                    x + tb * s.inputs + i, w + to * s.inputs + i, s.inputs, std::min(SLICE, s.inputs - i), i == 0,
+                    x + tb * s.inputs + i, w + to * s.inputs + i, s.inputs, std::min(SLICE, s.inputs - i), scale, i == 0,
                     y + tb * s.outputs + to, s.outputs);
             });
 }
@@ -243,23 +375,30 @@ struct Scaled {  // constants of the scaled way to p
         // I terms of 2^-bits each change y by I 2^-bits / p at most
         const double bits = 24 + std::max(0.0, std::log2((double)inputs / p));
         ratio = (float)std::exp2(-bits / p);
-        dense = ratio < DENSE_BELOW;
+        dense = p < LARGEST_FIT;
     }
 };
 
 // The sum of (|x_i - w_i| / m)^p, of all terms.
-inline float dense_sum(const float* x, const float* w, int64_t n, float p, float inverse) {
-    const Vec power = Vec::all(p), scale = Vec::all(inverse);
-    auto term = [&](Vec d) { return exp2_of(power * log2_of(Vec::abs(d) * scale)); };
-    Vec total[2] = {Vec::all(0.0f), Vec::all(0.0f)};
+template <class Power>
+inline float dense_sum(const float* x, const float* w, int64_t n, Power raise, float inverse) {
+    const Vec scale = Vec::all(inverse);
+    Vec total[GROUP];
+    for (auto& t : total) t = Vec::all(0.0f);
     int64_t i = 0;
-    for (; i + 2 * N <= n; i += 2 * N)
-        for (int v = 0; v < 2; ++v) total[v] = total[v] + term(Vec::load(x + i + v * N) - Vec::load(w + i + v * N));
-    for (; i < n; i += N) {  // differences of 0 beyond the end come to 2^-126
-        const int left = (int)std::min<int64_t>(N, n - i);
-        total[0] = total[0] + term(Vec::load(x + i, left) - Vec::load(w + i, left));
+    for (; i + GROUP * N <= n; i += GROUP * N) {
+        Vec u[GROUP];
+        for (int v = 0; v < GROUP; ++v) u[v] = Vec::abs(Vec::load(x + i + v * N) - Vec::load(w + i + v * N)) * scale;
+        raise(u);
+        for (int v = 0; v < GROUP; ++v) total[v] = total[v] + u[v];
     }
-    return sum(total[0] + total[1]);
+    for (; i < n; i += N) {  // differences beyond the end are 0, and so are their powers
+        const int left = (int)std::min<int64_t>(N, n - i);
+        Vec u[] = {Vec::abs(Vec::load(x + i, left) - Vec::load(w + i, left)) * scale};
+        raise(u);
+        total[0] = total[0] + u[0];
+    }
+    return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 constexpr int WINDOW = 64 / N;  // groups whose masks make one word: bit g N + l stands for lane l of group g
@@ -284,41 +423,45 @@ inline int64_t collect(uint64_t word, const float* x, const float* w, int64_t i,
     return count;
 }
 
+// The largest |x_i - w_i| in each lane of the group of vectors at i, for every pair of a tile.
+template <int TB, int TO>
+inline void largest_of_group(const float* x, const float* w, int64_t stride, int64_t i, int64_t end,
+                             Vec (&most)[TB * TO]) {
+    for (auto& m : most) m = Vec::all(0.0f);
+    const auto vector = [&](auto load) {
+        Vec wv[TO];
+        for (int c = 0; c < TO; ++c) wv[c] = load(w + c * stride);
+        for (int r = 0; r < TB; ++r) {
+            const Vec xv = load(x + r * stride);
+            for (int c = 0; c < TO; ++c) most[r * TO + c] = Vec::max_abs(xv - wv[c], most[r * TO + c]);
+        }
+    };
+    if (i + GROUP * N <= end)
+        for (int v = 0; v < GROUP; ++v) vector([=](const float* p) { return Vec::load(p + i + v * N); });
+    else
+        for (; i < end; i += N)
+            vector([=](const float* p) { return Vec::load(p + i, (int)std::min<int64_t>(N, end - i)); });
+}
+
 // A tile by the scaled way, for all its pairs of sample and output together: their steps depend on one another, and
 // overlap only with those of other pairs.
-template <int TB, int TO>
-void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, float* y, int64_t y_stride, float* scratch) {
+template <int TB, int TO, class Power>
+void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, Power raise, float* y, int64_t y_stride,
+                 float* scratch) {
     constexpr int PAIRS = TB * TO;
     static_assert(PAIRS <= N);
     const int64_t groups = (n + GROUP * N - 1) / (GROUP * N);
     float *maxima = scratch, *found = scratch + groups * PAIRS * N;
     Vec most[PAIRS];
     for (auto& m : most) m = Vec::all(0.0f);
-    auto group = [&](int64_t g, int vectors, auto load) {
-        Vec acc[TB][TO];
-        for (auto& row : acc)
-            for (auto& a : row) a = Vec::all(0.0f);
-        for (int v = 0; v < vectors; ++v) {
-            const int64_t i = (g * GROUP + v) * N;
-            Vec wv[TO];
-            for (int c = 0; c < TO; ++c) wv[c] = load(w + c * n, i);
-            for (int r = 0; r < TB; ++r) {
-                const Vec xv = load(x + r * n, i);
-                for (int c = 0; c < TO; ++c) acc[r][c] = Vec::max_abs(xv - wv[c], acc[r][c]);
-            }
+    for (int64_t g = 0; g < groups; ++g) {
+        Vec of_group[PAIRS];
+        largest_of_group<TB, TO>(x, w, n, g * GROUP * N, n, of_group);
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            of_group[pair].store(maxima + (pair * groups + g) * N);
+            most[pair] = Vec::max(of_group[pair], most[pair]);
         }
-        for (int r = 0; r < TB; ++r)
-            for (int c = 0; c < TO; ++c) {
-                const int pair = r * TO + c;
-                acc[r][c].store(maxima + (pair * groups + g) * N);
-                most[pair] = Vec::max(acc[r][c], most[pair]);
-            }
-    };
-    const int64_t whole = n / (GROUP * N);
-    for (int64_t g = 0; g < whole; ++g) group(g, GROUP, [](const float* p, int64_t i) { return Vec::load(p + i); });
-    if (whole < groups)
-        group(whole, (int)((n - whole * GROUP * N + N - 1) / N),
-              [&](const float* p, int64_t i) { return Vec::load(p + i, (int)std::min<int64_t>(N, n - i)); });
+    }
 
     float scale[N] = {}, inverse[N] = {}, total[N] = {};
     for (int pair = 0; pair < PAIRS; ++pair) {
@@ -327,7 +470,7 @@ void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, float* y, 
     }
     if (k.dense) {
         for (int pair = 0; pair < PAIRS; ++pair)
-            total[pair] = dense_sum(x + pair / TO * n, w + pair % TO * n, n, k.p, inverse[pair]);
+            total[pair] = dense_sum(x + pair / TO * n, w + pair % TO * n, n, raise, inverse[pair]);
     } else {
         int64_t count[PAIRS + 1] = {};
         for (int pair = 0; pair < PAIRS; ++pair) {
@@ -343,7 +486,7 @@ void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, float* y, 
             }
         }
         for (int64_t j = 0; j < count[PAIRS]; j += N)
-            exp2_of(Vec::all(k.p) * log2_of(Vec::abs(Vec::load(found + j)))).store(found + j);
+            to_the_power(Vec::abs(Vec::load(found + j)), Vec::all(k.p)).store(found + j);
         for (int pair = 0; pair < PAIRS; ++pair)
             for (int64_t j = count[pair]; j < count[pair + 1]; ++j) total[pair] += found[j];
     }
@@ -358,20 +501,21 @@ int64_t scaled_scratch(int64_t inputs, int pairs) {
     return pairs * ((inputs / (GROUP * N) + 1) * N + inputs) + 2 * N;
 }
 
-void scaled_block(const float* x, const float* w, float* y, Shape s, Scaled k, int64_t b0, int64_t b1, int64_t o0,
-                  int64_t o1) {
+template <class Power>
+void scaled_block(const float* x, const float* w, float* y, Shape s, Scaled k, Power raise, int64_t b0, int64_t b1,
+                  int64_t o0, int64_t o1) {
     std::vector<float> scratch(scaled_scratch(s.inputs, RB * 2));
     const int64_t block = block_of(s.inputs);
     for (int64_t o = o0; o < o1; o += block)
         tiles<RB, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
-            scaled_tile<decltype(nb)::value, decltype(no)::value>(x + tb * s.inputs, w + to * s.inputs, s.inputs, k,
+            scaled_tile<decltype(nb)::value, decltype(no)::value>(x + tb * s.inputs, w + to * s.inputs, s.inputs, k, raise,
                                                                   y + tb * s.outputs + to, s.outputs, scratch.data());
         });
 }
 
 // y holds sums of p-th powers: take the p-th root, or compute anew where the sum left the range of floats.
-void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, int64_t b0, int64_t b1, int64_t o0,
-                int64_t o1) {
+void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, float scale, int64_t b0, int64_t b1,
+                int64_t o0, int64_t o1) {
     std::vector<float> scratch(scaled_scratch(s.inputs, 1));
     for (int64_t b = b0; b < b1; ++b)
         for (int64_t o = o0; o < o1; o += N) {
@@ -380,10 +524,10 @@ void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, int
             const Vec sums = Vec::load(row + o, n);
             const uint32_t good = Vec::at_least(sums, Vec::all(LOW)) & Vec::at_least(Vec::all(HIGH), sums);
             const Vec root = k.p == 1 ? sums : k.p == 2 ? Vec::sqrt(sums) : exp2_of(log2_of(sums) * Vec::all(1 / k.p));
-            root.store(row + o, n);
+            (root * Vec::all(1 / scale)).store(row + o, n);
             for (int c = 0; c < n; ++c)
                 if (!(good >> c & 1))
-                    scaled_tile<1, 1>(x + b * s.inputs, w + (o + c) * s.inputs, s.inputs, k, row + o + c, 1,
+                    scaled_tile<1, 1>(x + b * s.inputs, w + (o + c) * s.inputs, s.inputs, k, LogPower{Vec::all(k.p)}, row + o + c, 1,
                                       scratch.data());
         }
 }
@@ -409,18 +553,41 @@ void add_poison(const float* x, const float* w, float* y, Shape s) {
         for (int64_t o = 0; o < s.outputs; ++o) y[b * s.outputs + o] += of_x[b] + of_w[o];
 }
 
+// The power of two that brings a typical one of `count` positive numbers near 1, going by a few of them.
+template <class F>
+float scale_for(int64_t count, F number) {
+    double exponents = 0;
+    int seen = 0;
+    for (int64_t k = 0; k < 64; ++k) {
+        const double value = number(k * count / 64);
+        if (value > 0 && std::isfinite(value)) exponents += std::log2(value), ++seen;
+    }
+    return seen ? (float)std::exp2(-std::round(std::max(-60.0, std::min(60.0, exponents / seen)))) : 1.0f;
+}
+
 void forward(const float* x, const float* w, float* y, Shape s, double p, int threads) {
     if (std::isinf(p)) {
-        over_plane(threads, s, [&](auto... range) { direct_block<Largest>(x, w, y, s, range...); });
+        over_plane(threads, s, [&](auto... range) { direct_block<Largest>(x, w, y, s, 1.0f, range...); });
     } else {
         const Scaled k(p, s.inputs);
         const bool direct = with_direct(p, [&](auto term) {
+            using Term = decltype(term);
+            const auto largest_of_pair = [&](int64_t at) {
+                float value = 0;
+                direct_tile<Largest, 1, 1>(x + at / s.outputs * s.inputs, w + at % s.outputs * s.inputs, s.inputs,
+                                           s.inputs, 1.0f, true, &value, 1);
+                return value;
+            };
+            const float scale = Term::scaled ? scale_for(s.samples * s.outputs, largest_of_pair) : 1.0f;
             over_plane(threads, s, [&](auto... range) {
-                direct_block<decltype(term)>(x, w, y, s, range...);
-                take_roots(x, w, y, s, k, range...);
+                direct_block<Term>(x, w, y, s, scale, range...);
+                take_roots(x, w, y, s, k, scale, range...);
             });
         });
-        if (!direct) over_plane(threads, s, [&](auto... range) { scaled_block(x, w, y, s, k, range...); });
+        if (!direct)
+            with_power(p, [&](auto raise) {
+                over_plane(threads, s, [&](auto... range) { scaled_block(x, w, y, s, k, raise, range...); });
+            });
     }
     add_poison(x, w, y, s);
 }
@@ -435,24 +602,31 @@ struct Gradients {
     Shape s;
 };
 
-// How a gradient g = grad_y slope(d) is made at [sample, output] from d: by powers that need no scaling ...
+// How differences d become gradients grad_y slope(d), for TB samples of one output; `at` of the first of them, and from
+// one to the next `stride`. By powers that need no scaling ...
 template <class T>
 struct DirectSlope {
-    const float* coefficient;  // grad_y y^(1 - p)
+    const float* coefficient;  // grad_y (scale y)^(1 - p)
+    float scale;
 
-    Vec operator()(Vec d, int64_t at) const { return Vec::all(coefficient[at]) * T::slope(d); }
+    template <int TB>
+    void operator()(Vec (&d)[TB], int64_t at, int64_t stride) const {
+        for (int r = 0; r < TB; ++r) d[r] = Vec::all(coefficient[at + r * stride]) * T::slope(T::scaled ? d[r] * Vec::all(scale) : d[r]);
+    }
 };
 
-// ... or, for any p, as grad_y sign(d) 2^((p - 1) log2(|d| / y)).
+// ... or, for any p, as grad_y sign(d) (|d| / y)^(p - 1).
+template <class Power>
 struct DenseSlope {
     const float *grad_y, *inverse;  // inverse: 1 / y
-    Vec power;
+    Power raise;
 
-    Vec operator()(Vec d, int64_t at) const {
-        const Vec u = Vec::abs(d) * Vec::all(inverse[at]);
-        const uint32_t mask = Vec::at_least(u, Vec::all(std::numeric_limits<float>::min()));
-        const Vec magnitude = Vec::keep(mask, exp2_of(power * log2_of(u)));
-        return Vec::all(grad_y[at]) * Vec::with_sign(magnitude, d);
+    template <int TB>
+    void operator()(Vec (&d)[TB], int64_t at, int64_t stride) const {
+        Vec u[TB];
+        for (int r = 0; r < TB; ++r) u[r] = Vec::abs(d[r]) * Vec::all(inverse[at + r * stride]);
+        raise(u);
+        for (int r = 0; r < TB; ++r) d[r] = Vec::with_sign(u[r], d[r]) * Vec::all(grad_y[at + r * stride]);
     }
 };
 
@@ -469,10 +643,12 @@ void add_gradients(const Gradients& q, Slope slope, int64_t b, int64_t o0, int64
     for (int64_t o = o0; o < o1; ++o) {
         const Vec wv = load(q.w + o * stride + i);
         Vec gw = load(q.grad_w + o * stride + i);
+        Vec g[TB];
+        for (int r = 0; r < TB; ++r) g[r] = xv[r] - wv;
+        slope(g, b * q.s.outputs + o, q.s.outputs);
         for (int r = 0; r < TB; ++r) {
-            const Vec g = slope(xv[r] - wv, (b + r) * q.s.outputs + o);
-            gx[r] = gx[r] + g;
-            gw = gw - g;
+            gx[r] = gx[r] + g[r];
+            gw = gw - g[r];
         }
         store(q.grad_w + o * stride + i, gw);
     }
@@ -508,34 +684,9 @@ struct ScaledSlope {  // constants of sign(d) (|d| / y)^(p - 1)
     ScaledSlope(double p, int64_t inputs) : power((float)(p - 1)) {
         const double bits = 26 + 0.5 * std::log2((double)inputs);  // what is left out adds up in the Euclidean norm
         ratio = p > 1 ? (float)std::exp2(-bits / (p - 1)) : 0.0f;
-        dense = ratio < DENSE_BELOW;
+        dense = p < LARGEST_FIT;
     }
 };
-
-// Bits of those lanes of the window of groups at i, for TO outputs, whose largest |x_i - w_i| reaches the thresholds.
-template <int TO>
-inline void scan(const float* x, const float* w, int64_t stride, int64_t i, int64_t end, const Vec* thresholds,
-                 uint64_t* words) {
-    uint64_t marked[TO] = {};
-    for (int g = 0; g < WINDOW && i < end; ++g, i += GROUP * N) {
-        Vec most[TO];
-        for (auto& m : most) m = Vec::all(0.0f);
-        if (i + GROUP * N <= end) {
-            for (int v = 0; v < GROUP; ++v) {
-                const Vec xv = Vec::load(x + i + v * N);
-                for (int c = 0; c < TO; ++c) most[c] = Vec::max_abs(xv - Vec::load(w + c * stride + i + v * N), most[c]);
-            }
-        } else {
-            for (int64_t at = i; at < end; at += N) {
-                const int left = (int)std::min<int64_t>(N, end - at);
-                for (int c = 0; c < TO; ++c)
-                    most[c] = Vec::max_abs(Vec::load(x + at, left) - Vec::load(w + c * stride + at, left), most[c]);
-            }
-        }
-        for (int c = 0; c < TO; ++c) marked[c] |= (uint64_t)Vec::at_least(most[c], thresholds[c]) << (g * N);
-    }
-    for (int c = 0; c < TO; ++c) words[c] = marked[c];
-}
 
 struct Found {  // differences that count, and where they are
     std::vector<float> d, slope;
@@ -544,37 +695,41 @@ struct Found {  // differences that count, and where they are
     explicit Found(int64_t n) : d(n + 1), slope(n + 1 + N), where(n + 1) {}
 };
 
-// One sample and TO outputs, on inputs from begin to end.
-template <int TO>
+// A tile of samples and outputs, on inputs from begin to end; `found` is one for every pair.
+template <int TB, int TO>
 void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, int64_t begin, int64_t end,
                      Found* found) {
-    const int64_t n = q.s.inputs, at = b * q.s.outputs + o;
+    constexpr int PAIRS = TB * TO;
+    const int64_t n = q.s.inputs;
     const float *x = q.x + b * n, *w = q.w + o * n;
-    float least[TO];
-    Vec thresholds[TO];
-    int64_t count[TO] = {};
-    for (int c = 0; c < TO; ++c) {
-        least[c] = std::max(q.y[at + c] * k.ratio, std::numeric_limits<float>::min());
-        thresholds[c] = Vec::all(least[c]);
-    }
+    const auto at = [&](int pair) { return (b + pair / TO) * q.s.outputs + o + pair % TO; };
+    float least[PAIRS];
+    int64_t count[PAIRS] = {};
+    for (int pair = 0; pair < PAIRS; ++pair)
+        least[pair] = std::max(q.y[at(pair)] * k.ratio, std::numeric_limits<float>::min());
     for (int64_t i = begin; i < end; i += WINDOW * GROUP * N) {
-        uint64_t words[TO];
-        scan<TO>(x, w, n, i, end, thresholds, words);
-        for (int c = 0; c < TO; ++c)
-            count[c] = collect(words[c], x, w + c * n, i, end, least[c], 1.0f, count[c], found[c].d.data(),
-                               found[c].where.data());
+        uint64_t words[PAIRS] = {};
+        for (int g = 0; g < WINDOW && i + g * GROUP * N < end; ++g) {
+            Vec most[PAIRS];
+            largest_of_group<TB, TO>(x, w, n, i + g * GROUP * N, end, most);
+            for (int pair = 0; pair < PAIRS; ++pair)
+                words[pair] |= (uint64_t)Vec::at_least(most[pair], Vec::all(least[pair])) << (g * N);
+        }
+        for (int pair = 0; pair < PAIRS; ++pair)
+            count[pair] = collect(words[pair], x + pair / TO * n, w + pair % TO * n, i, end, least[pair], 1.0f,
+                                  count[pair], found[pair].d.data(), found[pair].where.data());
     }
-    for (int c = 0; c < TO; ++c) {
-        const Vec inverse = Vec::all(1 / q.y[at + c]), gradient = Vec::all(q.grad_y[at + c]);
-        float* slope = found[c].slope.data();
-        for (int64_t j = 0; j < count[c]; j += N) {
-            const Vec d = Vec::load(found[c].d.data() + j, (int)std::min<int64_t>(N, count[c] - j));
-            const Vec magnitude = exp2_of(Vec::all(k.power) * log2_of(Vec::abs(d) * inverse));
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        const Vec inverse = Vec::all(1 / q.y[at(pair)]), gradient = Vec::all(q.grad_y[at(pair)]);
+        float* slope = found[pair].slope.data();
+        for (int64_t j = 0; j < count[pair]; j += N) {
+            const Vec d = Vec::load(found[pair].d.data() + j, (int)std::min<int64_t>(N, count[pair] - j));
+            const Vec magnitude = to_the_power(Vec::abs(d) * inverse, Vec::all(k.power));
             (gradient * Vec::with_sign(magnitude, d)).store(slope + j);
         }
-        float *gx = q.grad_x + b * n, *gw = q.grad_w + (o + c) * n;
-        for (int64_t j = 0; j < count[c]; ++j) {
-            const int32_t i = found[c].where[j];
+        float *gx = q.grad_x + (b + pair / TO) * n, *gw = q.grad_w + (o + pair % TO) * n;
+        for (int64_t j = 0; j < count[pair]; ++j) {
+            const int32_t i = found[pair].where[j];
             gx[i] += slope[j];
             gw[i] -= slope[j];
         }
@@ -582,47 +737,54 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
 }
 
 void sparse_gradients(const Gradients& q, ScaledSlope k, int64_t begin, int64_t end) {
-    Found found[2] = {Found(end - begin), Found(end - begin)};
+    std::vector<Found> found(RB * 2, Found(end - begin));
     const int64_t block = block_of(end - begin);
     for (int64_t o = 0; o < q.s.outputs; o += block)
-        tiles<1, 2>(0, q.s.samples, o, std::min(o + block, q.s.outputs), [&](int64_t b, int64_t to, auto, auto no) {
-            sparse_gradient<decltype(no)::value>(q, k, b, to, begin, end, found);
+        tiles<RB, 2>(0, q.s.samples, o, std::min(o + block, q.s.outputs), [&](int64_t b, int64_t to, auto nb, auto no) {
+            sparse_gradient<decltype(nb)::value, decltype(no)::value>(q, k, b, to, begin, end, found.data());
         });
 }
 
-// The first input whose |d| is y, for TO outputs: twice its position, plus one where d is negative; -1 where y is 0, or
-// not a number.
-template <int TO>
+// For a tile, the first input whose |d| is y: twice its position, plus one where d is negative; -1 where y is 0, or not a
+// number. Without branches, which could not be predicted.
+template <int TB, int TO>
 void find_largest(const Gradients& q, int64_t b, int64_t o, int32_t* where) {
-    const int64_t n = q.s.inputs;
-    const float *x = q.x + b * n, *w = q.w + o * n, *y = q.y + b * q.s.outputs + o;
-    Vec thresholds[TO];
-    bool open = false;
-    for (int c = 0; c < TO; ++c) {
-        where[c] = -1;
-        thresholds[c] = Vec::all(y[c] > 0 ? y[c] : std::numeric_limits<float>::quiet_NaN());
-        open |= y[c] > 0;
+    constexpr int PAIRS = TB * TO;
+    const int64_t n = q.s.inputs, step = GROUP * N;
+    const float *x = q.x + b * n, *w = q.w + o * n, none = (float)n;
+    const auto at = [&](int pair) { return (b + pair / TO) * q.s.outputs + o + pair % TO; };
+    float sought[PAIRS];
+    Vec group[PAIRS];  // the first in which y was found, by lane
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        const float y = q.y[at(pair)];
+        sought[pair] = y > 0 ? y : std::numeric_limits<float>::quiet_NaN();
+        group[pair] = Vec::all(none);
     }
-    for (int64_t i = 0; i < n && open; i += WINDOW * GROUP * N) {
-        uint64_t words[TO];
-        scan<TO>(x, w, n, i, n, thresholds, words);
-        open = false;
-        for (int c = 0; c < TO; ++c) {
-            if (where[c] < 0 && words[c]) {
-                // lanes of a group are not in the order of inputs: take the first of all that are marked
-                int64_t first = 2 * n;
-                for (uint64_t word = words[c]; word; word &= word - 1) {
-                    const int bit = __builtin_ctzll(word);
-                    for (int v = 0; v < GROUP; ++v) {
-                        const int64_t at = std::min(i + bit / N * GROUP * N + v * N + bit % N, n - 1);
-                        const float d = x[at] - w[c * n + at];
-                        first = std::min(first, std::fabs(d) >= y[c] ? 2 * at + (d < 0) : 2 * n);
-                    }
-                }
-                where[c] = (int32_t)first;
-            }
-            open |= where[c] < 0 && y[c] > 0;
+    for (int64_t g = 0; g * step < n; ++g) {
+        Vec most[PAIRS];
+        largest_of_group<TB, TO>(x, w, n, g * step, n, most);
+        for (int pair = 0; pair < PAIRS; ++pair)
+            group[pair] = Vec::min(
+                Vec::where_at_least(most[pair], Vec::all(sought[pair]), Vec::all((float)g), Vec::all(none)), group[pair]);
+    }
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        uint32_t lanes = Vec::at_least(Vec::all(none - 1), group[pair]);
+        if (!lanes) {
+            where[at(pair)] = -1;
+            continue;
         }
+        float groups[N];
+        group[pair].store(groups);
+        int64_t first = 2 * n;
+        do {  // once, but for ties
+            const int lane = __builtin_ctz(lanes);
+            for (int v = 0; v < GROUP; ++v) {
+                const int64_t i = std::min((int64_t)groups[lane] * step + v * N + lane, n - 1);
+                const float d = x[pair / TO * n + i] - w[pair % TO * n + i];
+                first = std::min(first, std::fabs(d) >= sought[pair] ? 2 * i + (d < 0) : 2 * n);
+            }
+        } while (lanes &= lanes - 1);
+        where[at(pair)] = (int32_t)first;
     }
 }
 
@@ -633,13 +795,13 @@ void largest_gradients(const Gradients& q, int32_t* where, int threads) {
     const auto add = [&](float* row, int32_t found, float grad) {
         if (found >= 0) row[found >> 1] += grad * (float)(1 - 2 * (found & 1));  // a branch on the sign would be guessed
     };
-    parallel(threads, s.samples, 1, [&](int64_t b0, int64_t b1) {
+    parallel(threads, s.samples, RB, [&](int64_t b0, int64_t b1) {
         for (int64_t o = 0; o < s.outputs; o += block)
-            tiles<1, 2>(b0, b1, o, std::min(o + block, s.outputs), [&](int64_t b, int64_t to, auto, auto no) {
-                constexpr int TO = decltype(no)::value;
-                const int64_t at = b * s.outputs + to;
-                find_largest<TO>(q, b, to, where + at);
-                for (int c = 0; c < TO; ++c) add(q.grad_x + b * n, where[at + c], q.grad_y[at + c]);
+            tiles<RB, 2>(b0, b1, o, std::min(o + block, s.outputs), [&](int64_t tb, int64_t to, auto nb, auto no) {
+                find_largest<decltype(nb)::value, decltype(no)::value>(q, tb, to, where);
+                for (int64_t b = tb; b < tb + nb; ++b)
+                    for (int64_t at = b * s.outputs + to; at < b * s.outputs + to + no; ++at)
+                        add(q.grad_x + b * n, where[at], q.grad_y[at]);
             });
     });
     parallel(threads, s.outputs, 16, [&](int64_t o0, int64_t o1) {
@@ -671,9 +833,10 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
     std::vector<int64_t> others;  // pairs for which the powers leave the range of floats
     const bool direct = with_direct(p, [&](auto term) {
         FlushDenormals flush;
+        const float scale = decltype(term)::scaled ? scale_for(pairs, [&](int64_t at) { return q.y[at]; }) : 1.0f;
         for (int64_t at = 0; at < pairs; at += N) {
             const int n = (int)std::min<int64_t>(N, pairs - at);
-            const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + at, n));
+            const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + at, n) * Vec::all(scale));
             const uint32_t good = Vec::at_least(Vec::all(80.0f), Vec::abs(bits));
             const Vec coefficient = Vec::load(q.grad_y + at, n) * exp2_of(Vec::all(0.0f) - bits);
             Vec::keep(good, coefficient).store(scratch + at, n);
@@ -682,7 +845,7 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
         }
         if ((int64_t)others.size() <= pairs / 8)
             over_chunks([&](int64_t i, int64_t end) {
-                all_gradients(q, DirectSlope<decltype(term)>{scratch}, i, end);
+                all_gradients(q, DirectSlope<decltype(term)>{scratch, scale}, i, end);
             });
     });
     if (direct && others.empty()) return;
@@ -690,12 +853,14 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
         parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) {
             Found found(end - begin);
             for (const int64_t at : others)
-                sparse_gradient<1>(q, k, at / s.outputs, at % s.outputs, begin, end, &found);
+                sparse_gradient<1, 1>(q, k, at / s.outputs, at % s.outputs, begin, end, &found);
         });
     } else if (k.dense) {
         for (int64_t at = 0; at < pairs; ++at) scratch[at] = q.y[at] > 0 ? 1 / q.y[at] : 0.0f;
-        over_chunks([&](int64_t i, int64_t end) {
-            all_gradients(q, DenseSlope{q.grad_y, scratch, Vec::all(k.power)}, i, end);
+        with_power(k.power, [&](auto raise) {
+            over_chunks([&](int64_t i, int64_t end) {
+                all_gradients(q, DenseSlope<decltype(raise)>{q.grad_y, scratch, raise}, i, end);
+            });
         });
     } else {
         parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) { sparse_gradients(q, k, begin, end); });

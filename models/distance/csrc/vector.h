@@ -37,6 +37,9 @@ struct Vec {
     static Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
     static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
     static uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), no.v, yes.v)};
+    }
     static Vec keep(uint32_t mask, Vec a) { return {_mm512_maskz_mov_ps((__mmask16)mask, a.v)}; }
     static Vec with_sign(Vec magnitude, Vec sign) {
         const __m512i bits = _mm512_set1_epi32((int)0x80000000);
@@ -84,6 +87,9 @@ struct Vec {
     static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
     static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
     static uint32_t at_least(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
+    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
+    }
     static Vec keep(uint32_t mask, Vec a) {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bit), bit);
@@ -138,6 +144,9 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
         uint32_t mask = 0;
         for (int k = 0; k < 8; ++k) mask |= (uint32_t)(a.v[k] >= b.v[k]) << k;
         return mask;
+    }
+    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
+        return map([&](int k) { return a.v[k] >= b.v[k] ? yes.v[k] : no.v[k]; });
     }
     static Vec keep(uint32_t mask, Vec a) { return map([&](int k) { return mask >> k & 1 ? a.v[k] : 0.0f; }); }
     static Vec with_sign(Vec magnitude, Vec sign) {
