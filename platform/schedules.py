@@ -24,6 +24,9 @@ class PSchedule(BaseModel):
     end: float = Field(1000.0, ge=1, le=1e5, allow_inf_nan=False, description="p before it becomes inf")
     warmup_share: Share = Field(0.0, description="share of the training at p = start, before p grows")
     infinity_share: Share = Field(0.1, description="share of the training at p = inf, at the end")
+    cheap_exponents: bool = Field(
+        False, description="step through 1, 2, 3, 4, 6, 8, 12, 16, ... only, whose powers are few multiplications"
+    )
 
     @model_validator(mode="after")
     def _start_before_end(self) -> Self:
@@ -47,7 +50,14 @@ class PSchedule(BaseModel):
         """p at this progress."""
         if progress >= 1 - self.infinity_share:
             return math.inf
-        return exponential(self.start, self.end, self.growth(progress))
+        p = exponential(self.start, self.end, self.growth(progress))
+        return max(self.start, cheap_exponent(p)) if self.cheap_exponents else p
+
+
+def cheap_exponent(p: float) -> float:
+    """The largest power of two, or three times one, that is not above p >= 1."""
+    power = 2.0 ** math.floor(math.log2(p))
+    return 1.5 * power if power > 1 and p >= 1.5 * power else power
 
 
 def exponential(start: float, end: float, share: float) -> float:

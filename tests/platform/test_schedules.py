@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linflab.platform.schedules import PSchedule, cosine_after, exponential
+from linflab.platform.schedules import PSchedule, cheap_exponent, cosine_after, exponential
 
 SHARES = st.floats(0, 0.5)
 
@@ -28,6 +28,21 @@ def test_p_is_exponential_in_between() -> None:
     assert schedule.at(0.2) == pytest.approx(8)
     assert schedule.at(0.5) == pytest.approx(64)
     assert schedule.at(0.8 - 1e-12) == pytest.approx(512)
+
+
+def test_cheap_exponents_only() -> None:
+    smooth = PSchedule(start=8, end=1000, infinity_share=0.1)
+    stairs = smooth.model_copy(update={"cheap_exponents": True})
+    times = [step / 2000 for step in range(2000)]
+    seen = sorted({stairs.at(t) for t in times} - {math.inf})
+    assert seen == [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+    for t in times:
+        assert stairs.at(t) == smooth.at(t) == math.inf or stairs.at(t) <= smooth.at(t) <= 1.5 * stairs.at(t)
+
+
+def test_cheap_exponents_keep_the_start() -> None:
+    assert PSchedule(start=9.7, cheap_exponents=True).at(0) == 9.7
+    assert [cheap_exponent(p) for p in (1, 1.9, 2, 2.9, 3, 4, 5.9, 6, 7.9)] == [1, 1, 2, 2, 3, 4, 4, 6, 6]
 
 
 def test_training_at_infinity_alone() -> None:

@@ -927,6 +927,46 @@ void bounds(const float* lower, const float* upper, const float* w, float* lo, f
         for (const float* x : {lower, upper}) add_poison(x, w, y, s);
 }
 
+// ---------------------------------------------------------------------------------------------------- limits
+
+// The compiler must take v for changed.
+void renew(Vec& v) {
+#if defined(__AVX2__)
+    asm volatile("" : "+x"(v.v));
+#else
+    asm volatile("" : : "g"(&v) : "memory");
+#endif
+}
+
+// How fast this core runs the arithmetic of a kernel with all operands in registers: terms |x_i - w_i| done.
+template <class T, bool GRADIENT>
+int64_t run_in_registers(int64_t rounds) {
+    FlushDenormals flush;
+    Vec x[4], acc[4][2], w[2];
+    for (int r = 0; r < 4; ++r) {
+        x[r] = Vec::all(0.1f * (float)r);
+        acc[r][0] = acc[r][1] = Vec::all(0.0f);
+    }
+    w[0] = w[1] = Vec::all(0.7f);
+    for (int64_t k = 0; k < rounds; ++k) {
+        renew(w[0]);
+        renew(w[1]);
+        for (int c = 0; c < 2; ++c)
+            for (int r = 0; r < 4; ++r) {
+                if constexpr (GRADIENT) {  // acc[r][1] stands for grad_w
+                    const Vec g = x[r] * T::slope(x[r] - w[c]);
+                    acc[r][0] = acc[r][0] + g;
+                    acc[c][1] = acc[c][1] - g;
+                } else {
+                    acc[r][c] = T::add(acc[r][c], x[r] - w[c]);
+                }
+            }
+    }
+    for (auto& row : acc)
+        for (auto& a : row) renew(a);
+    return rounds * 8 * N;
+}
+
 template <class T = float>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -939,6 +979,9 @@ PYBIND11_MODULE(MODULE_NAME, module) {
     namespace py = pybind11;
     const auto free = py::call_guard<py::gil_scoped_release>();
     module.attr("isa") = LINFLAB_ISA;
+    module.def("run_in_registers_inf", &run_in_registers<Largest, false>, free);
+    module.def("run_in_registers_8", &run_in_registers<SumOfPowers<8>, false>, free);
+    module.def("run_in_registers_8_backward", &run_in_registers<SumOfPowers<8>, true>, free);
     module.def(
         "forward",
         [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t samples, int64_t outputs, int64_t inputs, double p,
