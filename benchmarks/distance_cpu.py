@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from linflab.models.distance import cpu, linf_distance_bounds, lp_distance
+from linflab.models.distance import cpu, linf_distance_bounds, lp_distance, lp_distance_conv2d
 from linflab.platform.schedules import cheap_exponent
 from linflab.platform.tracking import hardware
 
@@ -39,7 +39,7 @@ def broadcast(x: Tensor, weight: Tensor, p: float) -> Tensor:
 def step_of(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Callable[[], object]:
     """Forward and backward for both arguments."""
     a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    upstream = torch.randn(len(x), len(weight))
+    upstream = torch.randn_like(function(a, b))
     return lambda: torch.autograd.grad(function(a, b), (a, b), upstream)
 
 
@@ -127,6 +127,19 @@ def schedule_means(report: Report, shape: tuple[int, int, int], seconds: float, 
         )
 
 
+def convolution(report: Report, exponents: list[float], seconds: float) -> None:
+    batch, channels, size, filters = 128, 64, 16, 128
+    torch.manual_seed(0)
+    x, weight = torch.rand(batch, channels, size, size), torch.randn(filters, channels, 3, 3)
+    for p in exponents:
+        ours, dot = in_turn(
+            seconds,
+            step_of(lambda a, b, p=p: lp_distance_conv2d(a, b, p, 1, 1), x, weight),
+            step_of(lambda a, b: torch.nn.functional.conv2d(a, b, padding=1), x, weight),
+        )
+        report.add("conv 3x3", (batch, channels, size, size, filters), p, "forward+backward / nn.Conv2d's", ours / dot)
+
+
 def bounds(report: Report, shape: tuple[int, int, int], seconds: float) -> None:
     batch, inputs, outputs = shape
     x, weight = torch.rand(batch, inputs), torch.randn(outputs, inputs)
@@ -181,6 +194,7 @@ def main() -> None:
     if not arguments.quick:
         compare(report, CDIST_SHAPE, [8.0], arguments.seconds, rivals=True)
         schedule_means(report, SHAPES[0], arguments.seconds / 4, 24)
+        convolution(report, EXPONENTS, arguments.seconds)
         bounds(report, SHAPES[0], arguments.seconds)
         shares(report, SHAPES[0], arguments.seconds)
     report.save()

@@ -24,7 +24,7 @@ def imported_modules(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative imports hide where a name comes from"
-            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}  # of a module, or of a name in it
     return names
 
 
@@ -40,7 +40,9 @@ def test_no_cycles_between_files() -> None:
         return "linflab." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
     graph = {module(path): imported_modules(path) for path in FILES}
-    graph = {name: {other for other in others if other in graph and other != name} for name, others in graph.items()}
+    for name, others in graph.items():
+        modules = {other if other in graph else other.rpartition(".")[0] for other in others}
+        graph[name] = (modules & graph.keys()) - {name}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
         for leaf in leaves:
             del graph[leaf]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from linflab.models.distance import cpu, reference
+from linflab.models.distance.convolution import LpDistanceConv2d
 
-__all__ = ["linf_distance_bounds", "lp_distance"]
+__all__ = ["linf_distance_bounds", "lp_distance", "lp_distance_conv2d"]
 
 
 def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
@@ -33,9 +34,8 @@ def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
         ValueError: the shapes do not fit, the devices differ, or p is below 1 or NaN.
     """
     _check("lp_distance", weight, x=x)
-    if not p >= 1:
-        raise ValueError(f"lp_distance takes 1 <= p <= inf, got p = {p}")
-    if _has_kernels(x):
+    _check_p("lp_distance", p)
+    if cpu.serves(x):
         return cpu.lp_distance(x, weight, float(p))
     return reference.lp_distance(x, weight, float(p))
 
@@ -61,13 +61,49 @@ def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[
     if lower.shape != upper.shape:
         raise ValueError(f"linf_distance_bounds takes corners of one shape, got {lower.shape} and {upper.shape}")
     with torch.no_grad():
-        if _has_kernels(lower):
+        if cpu.serves(lower):
             return cpu.linf_distance_bounds(lower, upper, weight)
         return reference.linf_distance_bounds(lower, upper, weight)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and cpu.KERNELS is not None
+def lp_distance_conv2d(x: Tensor, weight: Tensor, p: float = math.inf, stride: int = 1, padding: int = 0) -> Tensor:
+    """The l_p distance of every patch of images to every filter, without the unfolded tensor in memory.
+
+    Equal to unfolding x (zeros beyond the edges) and `lp_distance` of its patches to the flattened filters.
+
+    Args:
+        x: images (B, C, H, W), float32 or float64.
+        weight: filters (O, C, kernel height, kernel width), of the dtype and device of x.
+        p: any real number in [1, inf].
+        stride: step between patches, in pixels.
+        padding: zeros added on every side, in pixels.
+
+    Returns:
+        Distances (B, O, height, width) with height = (H + 2 padding - kernel height) // stride + 1, width likewise;
+        differentiable once in x and weight, as `lp_distance` is.
+
+    Raises:
+        TypeError: x and weight are not both float32 or both float64.
+        ValueError: the shapes do not fit, the devices differ, or stride, padding or p is out of range.
+    """
+    name = "lp_distance_conv2d"
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} takes x (B, C, H, W) and weight (O, C, kernel height, kernel width), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if stride < 1 or padding < 0:
+        raise ValueError(f"{name} takes stride >= 1 and padding >= 0, got {stride} and {padding}")
+    if any(x.shape[d] + 2 * padding < weight.shape[d] for d in (2, 3)):
+        raise ValueError(f"{name} takes kernels no larger than the padded image, got {weight.shape} for {x.shape}")
+    _check(name, weight.flatten(1), x=x.new_empty(0, weight[0].numel()))
+    _check_p(name, p)
+    return LpDistanceConv2d.apply(x, weight, float(p), stride, padding)
+
+
+def _check_p(function: str, p: float) -> None:
+    if not p >= 1:
+        raise ValueError(f"{function} takes 1 <= p <= inf, got p = {p}")
 
 
 def _check(function: str, weight: Tensor, **inputs: Tensor) -> None:

@@ -113,9 +113,19 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
 torch.library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
 
 
+def serves(x: Tensor) -> bool:
+    """Whether these kernels compute for tensors like x."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and KERNELS is not None
+
+
 def lp_distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
     """See `linflab.models.distance.lp_distance`, which also checks the arguments; float32 only."""
     return torch.ops.linflab.lp_distance(x, weight, p)
+
+
+def lp_distance_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Gradients in x and weight, given the output y and its gradient."""
+    return torch.ops.linflab.lp_distance_backward(grad_y, x, weight, y, p)
 
 
 def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,24 @@ def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(column, column + columns)
 
 
+def lp_distance_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Gradients in x and weight, given the output y and its gradient."""
+    grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    for rows, outs in _tiles(x, weight):
+        d = x[rows, None, :] - weight[None, outs, :]
+        if math.isinf(p):
+            first = d.abs().argmax(dim=2, keepdim=True)
+            slope = torch.zeros_like(d).scatter_(2, first, d.gather(2, first).sign())
+        else:
+            scale = y[rows, outs, None].clamp_min(torch.finfo(d.dtype).tiny)
+            slope = d.sign()
+            slope *= d.abs_().div_(scale).pow_(p - 1)
+        slope *= grad_y[rows, outs, None]
+        grad_x[rows] += slope.sum(dim=1)
+        grad_weight[outs] -= slope.sum(dim=0)
+    return grad_x, grad_weight
+
+
 class _LpDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, p: float) -> Tensor:
@@ -69,18 +87,4 @@ class _LpDistance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, y = ctx.saved_tensors
-        p: float = ctx.p
-        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        for rows, outs in _tiles(x, weight):
-            d = x[rows, None, :] - weight[None, outs, :]
-            if math.isinf(p):
-                first = d.abs().argmax(dim=2, keepdim=True)
-                slope = torch.zeros_like(d).scatter_(2, first, d.gather(2, first).sign())
-            else:
-                scale = y[rows, outs, None].clamp_min(torch.finfo(d.dtype).tiny)
-                slope = d.sign()
-                slope *= d.abs_().div_(scale).pow_(p - 1)
-            slope *= grad_y[rows, outs, None]
-            grad_x[rows] += slope.sum(dim=1)
-            grad_weight[outs] -= slope.sum(dim=0)
-        return grad_x, grad_weight, None
+        return *lp_distance_backward(grad_y, x, weight, y, ctx.p), None

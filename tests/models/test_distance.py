@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linflab.models.distance import cpu, linf_distance_bounds, lp_distance, reference
+from linflab.models.distance import (
+    convolution,
+    cpu,
+    linf_distance_bounds,
+    lp_distance,
+    lp_distance_conv2d,
+    reference,
+)
 
 EXPONENTS = st.one_of(
     st.sampled_from([1.0, 2.0, 8.0, 9.7, 100.5, 1000.0, 2000.0, math.inf]), st.floats(min_value=1, max_value=2000)
@@ -23,6 +30,19 @@ EXPONENTS = st.one_of(
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 IMPLEMENTATIONS = ["reference", *cpu.MODULES.get(CAPABILITY, ("portable",))]
 everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+class Largest(TorchDispatchMode):
+    """Sees the size of the largest tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
 
 
 @contextmanager
@@ -196,6 +216,56 @@ def test_bounds_are_the_exact_range(
     np.testing.assert_array_equal(low.numpy(), nearest)
 
 
+@everywhere
+@pytest.mark.parametrize("p", [1.0, 8.0, 100.5, math.inf])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 1), (2, 1), (3, 2)])
+def test_convolution_is_the_distance_of_patches(
+    implementation: str, p: float, stride: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, 9, 7), torch.randn(4, 3, 3, 2)
+    a, b = x.double().requires_grad_(), weight.double().requires_grad_()
+    columns = torch.nn.functional.unfold(a, (3, 2), padding=padding, stride=stride).transpose(1, 2)
+    expected = reference.lp_distance(columns.flatten(0, 1), b.flatten(1), p).unflatten(0, (5, -1)).transpose(1, 2)
+    upstream = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, (a, b), upstream)
+    for values in (1, 2**22):  # one sample at a time, and all together
+        monkeypatch.setattr(convolution, "PATCH_VALUES", values)
+        with using(implementation):
+            c, d = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            y = lp_distance_conv2d(c, d, p, stride, padding)
+            gradients = torch.autograd.grad(y, (c, d), upstream.float().view_as(y))
+        torch.testing.assert_close(y.flatten(2), expected.float(), rtol=1e-5, atol=1e-5)
+        for gradient, right in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, right.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_convolution_holds_few_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(64, 4, 12, 12, requires_grad=True), torch.randn(2, 4, 5, 5, requires_grad=True)
+    unfolded = 64 * 100 * 8 * 8
+    monkeypatch.setattr(convolution, "PATCH_VALUES", unfolded // 8)
+    with Largest() as seen:
+        lp_distance_conv2d(x, weight, 8.0).sum().backward()
+    assert seen.numel <= unfolded // 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "options", "says"),
+    [
+        ((2, 3, 8), (4, 3, 3, 3), {}, "(2, 3, 8)"),
+        ((2, 3, 8, 8), (4, 2, 3, 3), {}, "(4, 2, 3, 3)"),
+        ((2, 3, 8, 8), (4, 3, 9, 3), {}, "no larger"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), {"stride": 0}, "stride >= 1"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), {"padding": -1}, "padding >= 0"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), {"p": 0.5}, "p = 0.5"),
+    ],
+)
+def test_wrong_convolutions(shape: tuple[int, ...], weight: tuple[int, ...], options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match="lp_distance_conv2d") as caught:
+        lp_distance_conv2d(torch.zeros(shape), torch.zeros(weight), **options)
+    assert says in str(caught.value)
+
+
 def test_operators_keep_the_rules_of_torch_library() -> None:
     x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     for p in (8.0, 9.7, math.inf):
@@ -225,16 +295,6 @@ print([str(warning.message) for warning in caught if "C++" in str(warning.messag
 
 @pytest.mark.parametrize("p", [8.0, math.inf])
 def test_work_goes_in_tiles(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    Largest.numel = max(Largest.numel, tensor.numel())
-            return result
-
     def gradients() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(reference.lp_distance(x, weight, p).sum(), (x, weight))
 
@@ -242,9 +302,9 @@ def test_work_goes_in_tiles(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(33, 20).requires_grad_(), torch.randn(41, 20).requires_grad_()
     whole = gradients()
     monkeypatch.setattr(reference, "TILE", 1500)  # of 33 * 41 * 20 = 27060 terms, and of 1353 outputs
-    with Largest():
+    with Largest() as seen:
         tiled = gradients()
-    assert Largest.numel <= 1500
+    assert seen.numel <= 1500
     for one, other in zip(whole, tiled, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -1,0 +1,73 @@
+"""The l_p distance of image patches to filters: a convolution with distances in place of dot products.
+
+Patches are made for a few samples at a time, in the forward and again in the backward pass, so that the unfolded
+tensor, kernel height x kernel width times as large as the input, never exists.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import fold, unfold
+
+from linflab.models.distance import cpu, reference
+
+PATCH_VALUES = 2**22  # values of patches held at a time, or those of one sample where they are more
+
+
+class LpDistanceConv2d(torch.autograd.Function):
+    """`linflab.models.distance.lp_distance_conv2d` without its checks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, p: float, stride: int, padding: int) -> Tensor:
+        size = _output_size(x, weight, stride, padding)
+        y = x.new_empty(len(x), len(weight), *size)
+        for samples in _chunks(x, weight, size):
+            patches = _patches(x[samples], weight, stride, padding)
+            distances = _distance(patches, weight.flatten(1), p)
+            y[samples] = distances.view(-1, math.prod(size), len(weight)).transpose(1, 2).unflatten(2, size)
+        ctx.save_for_backward(x, weight, y)
+        ctx.p, ctx.stride, ctx.padding = p, stride, padding
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, y = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for samples in _chunks(x, weight, y.shape[2:]):
+            patches = _patches(x[samples], weight, ctx.stride, ctx.padding)
+            distances, upstream = (t[samples].flatten(2).transpose(1, 2).flatten(0, 1) for t in (y, grad_y))
+            grad_patches, grad_filters = _gradients(upstream, patches, weight.flatten(1), distances, ctx.p)
+            grad_weight += grad_filters.view_as(weight)
+            columns = grad_patches.view(-1, y.shape[2] * y.shape[3], patches.shape[1]).transpose(1, 2)
+            grad_x[samples] = fold(columns, x.shape[2:], weight.shape[2:], padding=ctx.padding, stride=ctx.stride)
+        return grad_x, grad_weight, None, None, None
+
+
+def _output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    height, width = ((x.shape[d] + 2 * padding - weight.shape[d]) // stride + 1 for d in (2, 3))
+    return height, width
+
+
+def _chunks(x: Tensor, weight: Tensor, size: tuple[int, ...]) -> Iterator[slice]:
+    samples = max(1, PATCH_VALUES // (weight[0].numel() * math.prod(size)))
+    for start in range(0, len(x), samples):
+        yield slice(start, start + samples)
+
+
+def _patches(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """(samples x positions, C x kernel height x kernel width), zeros beyond the edges."""
+    columns = unfold(x, weight.shape[2:], padding=padding, stride=stride)
+    return columns.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
+    return (cpu if cpu.serves(x) else reference).lp_distance(x, weight, p)
+
+
+def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return (cpu if cpu.serves(x) else reference).lp_distance_backward(grad_y, x, weight, y, p)
