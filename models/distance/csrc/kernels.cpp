@@ -12,10 +12,13 @@
 // without sharing. Nothing that is computed depends on the number of threads.
 #include "vector.h"
 
+#include <atomic>
 #include <limits>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include <dlfcn.h>
 
 #include <pybind11/pybind11.h>
 
@@ -43,24 +46,41 @@ class FlushDenormals {
 #endif
 };
 
+// Runs job on several threads at once. Where torch has brought the OpenMP library of GCC, they are its threads: those
+// spin for a while after every matrix product, and would keep the cores from others.
+template <class F>
+void on_threads(int threads, F job) {
+    using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const auto region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (threads == 1) {
+        job();
+    } else if (region) {
+        region([](void* data) { (*static_cast<F*>(data))(); }, &job, (unsigned)threads, 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int k = 1; k < threads; ++k) others.emplace_back(job);
+        job();
+        for (auto& other : others) other.join();
+    }
+}
+
 // work(begin, end) on parts of [0, items) that are multiples of `grain`, on up to `threads` threads.
 template <class F>
 void parallel(int threads, int64_t items, int64_t grain, F work) {
     const int64_t grains = (items + grain - 1) / grain;
     const int parts = (int)std::max<int64_t>(1, std::min<int64_t>(threads, grains));
-    auto run = [&](int part) {
+    std::atomic<int> next{0};
+    on_threads(parts, [&] {
         FlushDenormals flush;
-        const int64_t begin = grains * part / parts * grain, end = grains * (part + 1) / parts * grain;
-        work(begin, std::min(end, items));
-    };
-    std::vector<std::thread> others;
-    for (int part = 1; part < parts; ++part) others.emplace_back(run, part);
-    run(0);
-    for (auto& other : others) other.join();
+        for (int part; (part = next++) < parts;) {
+            const int64_t begin = grains * part / parts * grain, end = grains * (part + 1) / parts * grain;
+            work(begin, std::min(end, items));
+        }
+    });
 }
 
-int useful_threads(int threads, double terms) {  // starting a thread costs about as much as 2 million cheap terms
-    return (int)std::min<double>(threads, 1 + terms / 2e6);
+int useful_threads(int threads, double terms) {  // waking a thread costs about as much as 200 thousand cheap terms
+    return (int)std::min<double>(threads, 1 + terms / 2e5);
 }
 
 // ---------------------------------------------------------------------------------------------------- powers
@@ -228,11 +248,15 @@ inline Vec power(Vec u) {  // u^P by repeated squaring
     }
 }
 
-// What a direct tile accumulates over the differences d. Where `scaled`, d is first multiplied by a power of two that
-// brings typical distances near 1, for else too many sums would leave the range of floats.
+// What a direct tile accumulates over the differences d. Where `scaled`, inputs and weights are first multiplied by a
+// power of two that brings typical distances near 1, for else too many sums would leave the range of floats.
 struct Largest {
     static constexpr bool scaled = false;
-    static Vec add(Vec acc, Vec d) { return Vec::max_abs(d, acc); }
+    static Vec add(Vec acc, Vec d) { return Vec::max_positive(Vec::abs(d), acc); }
+    // Two terms, in four instructions that keep adders and multipliers alike busy.
+    static Vec add(Vec acc, Vec x0, Vec w0, Vec x1, Vec w1, Vec one) {
+        return Vec::max_positive(Vec::max_abs(x0 - w0, Vec::minus(x1, w1, one)), acc);
+    }
     static float reduce(Vec acc) { return largest(acc); }
     static float join(float a, float b) { return std::max(a, b); }
 };
@@ -325,28 +349,44 @@ void over_plane(int threads, Shape s, F f) {
         parallel(useful, s.samples, 8, [&](int64_t b0, int64_t b1) { f(b0, b1, 0, s.outputs); });
 }
 
+// A one that the compiler does not know, lest it turn `minus` into a subtraction.
+inline Vec hidden_one() {
+    Vec one = Vec::all(1.0f);
+#if defined(__AVX2__)
+    asm("" : "+x"(one.v));
+#endif
+    return one;
+}
+
 template <class T, int TB, int TO>
 void direct_tile(const float* x, const float* w, int64_t stride, int64_t n, float scale, bool first, float* y,
                  int64_t y_stride) {
-    const auto scaled = [&](Vec d) { return T::scaled ? d * Vec::all(scale) : d; };
+    const auto scaled = [&](Vec v) { return T::scaled ? v * Vec::all(scale) : v; };
     Vec acc[TB][TO];
     for (auto& row : acc)
         for (auto& a : row) a = Vec::all(0.0f);
     int64_t i = 0;
-    for (; i + N <= n; i += N) {
-        Vec wv[TO];
-        for (int c = 0; c < TO; ++c) wv[c] = Vec::load(w + c * stride + i);
-        for (int r = 0; r < TB; ++r) {
-            const Vec xv = Vec::load(x + r * stride + i);
-            for (int c = 0; c < TO; ++c) acc[r][c] = T::add(acc[r][c], scaled(xv - wv[c]));
+    if constexpr (std::is_same_v<T, Largest> && N == 16) {
+        const Vec one = hidden_one();
+        for (; i + 2 * N <= n; i += 2 * N) {
+            Vec w0[TO], w1[TO];
+            for (int c = 0; c < TO; ++c) w0[c] = Vec::load(w + c * stride + i), w1[c] = Vec::load(w + c * stride + i + N);
+            for (int r = 0; r < TB; ++r) {
+                const Vec x0 = Vec::load(x + r * stride + i), x1 = Vec::load(x + r * stride + i + N);
+                for (int c = 0; c < TO; ++c) acc[r][c] = T::add(acc[r][c], x0, w0[c], x1, w1[c], one);
+            }
         }
     }
-    if (i < n) {
-        for (int r = 0; r < TB; ++r)
-            for (int c = 0; c < TO; ++c)
-                acc[r][c] = T::add(acc[r][c], scaled(Vec::load(x + r * stride + i, (int)(n - i)) -
-                                                     Vec::load(w + c * stride + i, (int)(n - i))));
-    }
+    const auto vector = [&](auto load) {
+        Vec wv[TO];
+        for (int c = 0; c < TO; ++c) wv[c] = scaled(load(w + c * stride + i));
+        for (int r = 0; r < TB; ++r) {
+            const Vec xv = scaled(load(x + r * stride + i));
+            for (int c = 0; c < TO; ++c) acc[r][c] = T::add(acc[r][c], xv - wv[c]);
+        }
+    };
+    for (; i + N <= n; i += N) vector([](const float* p) { return Vec::load(p); });
+    if (i < n) vector([=](const float* p) { return Vec::load(p, (int)(n - i)); });
     for (int r = 0; r < TB; ++r)
         for (int c = 0; c < TO; ++c) {
             const float value = T::reduce(acc[r][c]);
@@ -423,24 +463,31 @@ inline int64_t collect(uint64_t word, const float* x, const float* w, int64_t i,
     return count;
 }
 
-// The largest |x_i - w_i| in each lane of the group of vectors at i, for every pair of a tile.
-template <int TB, int TO>
-inline void largest_of_group(const float* x, const float* w, int64_t stride, int64_t i, int64_t end,
+// The largest |x_i - w_i| in each lane of the G vectors at i, for every pair of a tile.
+template <int G, int TB, int TO>
+inline void largest_of_group(const float* x, const float* w, int64_t stride, int64_t i, int64_t end, Vec one,
                              Vec (&most)[TB * TO]) {
-    for (auto& m : most) m = Vec::all(0.0f);
-    const auto vector = [&](auto load) {
-        Vec wv[TO];
-        for (int c = 0; c < TO; ++c) wv[c] = load(w + c * stride);
-        for (int r = 0; r < TB; ++r) {
-            const Vec xv = load(x + r * stride);
-            for (int c = 0; c < TO; ++c) most[r * TO + c] = Vec::max_abs(xv - wv[c], most[r * TO + c]);
+    const auto group = [&](auto load) {
+        for (int v = 0; v < G; v += 2) {
+            Vec w0[TO], w1[TO];
+            for (int c = 0; c < TO; ++c) w0[c] = load(w + c * stride, v), w1[c] = load(w + c * stride, v + 1);
+            for (int r = 0; r < TB; ++r) {
+                const Vec x0 = load(x + r * stride, v), x1 = load(x + r * stride, v + 1);
+                for (int c = 0; c < TO; ++c) {
+                    const Vec two = Vec::max_abs(x0 - w0[c], Vec::minus(x1, w1[c], one));
+                    Vec& so_far = most[r * TO + c];
+                    so_far = v ? Vec::max_positive(two, so_far) : two;
+                }
+            }
         }
     };
-    if (i + GROUP * N <= end)
-        for (int v = 0; v < GROUP; ++v) vector([=](const float* p) { return Vec::load(p + i + v * N); });
-    else
-        for (; i < end; i += N)
-            vector([=](const float* p) { return Vec::load(p + i, (int)std::min<int64_t>(N, end - i)); });
+    if (i + G * N <= end)
+        group([=](const float* p, int v) { return Vec::load(p + i + v * N); });
+    else  // differences beyond the end are 0
+        group([=](const float* p, int v) {
+            const int64_t left = end - i - v * N;
+            return left > 0 ? Vec::load(p + i + v * N, (int)std::min<int64_t>(N, left)) : Vec::all(0.0f);
+        });
 }
 
 // A tile by the scaled way, for all its pairs of sample and output together: their steps depend on one another, and
@@ -452,14 +499,15 @@ void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, Power rais
     static_assert(PAIRS <= N);
     const int64_t groups = (n + GROUP * N - 1) / (GROUP * N);
     float *maxima = scratch, *found = scratch + groups * PAIRS * N;
+    const Vec one = hidden_one();
     Vec most[PAIRS];
     for (auto& m : most) m = Vec::all(0.0f);
     for (int64_t g = 0; g < groups; ++g) {
         Vec of_group[PAIRS];
-        largest_of_group<TB, TO>(x, w, n, g * GROUP * N, n, of_group);
+        largest_of_group<GROUP, TB, TO>(x, w, n, g * GROUP * N, n, one, of_group);
         for (int pair = 0; pair < PAIRS; ++pair) {
             of_group[pair].store(maxima + (pair * groups + g) * N);
-            most[pair] = Vec::max(of_group[pair], most[pair]);
+            most[pair] = Vec::max_positive(of_group[pair], most[pair]);
         }
     }
 
@@ -602,16 +650,17 @@ struct Gradients {
     Shape s;
 };
 
-// How differences d become gradients grad_y slope(d), for TB samples of one output; `at` of the first of them, and from
-// one to the next `stride`. By powers that need no scaling ...
+// How differences d of what `before` makes of inputs and weights become gradients grad_y slope(d), for TB samples of one
+// output; `at` of the first of them, and from one to the next `stride`. By multiplications alone ...
 template <class T>
 struct DirectSlope {
     const float* coefficient;  // grad_y (scale y)^(1 - p)
     float scale;
 
+    Vec before(Vec v) const { return T::scaled ? v * Vec::all(scale) : v; }
     template <int TB>
     void operator()(Vec (&d)[TB], int64_t at, int64_t stride) const {
-        for (int r = 0; r < TB; ++r) d[r] = Vec::all(coefficient[at + r * stride]) * T::slope(T::scaled ? d[r] * Vec::all(scale) : d[r]);
+        for (int r = 0; r < TB; ++r) d[r] = Vec::all(coefficient[at + r * stride]) * T::slope(d[r]);
     }
 };
 
@@ -621,6 +670,7 @@ struct DenseSlope {
     const float *grad_y, *inverse;  // inverse: 1 / y
     Power raise;
 
+    Vec before(Vec v) const { return v; }
     template <int TB>
     void operator()(Vec (&d)[TB], int64_t at, int64_t stride) const {
         Vec u[TB];
@@ -637,11 +687,11 @@ void add_gradients(const Gradients& q, Slope slope, int64_t b, int64_t o0, int64
     const int64_t stride = q.s.inputs;
     Vec xv[TB], gx[TB];
     for (int r = 0; r < TB; ++r) {
-        xv[r] = load(q.x + (b + r) * stride + i);
+        xv[r] = slope.before(load(q.x + (b + r) * stride + i));
         gx[r] = load(q.grad_x + (b + r) * stride + i);
     }
     for (int64_t o = o0; o < o1; ++o) {
-        const Vec wv = load(q.w + o * stride + i);
+        const Vec wv = slope.before(load(q.w + o * stride + i));
         Vec gw = load(q.grad_w + o * stride + i);
         Vec g[TB];
         for (int r = 0; r < TB; ++r) g[r] = xv[r] - wv;
@@ -705,13 +755,14 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
     const auto at = [&](int pair) { return (b + pair / TO) * q.s.outputs + o + pair % TO; };
     float least[PAIRS];
     int64_t count[PAIRS] = {};
+    const Vec one = hidden_one();
     for (int pair = 0; pair < PAIRS; ++pair)
         least[pair] = std::max(q.y[at(pair)] * k.ratio, std::numeric_limits<float>::min());
     for (int64_t i = begin; i < end; i += WINDOW * GROUP * N) {
         uint64_t words[PAIRS] = {};
         for (int g = 0; g < WINDOW && i + g * GROUP * N < end; ++g) {
             Vec most[PAIRS];
-            largest_of_group<TB, TO>(x, w, n, i + g * GROUP * N, end, most);
+            largest_of_group<GROUP, TB, TO>(x, w, n, i + g * GROUP * N, end, one, most);
             for (int pair = 0; pair < PAIRS; ++pair)
                 words[pair] |= (uint64_t)Vec::at_least(most[pair], Vec::all(least[pair])) << (g * N);
         }
@@ -745,79 +796,90 @@ void sparse_gradients(const Gradients& q, ScaledSlope k, int64_t begin, int64_t 
         });
 }
 
-// For a tile, the first input whose |d| is y: twice its position, plus one where d is negative; -1 where y is 0, or not a
-// number. Without branches, which could not be predicted.
+// The gradient of a pair at p = inf: `slope` at `input`, nothing elsewhere.
+struct Slope {
+    int32_t input;
+    float slope;
+};
+
+// For every pair of a tile the first input whose |d| is y. Without branches, which could not be predicted.
 template <int TB, int TO>
-void find_largest(const Gradients& q, int64_t b, int64_t o, int32_t* where) {
+void find_largest(const Gradients& q, int64_t b, int64_t o, Slope (&found)[TB * TO]) {
     constexpr int PAIRS = TB * TO;
-    const int64_t n = q.s.inputs, step = GROUP * N;
-    const float *x = q.x + b * n, *w = q.w + o * n, none = (float)n;
+    const int64_t n = q.s.inputs, step = 2 * N;
+    const float *x = q.x + b * n, *w = q.w + o * n;
     const auto at = [&](int pair) { return (b + pair / TO) * q.s.outputs + o + pair % TO; };
-    float sought[PAIRS];
-    Vec group[PAIRS];  // the first in which y was found, by lane
+    const Vec one = hidden_one();
+    Vec sought[PAIRS], group[PAIRS];  // by lane: the first group in which y was found
+#pragma GCC unroll 8
     for (int pair = 0; pair < PAIRS; ++pair) {
         const float y = q.y[at(pair)];
-        sought[pair] = y > 0 ? y : std::numeric_limits<float>::quiet_NaN();
-        group[pair] = Vec::all(none);
+        sought[pair] = Vec::all(y > 0 ? y : -1.0f);
+        group[pair] = Vec::all(-1.0f);
     }
-    for (int64_t g = 0; g * step < n; ++g) {
+    for (int64_t g = (n - 1) / step; g >= 0; --g) {
         Vec most[PAIRS];
-        largest_of_group<TB, TO>(x, w, n, g * step, n, most);
+        largest_of_group<2, TB, TO>(x, w, n, g * step, n, one, most);
+#pragma GCC unroll 8
         for (int pair = 0; pair < PAIRS; ++pair)
-            group[pair] = Vec::min(
-                Vec::where_at_least(most[pair], Vec::all(sought[pair]), Vec::all((float)g), Vec::all(none)), group[pair]);
+            group[pair] = Vec::where_same(most[pair], sought[pair], Vec::all((float)g), group[pair]);
     }
+    float groups[PAIRS][N];
+#pragma GCC unroll 8
+    for (int pair = 0; pair < PAIRS; ++pair) group[pair].store(groups[pair]);
     for (int pair = 0; pair < PAIRS; ++pair) {
-        uint32_t lanes = Vec::at_least(Vec::all(none - 1), group[pair]);
-        if (!lanes) {
-            where[at(pair)] = -1;
-            continue;
-        }
-        float groups[N];
-        group[pair].store(groups);
-        int64_t first = 2 * n;
-        do {  // once, but for ties
+        const float y = q.y[at(pair)];
+        uint32_t lanes = Vec::at_least(Vec::load(groups[pair]), Vec::all(0.0f));
+        uint32_t first = lanes ? -1 : 0;  // twice its position, plus one where d is negative
+        found[pair].slope = lanes ? q.grad_y[at(pair)] : 0.0f;  // none where y is 0, or not a number
+        for (; lanes; lanes &= lanes - 1) {  // once, but for ties
             const int lane = __builtin_ctz(lanes);
-            for (int v = 0; v < GROUP; ++v) {
-                const int64_t i = std::min((int64_t)groups[lane] * step + v * N + lane, n - 1);
+            const int64_t base = (int64_t)groups[pair][lane] * step + lane;
+            for (int v = 0; v < 2; ++v) {
+                const int64_t i = std::min(base + v * N, n - 1);
                 const float d = x[pair / TO * n + i] - w[pair % TO * n + i];
-                first = std::min(first, std::fabs(d) >= sought[pair] ? 2 * i + (d < 0) : 2 * n);
+                const uint32_t missed = 0u - (std::fabs(d) != y);
+                first = std::min(first, (uint32_t)(2 * i + std::signbit(d)) | missed);
             }
-        } while (lanes &= lanes - 1);
-        where[at(pair)] = (int32_t)first;
+        }
+        found[pair].input = (int32_t)(first >> 1);
+        found[pair].slope *= (float)(1 - 2 * (int32_t)(first & 1));
     }
 }
 
-// p = inf. `where` (samples x outputs) holds the inputs found between the two gradients.
-void largest_gradients(const Gradients& q, int32_t* where, int threads) {
+// p = inf. Slopes are kept between the two gradients, by output: then the rows of grad_w are worked on one after another.
+void largest_gradients(const Gradients& q, int threads) {
     const Shape s = q.s;
     const int64_t n = s.inputs, block = block_of(n);
-    const auto add = [&](float* row, int32_t found, float grad) {
-        if (found >= 0) row[found >> 1] += grad * (float)(1 - 2 * (found & 1));  // a branch on the sign would be guessed
-    };
+    std::vector<Slope> slopes(s.samples * s.outputs);
     parallel(threads, s.samples, RB, [&](int64_t b0, int64_t b1) {
         for (int64_t o = 0; o < s.outputs; o += block)
             tiles<RB, 2>(b0, b1, o, std::min(o + block, s.outputs), [&](int64_t tb, int64_t to, auto nb, auto no) {
-                find_largest<decltype(nb)::value, decltype(no)::value>(q, tb, to, where);
-                for (int64_t b = tb; b < tb + nb; ++b)
-                    for (int64_t at = b * s.outputs + to; at < b * s.outputs + to + no; ++at)
-                        add(q.grad_x + b * n, where[at], q.grad_y[at]);
+                constexpr int TB = decltype(nb)::value, TO = decltype(no)::value;
+                Slope found[TB * TO];
+                find_largest<TB, TO>(q, tb, to, found);
+                for (int pair = 0; pair < TB * TO; ++pair) {
+                    const int64_t b = tb + pair / TO, to_pair = to + pair % TO;
+                    q.grad_x[b * n + found[pair].input] += found[pair].slope;
+                    slopes[to_pair * s.samples + b] = found[pair];
+                }
             });
     });
-    parallel(threads, s.outputs, 16, [&](int64_t o0, int64_t o1) {
-        for (int64_t first = o0; first < o1; first += block)
-            for (int64_t b = 0; b < s.samples; ++b)
-                for (int64_t o = first; o < std::min(first + block, o1); ++o)
-                    add(q.grad_w + o * n, where[b * s.outputs + o], -q.grad_y[b * s.outputs + o]);
+    parallel(threads, s.outputs, 1, [&](int64_t o0, int64_t o1) {
+        for (int64_t o = o0; o < o1; ++o)
+            for (int64_t b = 0; b < s.samples; ++b) {
+                const Slope at = slopes[o * s.samples + b];
+                q.grad_w[o * n + at.input] -= at.slope;
+            }
     });
 }
 
-// `scratch` (samples x outputs) holds coefficients, or indices at p = inf.
+// `scratch` (samples x outputs) holds coefficients.
 void backward(const Gradients& q, float* scratch, double p, int threads) {
     const Shape s = q.s;
     const int useful = useful_threads(threads, s.terms());
     if (std::isinf(p)) {
-        largest_gradients(q, reinterpret_cast<int32_t*>(scratch), useful);
+        largest_gradients(q, useful);
         return;
     }
     const ScaledSlope k(p, s.inputs);
@@ -870,44 +932,33 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
 // ---------------------------------------------------------------------------------------------------- bounds
 
 // The exact range of max_i |x_i - w_i| over the box lower <= x <= upper. Coordinates move freely, so the largest value
-// is the largest of max(u - w, w - l), the smallest the largest of max(l - w, w - u, 0).
+// is the largest of |u - w| and |l - w|, the smallest the largest of l - w, w - u and 0.
 template <int TB, int TO>
 void bounds_tile(const float* lower, const float* upper, const float* w, int64_t n, float* lo, float* hi,
                  int64_t y_stride) {
-    const Vec far = Vec::all(std::numeric_limits<float>::infinity());
-    Vec max_u[TB][TO], min_u[TB][TO], max_l[TB][TO], min_l[TB][TO];  // of u - w and of l - w
+    const Vec one = hidden_one();
+    Vec high[TB][TO], low[TB][TO];
     for (int r = 0; r < TB; ++r)
-        for (int c = 0; c < TO; ++c) {
-            max_u[r][c] = max_l[r][c] = Vec::all(0.0f) - far;
-            min_u[r][c] = min_l[r][c] = far;
-        }
-    auto step = [&](int64_t i, auto load) {
-        for (int c = 0; c < TO; ++c) {
-            const Vec wv = load(w + c * n + i);
-            for (int r = 0; r < TB; ++r) {
-                const Vec u = load(upper + r * n + i) - wv, l = load(lower + r * n + i) - wv;
-                max_u[r][c] = Vec::max(u, max_u[r][c]);
-                min_u[r][c] = Vec::min(u, min_u[r][c]);
-                max_l[r][c] = Vec::max(l, max_l[r][c]);
-                min_l[r][c] = Vec::min(l, min_l[r][c]);
+        for (int c = 0; c < TO; ++c) high[r][c] = low[r][c] = Vec::all(0.0f);
+    const auto vector = [&](int64_t i, auto load) {
+        Vec wv[TO];
+        for (int c = 0; c < TO; ++c) wv[c] = load(w + c * n + i);
+        for (int r = 0; r < TB; ++r) {
+            const Vec u = load(upper + r * n + i), l = load(lower + r * n + i);
+            for (int c = 0; c < TO; ++c) {
+                const Vec below = l - wv[c], above = Vec::minus(wv[c], u, one);  // where positive, how far w is outside
+                high[r][c] = Vec::max_positive(Vec::max_abs(below, above), high[r][c]);
+                low[r][c] = Vec::max_positive(above, Vec::max_positive(below, low[r][c]));
             }
         }
     };
     int64_t i = 0;
-    for (; i + N <= n; i += N) step(i, [](const float* p) { return Vec::load(p); });
-    float high[TB][TO], low[TB][TO];
+    for (; i + N <= n; i += N) vector(i, [](const float* p) { return Vec::load(p); });
+    if (i < n) vector(i, [=](const float* p) { return Vec::load(p, (int)(n - i)); });  // differences beyond the end are 0
     for (int r = 0; r < TB; ++r)
         for (int c = 0; c < TO; ++c) {
-            const Vec none = Vec::all(0.0f);
-            high[r][c] = largest(Vec::max(max_u[r][c], none - min_l[r][c]));
-            low[r][c] = largest(Vec::max(max_l[r][c], none - min_u[r][c]));
-            for (int64_t j = i; j < n; ++j) {
-                const float u = upper[r * n + j] - w[c * n + j], l = lower[r * n + j] - w[c * n + j];
-                high[r][c] = std::max(high[r][c], std::max(u, -l));
-                low[r][c] = std::max(low[r][c], std::max(l, -u));
-            }
-            hi[r * y_stride + c] = high[r][c];
-            lo[r * y_stride + c] = std::max(low[r][c], 0.0f);
+            hi[r * y_stride + c] = largest(high[r][c]);
+            lo[r * y_stride + c] = largest(low[r][c]);
         }
 }
 
@@ -942,6 +993,7 @@ void renew(Vec& v) {
 template <class T, bool GRADIENT>
 int64_t run_in_registers(int64_t rounds) {
     FlushDenormals flush;
+    const Vec one = hidden_one();
     Vec x[4], acc[4][2], w[2];
     for (int r = 0; r < 4; ++r) {
         x[r] = Vec::all(0.1f * (float)r);
@@ -957,6 +1009,8 @@ int64_t run_in_registers(int64_t rounds) {
                     const Vec g = x[r] * T::slope(x[r] - w[c]);
                     acc[r][0] = acc[r][0] + g;
                     acc[c][1] = acc[c][1] - g;
+                } else if constexpr (std::is_same_v<T, Largest>) {
+                    acc[r][c] = T::add(acc[r][c], x[r], w[c], x[r], w[1 - c], one);
                 } else {
                     acc[r][c] = T::add(acc[r][c], x[r] - w[c]);
                 }
@@ -964,7 +1018,7 @@ int64_t run_in_registers(int64_t rounds) {
     }
     for (auto& row : acc)
         for (auto& a : row) renew(a);
-    return rounds * 8 * N;
+    return rounds * 8 * N * (std::is_same_v<T, Largest> ? 2 : 1);
 }
 
 template <class T = float>

@@ -1,5 +1,11 @@
 // A vector of floats, as wide as the instruction set that this file is compiled for, with the operations that the
-// kernels need. All are exact or rounded once, except where a comment says otherwise.
+// kernels need. All are exact or rounded once, except where a comment says otherwise. Some operations come in two forms,
+// for cores that add and multiply on different execution units:
+//
+//   max_abs(a, b)        max(|a|, |b|)
+//   max_positive(a, b)   max(a, b) where one of them at least is not negative: floats in that order are integers in it
+//   minus(a, b, one)     a - b as the fused a one - b, where `one` holds 1
+//   where_same(a, b, yes, no)   lanes of yes where a and b are the same number, else of no
 #pragma once
 
 #include <algorithm>
@@ -17,9 +23,10 @@ constexpr float ROUNDER = 0x1.8p23f;
 
 struct Vec {
     static constexpr int size = 16;
-    static constexpr int registers = 32;
     __m512 v;
 
+    static __m512i integers(Vec a) { return _mm512_castps_si512(a.v); }
+    static Vec integers(__m512i a) { return {_mm512_castsi512_ps(a)}; }
     static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p)}; }
     static Vec all(float a) { return {_mm512_set1_ps(a)}; }
@@ -32,13 +39,14 @@ struct Vec {
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-    // max(|a|, |b|) of b already non-negative, in one instruction
     static Vec max_abs(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0b1011)}; }
+    static Vec max_positive(Vec a, Vec b) { return integers(_mm512_max_epi32(integers(a), integers(b))); }
+    static Vec minus(Vec a, Vec b, Vec one) { return {_mm512_fmsub_ps(a.v, one.v, b.v)}; }
     static Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
     static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
     static uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
-        return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), no.v, yes.v)};
+    static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(integers(a), integers(b)), no.v, yes.v)};
     }
     static Vec keep(uint32_t mask, Vec a) { return {_mm512_maskz_mov_ps((__mmask16)mask, a.v)}; }
     static Vec with_sign(Vec magnitude, Vec sign) {
@@ -65,9 +73,10 @@ struct Vec {
 
 struct Vec {
     static constexpr int size = 8;
-    static constexpr int registers = 16;
     __m256 v;
 
+    static __m256i integers(Vec a) { return _mm256_castps_si256(a.v); }
+    static Vec integers(__m256i a) { return {_mm256_castsi256_ps(a)}; }
     static __m256i first(int n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     }
@@ -83,12 +92,14 @@ struct Vec {
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
     static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-    static Vec max_abs(Vec a, Vec b) { return max(abs(a), b); }
+    static Vec max_abs(Vec a, Vec b) { return max_positive(abs(a), abs(b)); }
+    static Vec max_positive(Vec a, Vec b) { return integers(_mm256_max_epi32(integers(a), integers(b))); }
+    static Vec minus(Vec a, Vec b, Vec one) { return {_mm256_fmsub_ps(a.v, one.v, b.v)}; }
     static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
     static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
     static uint32_t at_least(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
-    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
-        return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
+    static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
+        return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(integers(a), integers(b))))};
     }
     static Vec keep(uint32_t mask, Vec a) {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -116,7 +127,6 @@ struct Vec {
 
 struct Vec {  // short loops, which compilers turn into whatever vectors the machine has
     static constexpr int size = 8;
-    static constexpr int registers = 16;
     float v[8];
 
     template <class F>
@@ -137,7 +147,9 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
     static Vec fma(Vec a, Vec b, Vec c) { return map([&](int k) { return a.v[k] * b.v[k] + c.v[k]; }); }  // rounded twice
     static Vec max(Vec a, Vec b) { return map([&](int k) { return a.v[k] > b.v[k] ? a.v[k] : b.v[k]; }); }
     static Vec min(Vec a, Vec b) { return map([&](int k) { return a.v[k] < b.v[k] ? a.v[k] : b.v[k]; }); }
-    static Vec max_abs(Vec a, Vec b) { return max(abs(a), b); }
+    static Vec max_abs(Vec a, Vec b) { return max(abs(a), abs(b)); }
+    static Vec max_positive(Vec a, Vec b) { return max(a, b); }
+    static Vec minus(Vec a, Vec b, Vec) { return a - b; }
     static Vec abs(Vec a) { return map([&](int k) { return std::fabs(a.v[k]); }); }
     static Vec sqrt(Vec a) { return map([&](int k) { return std::sqrt(a.v[k]); }); }
     static uint32_t at_least(Vec a, Vec b) {
@@ -145,8 +157,8 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
         for (int k = 0; k < 8; ++k) mask |= (uint32_t)(a.v[k] >= b.v[k]) << k;
         return mask;
     }
-    static Vec where_at_least(Vec a, Vec b, Vec yes, Vec no) {
-        return map([&](int k) { return a.v[k] >= b.v[k] ? yes.v[k] : no.v[k]; });
+    static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
+        return map([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
     }
     static Vec keep(uint32_t mask, Vec a) { return map([&](int k) { return mask >> k & 1 ? a.v[k] : 0.0f; }); }
     static Vec with_sign(Vec magnitude, Vec sign) {
