@@ -73,7 +73,7 @@ class Report:
 
     def add(self, what: str, shape: tuple[int, ...], p: float, quantity: str, value: float) -> None:
         name = "x".join(map(str, shape))
-        print(f"{what:34} {name:14} p {p:<7g} {quantity:38} {value:9.2f}", flush=True)
+        print(f"{what:34} {name:30} p {p:<7g} {quantity:44} {value:9.2f}", flush=True)
         self.rows.append({**self.common, "what": what, "shape": name, "p": p, "quantity": quantity, "value": value})
 
     def save(self) -> None:
@@ -175,9 +175,53 @@ def shares(report: Report, shape: tuple[int, int, int], seconds: float) -> None:
             "share of the limit in registers, %",
             100 * (terms / kernel_time) / (done * rounds / limit_time),
         )
-    product = in_turn(seconds, lambda: x @ weight.T)[0]
+    multiply = cpu.KERNELS.multiply_in_registers
+    done = multiply(1)
+    product, limit_time = in_turn(seconds, lambda: x @ weight.T, lambda: multiply(rounds))
     report.add("matrix product on one thread", shape, math.nan, "G terms/s", terms / product / 1e9)
+    report.add(
+        "matrix product on one thread",
+        shape,
+        math.nan,
+        "share of the limit in registers, %",
+        100 * (terms / product) / (done * rounds / limit_time),
+    )
     torch.set_num_threads(threads)
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far. Linux."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def paper_size(report: Report, depth: int = 5, width: int = 5120, batch: int = 512, inputs: int = 3072) -> None:
+    """A training step of the paper's network: its time, and its memory beyond inputs, weights, outputs, gradients."""
+    torch.manual_seed(0)
+    shape, p = (batch, inputs, *[width] * depth), 8.0
+    x = torch.rand(batch, inputs)
+    weights = [torch.randn(width, i).requires_grad_() for i in [inputs, *[width] * (depth - 1)]]
+
+    def step(layer: Callable[[Tensor, Tensor], Tensor]) -> None:
+        y = x
+        for weight in weights:
+            y = layer(y, weight)
+            y = y / y.detach().mean()
+        y.backward(torch.ones_like(y))
+        for weight in weights:
+            weight.grad = None
+
+    outputs = 2 * depth * batch * width  # distances, and these normalised
+    tensors = 4 * (2 * sum(weight.numel() for weight in weights) + x.numel() + 2 * outputs)
+    before = resident("VmRSS") - 4 * (sum(weight.numel() for weight in weights) + x.numel())
+    Path("/proc/self/clear_refs").write_text("5")  # from now on, VmHWM starts anew
+    step(lambda a, b: lp_distance(a, b, p))
+    peak = resident("VmHWM") - before
+    ours, linear = in_turn(0, lambda: step(lambda a, b: lp_distance(a, b, p)), lambda: step(torch.nn.functional.linear))
+    report.add("training step", shape, p, "seconds", ours)
+    report.add("training step", shape, p, "training step / linear's", ours / linear)
+    report.add("training step", shape, p, "peak memory, MB", peak / 1e6)
+    report.add("training step", shape, p, "of these inputs, weights, outputs, gradients", tensors / 1e6)
 
 
 def main() -> None:
@@ -197,6 +241,7 @@ def main() -> None:
         convolution(report, EXPONENTS, arguments.seconds)
         bounds(report, SHAPES[0], arguments.seconds)
         shares(report, SHAPES[0], arguments.seconds)
+        paper_size(report)
     report.save()
     print(f"appended to {report.path}")
 

@@ -135,6 +135,27 @@ def test_gradients_are_derivatives(p: float) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("p", [1, 3, 8, 9.7, 24, 64, 100.5, math.inf])
+def test_rows_of_any_magnitude_beside_one_another(implementation: str, p: float) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.rand(40, 70), torch.rand(50, 70)
+    for row, factor in ((3, 1e6), (5, 1e-6), (7, 1e15)):
+        x[row] *= factor
+        weight[row + 1] *= factor
+    x[11] = weight[13]
+    upstream = torch.randn(40, 50)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight)]
+        with using(implementation):
+            y = lp_distance(*leaves, p)
+            results.append([y, *torch.autograd.grad(y, leaves, upstream.to(dtype))])
+    for single, double in zip(*results, strict=True):
+        for row, expected in zip(single, double, strict=True):
+            assert torch.linalg.vector_norm(row - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
+
+
+@everywhere
 @pytest.mark.parametrize("inputs", [3, 40, 300])
 def test_gradient_at_a_tie_belongs_to_the_first_term(implementation: str, inputs: int) -> None:
     x = torch.linspace(-0.5, 0.5, inputs)[None].repeat(5, 1)

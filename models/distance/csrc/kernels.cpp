@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -44,6 +45,16 @@ class FlushDenormals {
     FlushDenormals() { _mm_setcsr(before | 0x8040); }
     ~FlushDenormals() { _mm_setcsr(before); }
 #endif
+};
+
+// Numbers that begin at a cache line, so that no vector of them lies across two.
+template <class T = float>
+class Buffer {
+    std::unique_ptr<T[]> storage;
+
+  public:
+    explicit Buffer(int64_t n) : storage(new T[n + 64 / sizeof(T)]) {}
+    T* data() { return storage.get() + (-reinterpret_cast<uintptr_t>(storage.get()) & 63) / sizeof(T); }
 };
 
 // Runs job on several threads at once. Where torch has brought the OpenMP library of GCC, they are its threads: those
@@ -552,7 +563,7 @@ int64_t scaled_scratch(int64_t inputs, int pairs) {
 template <class Power>
 void scaled_block(const float* x, const float* w, float* y, Shape s, Scaled k, Power raise, int64_t b0, int64_t b1,
                   int64_t o0, int64_t o1) {
-    std::vector<float> scratch(scaled_scratch(s.inputs, RB * 2));
+    Buffer<> scratch(scaled_scratch(s.inputs, RB * 2));
     const int64_t block = block_of(s.inputs);
     for (int64_t o = o0; o < o1; o += block)
         tiles<RB, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
@@ -564,7 +575,7 @@ void scaled_block(const float* x, const float* w, float* y, Shape s, Scaled k, P
 // y holds sums of p-th powers: take the p-th root, or compute anew where the sum left the range of floats.
 void take_roots(const float* x, const float* w, float* y, Shape s, Scaled k, float scale, int64_t b0, int64_t b1,
                 int64_t o0, int64_t o1) {
-    std::vector<float> scratch(scaled_scratch(s.inputs, 1));
+    Buffer<> scratch(scaled_scratch(s.inputs, 1));
     for (int64_t b = b0; b < b1; ++b)
         for (int64_t o = o0; o < o1; o += N) {
             float* row = y + b * s.outputs;
@@ -650,11 +661,28 @@ struct Gradients {
     Shape s;
 };
 
+// Numbers of pairs are packed in the order in which all_gradients takes them: by blocks of outputs, then by samples.
+struct Packed {
+    const Shape s;
+
+    int64_t width(int64_t o0) const { return std::min(OUTPUT_BLOCK, s.outputs - o0); }
+    // of the pair of sample b and the first output of a block; its other outputs follow
+    int64_t at(int64_t b, int64_t o0) const { return o0 * s.samples + b * width(o0); }
+    // Calls f(place, pair, n) for up to N neighbours at a time; pair: b outputs + o.
+    template <class F>
+    void each(F f) const {
+        for (int64_t o0 = 0; o0 < s.outputs; o0 += OUTPUT_BLOCK)
+            for (int64_t b = 0; b < s.samples; ++b)
+                for (int64_t c = 0; c < width(o0); c += N)
+                    f(at(b, o0) + c, b * s.outputs + o0 + c, (int)std::min<int64_t>(N, width(o0) - c));
+    }
+};
+
 // How differences d of what `before` makes of inputs and weights become gradients grad_y slope(d), for TB samples of one
-// output; `at` of the first of them, and from one to the next `stride`. By multiplications alone ...
+// output; `at` is the place of the first of them, and from one to the next it is `stride`. By multiplications alone ...
 template <class T>
 struct DirectSlope {
-    const float* coefficient;  // grad_y (scale y)^(1 - p)
+    const float* coefficient;  // grad_y (scale y)^(1 - p), packed
     float scale;
 
     Vec before(Vec v) const { return T::scaled ? v * Vec::all(scale) : v; }
@@ -667,7 +695,7 @@ struct DirectSlope {
 // ... or, for any p, as grad_y sign(d) (|d| / y)^(p - 1).
 template <class Power>
 struct DenseSlope {
-    const float *grad_y, *inverse;  // inverse: 1 / y
+    const float *grad_y, *inverse;  // inverse: 1 / y; both packed
     Power raise;
 
     Vec before(Vec v) const { return v; }
@@ -680,50 +708,75 @@ struct DenseSlope {
     }
 };
 
-// One vector of inputs, TB samples, a block of outputs: gradients are added to grad_x and taken from grad_w.
-template <int TB, class Slope, class Load, class Store>
-void add_gradients(const Gradients& q, Slope slope, int64_t b, int64_t o0, int64_t o1, int64_t i, Load load,
-                   Store store) {
-    const int64_t stride = q.s.inputs;
-    Vec xv[TB], gx[TB];
+constexpr int64_t SAMPLE_BLOCK = 512;  // samples whose chunks stay in level 2
+
+// One vector of inputs, TB samples from `place` on, a block of outputs: gradients are added to gx and taken from gw.
+// From one sample or output to the next it is `stride`.
+template <int TB, class Slope>
+void add_gradients(const float* x, float* gx, const float* w, float* gw, int64_t stride, Slope slope, int64_t place,
+                   int64_t outputs) {
+    Vec xv[TB], gxv[TB];
     for (int r = 0; r < TB; ++r) {
-        xv[r] = slope.before(load(q.x + (b + r) * stride + i));
-        gx[r] = load(q.grad_x + (b + r) * stride + i);
+        xv[r] = Vec::load(x + r * stride);
+        gxv[r] = Vec::load(gx + r * stride);
     }
-    for (int64_t o = o0; o < o1; ++o) {
-        const Vec wv = slope.before(load(q.w + o * stride + i));
-        Vec gw = load(q.grad_w + o * stride + i);
+    for (int64_t o = 0; o < outputs; ++o) {
+        const Vec wv = Vec::load(w + o * stride);
+        Vec gwv = Vec::load(gw + o * stride);
         Vec g[TB];
         for (int r = 0; r < TB; ++r) g[r] = xv[r] - wv;
-        slope(g, b * q.s.outputs + o, q.s.outputs);
+        slope(g, place + o, outputs);
         for (int r = 0; r < TB; ++r) {
-            gx[r] = gx[r] + g[r];
-            gw = gw - g[r];
+            gxv[r] = gxv[r] + g[r];
+            gwv = gwv - g[r];
         }
-        store(q.grad_w + o * stride + i, gw);
+        gwv.store(gw + o * stride);
     }
-    for (int r = 0; r < TB; ++r) store(q.grad_x + (b + r) * stride + i, gx[r]);
+    for (int r = 0; r < TB; ++r) gxv[r].store(gx + r * stride);
 }
 
-// All samples and outputs, inputs from begin to end.
+// All samples and outputs, a chunk of inputs from begin to end. The chunk is copied, padded by zeros whose gradients are
+// zero: rows that lie a power of two apart would drive one another out of the caches.
 template <class Slope>
 void all_gradients(const Gradients& q, Slope slope, int64_t begin, int64_t end) {
-    auto column = [&](auto samples, int64_t b, int64_t o0, int64_t o1) {
-        constexpr int TB = decltype(samples)::value;
-        int64_t i = begin;
-        for (; i + N <= end; i += N)
-            add_gradients<TB>(q, slope, b, o0, o1, i, [](const float* p) { return Vec::load(p); },
-                              [](float* p, Vec v) { v.store(p); });
-        const int left = (int)(end - i);
-        if (left > 0)
-            add_gradients<TB>(q, slope, b, o0, o1, i, [=](const float* p) { return Vec::load(p, left); },
-                              [=](float* p, Vec v) { v.store(p, left); });
+    const int64_t inputs = q.s.inputs, stride = (end - begin + N - 1) / N * N;
+    const int64_t most = std::min(SAMPLE_BLOCK, q.s.samples);
+    Buffer<> xs(most * stride), gxs(most * stride), ws(OUTPUT_BLOCK * stride), gws(OUTPUT_BLOCK * stride);
+    float *x = xs.data(), *gx = gxs.data(), *w = ws.data(), *gw = gws.data();
+    const auto each = [&](int64_t rows, auto f) {  // f(place of the copy, place of the original, n)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < end - begin; i += N)
+                f(r * stride + i, r * inputs + begin + i, (int)std::min<int64_t>(N, end - begin - i));
     };
-    for (int64_t o = 0; o < q.s.outputs; o += OUTPUT_BLOCK) {
-        const int64_t o1 = std::min(o + OUTPUT_BLOCK, q.s.outputs);
-        int64_t b = 0;
-        for (; b + RB <= q.s.samples; b += RB) column(std::integral_constant<int, RB>(), b, o, o1);
-        for (; b < q.s.samples; ++b) column(std::integral_constant<int, 1>(), b, o, o1);
+    const auto load = [&](const float* from, int64_t rows, float* to, float* gradients) {
+        each(rows, [&](int64_t copy, int64_t original, int n) {
+            slope.before(Vec::load(from + original, n)).store(to + copy);
+            Vec::all(0.0f).store(gradients + copy);
+        });
+    };
+    const auto add = [&](const float* gradients, int64_t rows, float* to) {
+        each(rows, [&](int64_t copy, int64_t original, int n) {
+            (Vec::load(to + original, n) + Vec::load(gradients + copy)).store(to + original, n);
+        });
+    };
+    const Packed pairs{q.s};
+    for (int64_t b0 = 0; b0 < q.s.samples; b0 += SAMPLE_BLOCK) {
+        const int64_t samples = std::min(SAMPLE_BLOCK, q.s.samples - b0);
+        load(q.x + b0 * inputs, samples, x, gx);
+        for (int64_t o0 = 0; o0 < q.s.outputs; o0 += OUTPUT_BLOCK) {
+            const int64_t outputs = pairs.width(o0);
+            load(q.w + o0 * inputs, outputs, w, gw);
+            const auto tile = [&](auto nb, int64_t b) {
+                for (int64_t i = 0; i < stride; i += N)
+                    add_gradients<decltype(nb)::value>(x + b * stride + i, gx + b * stride + i, w + i, gw + i, stride,
+                                                       slope, pairs.at(b0 + b, o0), outputs);
+            };
+            int64_t b = 0;
+            for (; b + RB <= samples; b += RB) tile(std::integral_constant<int, RB>(), b);
+            for (; b < samples; ++b) tile(std::integral_constant<int, 1>(), b);
+            add(gw, outputs, q.grad_w + o0 * inputs);
+        }
+        add(gx, samples, q.grad_x + b0 * inputs);
     }
 }
 
@@ -739,8 +792,8 @@ struct ScaledSlope {  // constants of sign(d) (|d| / y)^(p - 1)
 };
 
 struct Found {  // differences that count, and where they are
-    std::vector<float> d, slope;
-    std::vector<int32_t> where;
+    Buffer<float> d, slope;
+    Buffer<int32_t> where;
 
     explicit Found(int64_t n) : d(n + 1), slope(n + 1 + N), where(n + 1) {}
 };
@@ -773,6 +826,7 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
     for (int pair = 0; pair < PAIRS; ++pair) {
         const Vec inverse = Vec::all(1 / q.y[at(pair)]), gradient = Vec::all(q.grad_y[at(pair)]);
         float* slope = found[pair].slope.data();
+        const int32_t* where = found[pair].where.data();
         for (int64_t j = 0; j < count[pair]; j += N) {
             const Vec d = Vec::load(found[pair].d.data() + j, (int)std::min<int64_t>(N, count[pair] - j));
             const Vec magnitude = to_the_power(Vec::abs(d) * inverse, Vec::all(k.power));
@@ -780,7 +834,7 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
         }
         float *gx = q.grad_x + (b + pair / TO) * n, *gw = q.grad_w + (o + pair % TO) * n;
         for (int64_t j = 0; j < count[pair]; ++j) {
-            const int32_t i = found[pair].where[j];
+            const int32_t i = where[j];
             gx[i] += slope[j];
             gw[i] -= slope[j];
         }
@@ -788,7 +842,8 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
 }
 
 void sparse_gradients(const Gradients& q, ScaledSlope k, int64_t begin, int64_t end) {
-    std::vector<Found> found(RB * 2, Found(end - begin));
+    std::vector<Found> found;
+    for (int pair = 0; pair < RB * 2; ++pair) found.emplace_back(end - begin);
     const int64_t block = block_of(end - begin);
     for (int64_t o = 0; o < q.s.outputs; o += block)
         tiles<RB, 2>(0, q.s.samples, o, std::min(o + block, q.s.outputs), [&](int64_t b, int64_t to, auto nb, auto no) {
@@ -892,36 +947,43 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
         });
     };
     const int64_t pairs = s.samples * s.outputs;
-    std::vector<int64_t> others;  // pairs for which the powers leave the range of floats
+    std::vector<int64_t> others;  // pairs for which the powers leave the range of floats ...
+    bool wild = false;            // ... too many, or upwards, where zero times infinity would spoil sums
     const bool direct = with_direct(p, [&](auto term) {
         FlushDenormals flush;
         const float scale = decltype(term)::scaled ? scale_for(pairs, [&](int64_t at) { return q.y[at]; }) : 1.0f;
-        for (int64_t at = 0; at < pairs; at += N) {
-            const int n = (int)std::min<int64_t>(N, pairs - at);
-            const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + at, n) * Vec::all(scale));
+        Packed{s}.each([&](int64_t place, int64_t pair, int n) {
+            const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + pair, n) * Vec::all(scale));
             const uint32_t good = Vec::at_least(Vec::all(80.0f), Vec::abs(bits));
-            const Vec coefficient = Vec::load(q.grad_y + at, n) * exp2_of(Vec::all(0.0f) - bits);
-            Vec::keep(good, coefficient).store(scratch + at, n);
+            const Vec coefficient = Vec::load(q.grad_y + pair, n) * exp2_of(Vec::all(0.0f) - bits);
+            wild |= Vec::at_least(bits, Vec::all(126.0f)) != 0;
+            Vec::keep(good, coefficient).store(scratch + place, n);
             for (int c = 0; c < n; ++c)
-                if (!(good >> c & 1) && q.y[at + c] > 0) others.push_back(at + c);
-        }
-        if ((int64_t)others.size() <= pairs / 8)
+                if (!(good >> c & 1) && q.y[pair + c] > 0) others.push_back(pair + c);
+        });
+        wild |= (int64_t)others.size() > pairs / 8;
+        if (!wild)
             over_chunks([&](int64_t i, int64_t end) {
                 all_gradients(q, DirectSlope<decltype(term)>{scratch, scale}, i, end);
             });
     });
-    if (direct && others.empty()) return;
-    if (direct && (int64_t)others.size() <= pairs / 8) {
+    if (direct && !wild) {
         parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) {
             Found found(end - begin);
             for (const int64_t at : others)
                 sparse_gradient<1, 1>(q, k, at / s.outputs, at % s.outputs, begin, end, &found);
         });
     } else if (k.dense) {
-        for (int64_t at = 0; at < pairs; ++at) scratch[at] = q.y[at] > 0 ? 1 / q.y[at] : 0.0f;
+        std::vector<float> grad_y(pairs);
+        Packed{s}.each([&](int64_t place, int64_t pair, int n) {
+            for (int c = 0; c < n; ++c) {
+                grad_y[place + c] = q.grad_y[pair + c];
+                scratch[place + c] = q.y[pair + c] > 0 ? 1 / q.y[pair + c] : 0.0f;
+            }
+        });
         with_power(k.power, [&](auto raise) {
             over_chunks([&](int64_t i, int64_t end) {
-                all_gradients(q, DenseSlope<decltype(raise)>{q.grad_y, scratch, raise}, i, end);
+                all_gradients(q, DenseSlope<decltype(raise)>{grad_y.data(), scratch, raise}, i, end);
             });
         });
     } else {
@@ -1021,6 +1083,19 @@ int64_t run_in_registers(int64_t rounds) {
     return rounds * 8 * N * (std::is_same_v<T, Largest> ? 2 : 1);
 }
 
+// The same for what a matrix product does: products x_i w_i added up.
+int64_t multiply_in_registers(int64_t rounds) {
+    Vec acc[8], w = Vec::all(0.7f);
+    const Vec x = hidden_one();
+    for (auto& a : acc) a = Vec::all(0.0f);
+    for (int64_t k = 0; k < rounds; ++k) {
+        renew(w);
+        for (auto& a : acc) a = Vec::fma(x, w, a);
+    }
+    for (auto& a : acc) renew(a);
+    return rounds * 8 * N;
+}
+
 template <class T = float>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -1033,6 +1108,7 @@ PYBIND11_MODULE(MODULE_NAME, module) {
     namespace py = pybind11;
     const auto free = py::call_guard<py::gil_scoped_release>();
     module.attr("isa") = LINFLAB_ISA;
+    module.def("multiply_in_registers", &multiply_in_registers, free);
     module.def("run_in_registers_inf", &run_in_registers<Largest, false>, free);
     module.def("run_in_registers_8", &run_in_registers<SumOfPowers<8>, false>, free);
     module.def("run_in_registers_8_backward", &run_in_registers<SumOfPowers<8>, true>, free);
