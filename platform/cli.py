@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing was started, 130 interrupted.
 """
 
+import dataclasses
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linflab.platform.config import load_experiment, read_recipe, recipe_names
-from linflab.platform.datasets import facts_of, load_dataset
+from linflab.platform.datasets import facts_of, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.storage import Storage
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 space_app = typer.Typer(help="Search spaces: what a sweep may vary.", no_args_is_help=True)
 app.add_typer(space_app, name="space")
+data_app = typer.Typer(help="Data sets: what is there, and fetching more.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 report_app = typer.Typer(help="Tables from records.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
 
@@ -52,7 +55,7 @@ RUNS = Path("runs")
 def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = RUNS) -> None:
     """Train a recipe, score it on the test set once, and record both."""
     experiment = load_experiment(recipe, overrides or [])
-    dataset = load_dataset(experiment.dataset)
+    dataset = load_dataset(experiment.dataset, experiment.augmentation)
     place = Storage.open(storage)
 
     from linflab.platform.progress import TrainingBar
@@ -104,7 +107,8 @@ def sweep(
     storage: StorageFolder = RUNS,
 ) -> None:
     """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
-    load_dataset(load_experiment(recipe, overrides or []).dataset)  # before the slow imports
+    experiment = load_experiment(recipe, overrides or [])
+    load_dataset(experiment.dataset, experiment.augmentation)  # before the slow imports
     _load_space(space)
     place = Storage.open(storage)
 
@@ -148,13 +152,15 @@ def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = Fals
     """The settings of a recipe, and its network's parameters and FLOPs."""
     experiment = load_experiment(recipe, overrides or [])
     facts = facts_of(experiment.dataset)
+    channels, height, width = facts.input_shape
+    input_shape = (channels, *experiment.augmentation.size(height, width))
     import torch
 
     from linflab.models.networks.cost import count_flops, count_parameters
 
     with torch.device("meta"):  # shapes are all that is counted
-        network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
-    cost = {"parameters": count_parameters(network), "flops": count_flops(network, facts.input_shape)}
+        network = experiment.model.build(input_shape, facts.classes, facts.mean, facts.std)
+    cost = {"parameters": count_parameters(network), "flops": count_flops(network, input_shape)}
     if as_json:
         typer.echo(json.dumps({**cost, "settings": experiment.settings()}))
     else:
@@ -182,6 +188,33 @@ def space_show(
     rows = [{"setting": path, "values": str(distribution)} for path, distribution in space.parameters.items()]
     console.print(space.description)
     _print_rows(rows, ["setting", "values"], as_json=False)
+
+
+@data_app.command("list")
+def data_list(as_json: AsJson = False) -> None:
+    """The data sets, what is there of each and where, and whether its images have the published means."""
+    rows = [dataclasses.asdict(entry) for entry in inventory()]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        row["images"] = "" if row["train"] is None else "{train} + {validation} + {test}".format(**row)
+        row["shape"] = "" if row["shape"] is None else " x ".join(map(str, row["shape"]))
+        row["mean"] = "" if row["mean"] is None else " ".join(f"{mean:.4f}" for mean in row["mean"])
+        row["classes"] = row["classes"] or ""
+    console.print("images: training + validation + test")
+    _print_rows(rows, ["name", "images", "shape", "classes", "mean", "state", "place"], as_json=False)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="the data set")],
+    source: Annotated[
+        Path | None, typer.Option(help="folder or file with the original files; without, they are downloaded")
+    ] = None,
+) -> None:
+    """Convert a data set's originals, downloaded or already there, to the form that training reads."""
+    console.print(f"{name} is prepared, in {prepare_dataset(name, source)}")
 
 
 @app.command()

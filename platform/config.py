@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from linflab.models.networks.linf_dist import LinfDistMLPConfig
 from linflab.models.robustness.attacks import PGDConfig
 from linflab.models.robustness.objectives import ObjectiveConfig
+from linflab.platform.augmentation import AugmentationConfig
 from linflab.platform.errors import SettingError
 from linflab.platform.schedules import PSchedule, Share
 
@@ -65,6 +66,7 @@ class Experiment(Settings):
     dataset: str = Field(description="a data set by its name")
     eps: float = Field(ge=0, le=1, description="radius at which accuracy is attacked and certified")
     seed: int = Field(0, ge=0, lt=2**63)
+    augmentation: AugmentationConfig = AugmentationConfig()
     model: LinfDistMLPConfig
     objective: ObjectiveConfig
     p_schedule: PSchedule = PSchedule()

@@ -86,7 +86,7 @@ def plan_sweep(
     except ValueError as error:
         raise SettingError(str(error)) from None
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, trials)
-    dataset = load_dataset(base.dataset)
+    dataset = load_dataset(base.dataset, base.augmentation)
     check_fits(base, dataset)
     lows = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
     for path, distribution in space.parameters.items():

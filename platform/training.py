@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from linflab.platform.config import Experiment
-from linflab.platform.datasets import Dataset
+from linflab.platform.datasets import Dataset, Split
 from linflab.platform.errors import SettingError, TrainingError
 from linflab.platform.evaluation import Accuracy, evaluate
 from linflab.platform.schedules import cosine_after, exponential
@@ -112,7 +112,7 @@ def fit(
     best: Trained | None = None
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        order = _epoch_order(experiment.seed, epoch, len(dataset.train)).to(device)
+        order, draws = (t.to(device) for t in _epoch(experiment.seed, epoch, dataset.train))
         losses = torch.zeros((), device=device)
         for batch in range(steps_per_epoch):
             step = (epoch - 1) * steps_per_epoch + batch
@@ -123,7 +123,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
             # a worker takes every workers-th sample of the batch, so that together they take all of it
-            images, labels = dataset.train.batch(order[batch * batch_size : (batch + 1) * batch_size][rank::workers])
+            mine = slice(batch * batch_size + rank, (batch + 1) * batch_size, workers)
+            images, labels = dataset.train.batch(order[mine], draws[mine])
             loss = parallel(images, labels, p, weight)
             optimizer.zero_grad()
             loss.backward()
@@ -155,7 +156,7 @@ def _cross_entropy_weight(experiment: Experiment, progress: float) -> float:
     return exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
 
 
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of the training samples: a function of seed and epoch alone, the same for every worker."""
+def _epoch(seed: int, epoch: int, split: Split) -> tuple[Tensor, Tensor]:
+    """Order of the training samples, and their augmentation: of seed and epoch alone, the same for every worker."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(len(split), generator=generator), split.draws(generator)

@@ -58,7 +58,7 @@ def run_trial(
     Of several workers, each calls this; the first records, scores and returns the metrics, the others return {}.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
-        fit(experiment, load_dataset(experiment.dataset).to(device_of(experiment)), on_epoch)
+        fit(experiment, load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment)), on_epoch)
         return {}
     with Run.start(storage, experiment, name, tags) as run:
 
@@ -66,7 +66,7 @@ def run_trial(
             run.log_epoch(report)
             on_epoch(report)
 
-        dataset = load_dataset(experiment.dataset).to(device_of(experiment))
+        dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
         start = time.perf_counter()
         trained = fit(experiment, dataset, record, on_step)
         seconds = time.perf_counter() - start

@@ -1,13 +1,16 @@
 """Data sets: what is in them, what the splits hold, what damaged files lead to."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from linflab.platform import datasets
-from linflab.platform.datasets import FACTS, load_dataset
+from linflab.platform.augmentation import AugmentationConfig
+from linflab.platform.datasets import FACTS, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import SettingError
 
 
@@ -96,31 +99,104 @@ def test_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         load_dataset("fashion_mnist")
 
 
-def test_conversion_is_done_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def originals_of_mnist(folder: Path, images: int = 6000) -> dict[str, np.ndarray]:
+    """Files as MNIST and Fashion-MNIST are published (IDX: a header, then bytes), filled with noise."""
+    generator = np.random.RandomState(0)
+    arrays = {}
+    folder.mkdir(parents=True)
+    for split, count in (("train", images), ("t10k", 50)):
+        arrays[split] = generator.randint(0, 256, (count, 28, 28), np.uint8)
+        arrays[f"{split} labels"] = generator.randint(0, 10, count).astype(np.uint8)
+        header = np.array([0x00000803, count, 28, 28], ">i4").tobytes()
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + arrays[split].tobytes())
+        header = np.array([0x00000801, count], ">i4").tobytes()
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(header + arrays[f"{split} labels"].tobytes())
+    return arrays
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_preparing_from_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path / "data"))
+    arrays = originals_of_mnist(tmp_path / "originals" / "raw")
+    prepare_dataset(name, tmp_path / "originals")
+    data = load_dataset(name)
+    assert np.array_equal(data.train.images[:, 0].numpy(), arrays["train"])
+    assert np.array_equal(data.train.labels.numpy(), arrays["train labels"])
+    assert np.array_equal(data.test.images[:, 0].numpy(), arrays["t10k"])
+    shutil.rmtree(tmp_path / "originals")
+    prepare_dataset(name, tmp_path / "originals")  # it is there: nothing to be done
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [name]  # no leftovers
+
+
+@pytest.mark.parametrize("damage", ["t10k-labels-idx1-ubyte", "cut", "few"])
+def test_damaged_originals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path / "data"))
+    originals_of_mnist(tmp_path / "originals", images=100 if damage == "few" else 6000)
+    if damage == "cut":
+        path = tmp_path / "originals" / "train-images-idx3-ubyte"
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage != "few":
+        (tmp_path / "originals" / damage).unlink()
+    with pytest.raises(SettingError, match="originals"):
+        prepare_dataset("mnist", tmp_path / "originals")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_tiny_imagenet_from_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(FACTS, "tiny_imagenet", replace(FACTS["tiny_imagenet"], validation_size=2))
+    root = tmp_path / "tiny-imagenet-200"
+    classes = ["n02", "n01", "n10"]
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(classes))
+    annotations = []
+    for shade, name in enumerate(classes):
+        (root / "train" / name / "images").mkdir(parents=True)
+        for number in range(2):
+            mode = "L" if number else "RGB"  # some of the originals are grey
+            image = Image.new(mode, (64, 64), 80 * shade if number else (80 * shade,) * 3)
+            image.save(root / "train" / name / "images" / f"{name}_{number}.JPEG")
+        image.save(root / "val" / "images" / f"val_{shade}.JPEG")
+        annotations.append(f"val_{shade}.JPEG\t{name}\t0\t0\t62\t62")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(annotations))
+    prepare_dataset("tiny_imagenet", tmp_path)
+    data = load_dataset("tiny_imagenet", AugmentationConfig(crop=56))
+    assert data.facts.input_shape == (3, 56, 56) and len(data.train) + len(data.validation) == 6
+    for images, labels, shades in (
+        (data.train.images, data.train.labels, None),
+        (data.test.images, data.test.labels, 1),
+    ):
+        # labels follow the sorted names: n01 (shade 80), n02 (0), n10 (160)
+        assert torch.equal(images.float().mean(dim=(1, 2, 3)).round(), torch.tensor([80.0, 0, 160])[labels.long()])
+        assert images.shape[1:] == (3, 64, 64) and (shades is None or labels.tolist() == [1, 0, 2])
+    images, _ = data.test.batch(torch.arange(3))
+    assert images.shape == (3, 3, 56, 56)
+
+
+def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINFLAB_DATA", str(tmp_path))
-    source = tmp_path / "source"
-    prepared(source)
-    calls = []
+    generator = np.random.RandomState(0)
+    images = (generator.rand(50, 3, 12, 9) * [[[[200]], [[100]], [[50]]]]).astype(np.uint8)
+    labels = (np.arange(50) % 7).astype(np.uint8)
+    prepared(
+        tmp_path / "mine", train_images=images, train_labels=labels, test_images=images[:5], test_labels=labels[:5]
+    )
+    data = load_dataset("mine")
+    assert (len(data.train), len(data.validation), len(data.test)) == (45, 5, 5)
+    assert data.facts.input_shape == (3, 12, 9) and data.facts.classes == 7
+    np.testing.assert_allclose(data.facts.mean, images.mean(axis=(0, 2, 3)) / 255, rtol=1e-12)
+    np.testing.assert_allclose(data.facts.std, images.std() / 255, rtol=1e-9)
+    states = {entry.name: entry for entry in inventory()}
+    assert states["mine"].state == "ready" and states["mine"].train == 45
+    assert states["mnist"].state == "not prepared" and states["digits"].state == "ready"
 
-    def download(folder: Path) -> datasets.Arrays:
-        calls.append(folder)
-        train_images, train_labels, test_images, test_labels = (np.load(source / f"{f}.npy") for f in datasets.FILES)
-        return train_images, train_labels, test_images, test_labels
 
-    monkeypatch.setitem(datasets.DOWNLOADS, "fashion_mnist", download)
-    load_dataset("fashion_mnist")
-    load_dataset("fashion_mnist")
-    assert len(calls) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fashion_mnist", "source"]  # no leftovers
-
-    def broken(folder: Path) -> datasets.Arrays:
-        raise RuntimeError("connection lost")
-
-    monkeypatch.setitem(datasets.DOWNLOADS, "fashion_mnist", broken)
-    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(SettingError, match="connection lost"):
-        load_dataset("fashion_mnist")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+def test_inventory_tells_other_images_from_the_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path))
+    prepared(tmp_path / "mnist")  # noise
+    prepared(tmp_path / "fashion_mnist", test_labels=np.zeros(3, np.uint8))
+    states = {entry.name: entry.state for entry in inventory()}
+    assert "published" in states["mnist"] and "50 images but 3 labels" in states["fashion_mnist"]
 
 
 def test_unknown_data_set() -> None:
