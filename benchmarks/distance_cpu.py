@@ -77,6 +77,8 @@ class Report:
         self.rows.append({**self.common, "what": what, "shape": name, "p": p, "quantity": quantity, "value": value})
 
     def save(self) -> None:
+        if not self.rows:
+            return
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
@@ -233,17 +235,19 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     report = Report(Path(__file__).with_suffix(".csv"), arguments.threads)
     print(", ".join(f"{key} {value}" for key, value in report.common.items()))
-    for shape in SHAPES[-1:] if arguments.quick else SHAPES:
-        compare(report, shape, EXPONENTS, arguments.seconds, rivals=math.prod(shape) <= TERMS_OF_SLOW)
-    if not arguments.quick:
-        compare(report, CDIST_SHAPE, [8.0], arguments.seconds, rivals=True)
-        schedule_means(report, SHAPES[0], arguments.seconds / 4, 24)
-        convolution(report, EXPONENTS, arguments.seconds)
-        bounds(report, SHAPES[0], arguments.seconds)
-        shares(report, SHAPES[0], arguments.seconds)
-        paper_size(report)
-    report.save()
-    print(f"appended to {report.path}")
+    try:
+        for shape in SHAPES[-1:] if arguments.quick else SHAPES:
+            compare(report, shape, EXPONENTS, arguments.seconds, rivals=math.prod(shape) <= TERMS_OF_SLOW)
+        if not arguments.quick:
+            compare(report, CDIST_SHAPE, [8.0], arguments.seconds, rivals=True)
+            schedule_means(report, SHAPES[0], arguments.seconds / 4, 24)
+            convolution(report, EXPONENTS, arguments.seconds)
+            bounds(report, SHAPES[0], arguments.seconds)
+            shares(report, SHAPES[0], arguments.seconds)
+            paper_size(report)
+    finally:
+        report.save()
+        print(f"appended to {report.path}")
 
 
 if __name__ == "__main__":

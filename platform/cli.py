@@ -52,14 +52,19 @@ RUNS = Path("runs")
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = RUNS) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    storage: StorageFolder = RUNS,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the latest run of it that was cut")] = False,
+) -> None:
     """Train a recipe, score it on the test set once, and record both."""
     experiment = load_experiment(recipe, overrides or [])
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
     place = Storage.open(storage)
 
     from linflab.platform.progress import TrainingBar
-    from linflab.platform.tracking import end_open_runs
+    from linflab.platform.tracking import end_open_runs, run_to_resume
     from linflab.platform.training import check_fits
     from linflab.platform.trial import check_machine, run_trial, train_command
     from linflab.platform.workers import start_ray, train_on_workers
@@ -74,6 +79,9 @@ def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = 
         schema.COMMAND: train_command(recipe, overrides or []),
     }
     name = Path(recipe).stem if "/" in recipe else recipe
+    cut = run_to_resume(place, experiment) if resume else None
+    if resume:
+        console.print(f"Going on with run {cut}." if cut else "No run of it was cut and left a checkpoint: a new one.")
     if experiment.compute.workers > 1:
         start_ray()
         train_it: Callable[..., dict[str, float]] = train_on_workers
@@ -82,9 +90,15 @@ def train(recipe: Recipe, overrides: Overrides = None, storage: StorageFolder = 
         train_it = run_trial
     try:
         with TrainingBar(console, experiment.training.epochs) as bar:
-            metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step)
-    except (KeyboardInterrupt, SystemExit):  # Ray Train exits by itself
-        raise Interrupted("interrupted; what was logged of the run is kept, and the run marked as killed") from None
+            metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step, checkpointed=True, resume=cut)
+    except (KeyboardInterrupt, SystemExit, Interrupted) as error:  # Ray Train exits by itself
+        what = str(error) if isinstance(error, Interrupted) else "interrupted"
+        again = tags[schema.COMMAND] + (
+            "" if place.root == RUNS.absolute() else shlex.join(["", "--storage", str(place.root)])
+        )
+        raise Interrupted(
+            f"{what}; what was logged is kept, and `{again} --resume` goes on from the last checkpoint"
+        ) from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
     clean, robust, certified = (

@@ -5,6 +5,7 @@ A recipe is a YAML file in `recipes/`, named by its stem, or any other YAML file
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +45,7 @@ class OptimizerConfig(Settings):
 class TrainingConfig(Settings):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="samples of a step, over all workers")
+    checkpoint_epochs: int = Field(5, ge=1, description="epochs from one checkpoint to the next")
 
 
 class EvaluationConfig(Settings):
@@ -81,6 +83,10 @@ class Experiment(Settings):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def digest(self) -> str:
+        """A name for these settings: equal for equal ones alone."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:32]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

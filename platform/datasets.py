@@ -72,7 +72,7 @@ class Split:
 
     def draws(self, generator: torch.Generator) -> Tensor:
         """What the augmentation needs of chance for an epoch: (N, 3), by position in the epoch's order."""
-        return self.augmentation.draw(len(self), *self.images.shape[2:], generator)
+        return self.augmentation.draw(len(self), self.images.shape[2], self.images.shape[3], generator)
 
     def to(self, device: torch.device) -> "Split":
         return replace(

@@ -20,12 +20,13 @@ class PSchedule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: float = Field(8.0, ge=1, allow_inf_nan=False, description="p at the start")
-    # in float32 gradients err by about p 2^-24
+    # in float32 gradients err by about p 2^-22
     end: float = Field(1000.0, ge=1, le=1e5, allow_inf_nan=False, description="p before it becomes inf")
     warmup_share: Share = Field(0.0, description="share of the training at p = start, before p grows")
     infinity_share: Share = Field(0.1, description="share of the training at p = inf, at the end")
     cheap_exponents: bool = Field(
-        False, description="step through 1, 2, 3, 4, 6, 8, 12, 16, ... only, whose powers are few multiplications"
+        False,
+        description="step from start to end through 2, 3, 4, 6, 8, 12, 16, ..., whose powers are few multiplications",
     )
 
     @model_validator(mode="after")
@@ -56,7 +57,7 @@ class PSchedule(BaseModel):
 
 def cheap_exponent(p: float) -> float:
     """The largest power of two, or three times one, that is not above p >= 1."""
-    power = 2.0 ** math.floor(math.log2(p))
+    power = 2.0 ** (math.frexp(p)[1] - 1)  # exact, where a rounded logarithm is not
     return 1.5 * power if power > 1 and p >= 1.5 * power else power
 
 

@@ -3,6 +3,7 @@
 <storage>/mlflow.db     runs: tags, parameters, metrics (SQLite)
 <storage>/artifacts/    experiment and weights of every run
 <storage>/ray/          state of Ray's sweeps
+<storage>/checkpoints/  where trainings that have not ended are
 <storage>/reports/      tables
 """
 
@@ -90,6 +91,10 @@ class Storage:
     @property
     def ray(self) -> Path:
         return self.root / "ray"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
 
     @property
     def reports(self) -> Path:

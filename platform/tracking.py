@@ -18,7 +18,9 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 from torch import nn
 
+from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
+from linflab.platform.errors import Interrupted
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, Trained
 from linflab.reports import schema
@@ -64,6 +66,7 @@ class Run:
             "mlflow.runName": name,
             "mlflow.source.name": "linflab",
             schema.METHOD: experiment.method,
+            schema.EXPERIMENT: experiment.digest(),
             schema.HARDWARE: hardware(),
             schema.VERSIONS: versions(),
         }
@@ -77,6 +80,13 @@ class Run:
             client.set_terminated(self.id, "FAILED")
             raise
         return self
+
+    @classmethod
+    def resume(cls, storage: Storage, run_id: str) -> Self:
+        """A run that was cut, open again."""
+        client = MlflowClient(storage.tracking_uri)
+        client.update_run(run_id, status="RUNNING")
+        return cls(client, run_id)
 
     def log_epoch(self, report: EpochReport) -> None:
         self.log_metrics(
@@ -120,7 +130,7 @@ class Run:
         if kind is None:
             self.client.set_terminated(self.id, "FINISHED")
             return
-        if issubclass(kind, KeyboardInterrupt | SystemExit):
+        if issubclass(kind, KeyboardInterrupt | SystemExit | Interrupted):
             self.client.set_terminated(self.id, "KILLED")
             return
         self.log_tags({schema.FAILURE: f"{kind.__name__}: {' '.join(str(error).split())}"[:5000]})
@@ -135,6 +145,22 @@ def end_open_runs(storage: Storage, launch: str, but: str = "") -> None:
     for run in client.search_runs(experiments, query):
         if run.info.run_id != but:
             client.set_terminated(run.info.run_id, "KILLED")
+
+
+def run_to_resume(storage: Storage, experiment: Experiment) -> str | None:
+    """The latest run of this experiment that was cut and left a checkpoint; None where there is none."""
+    client = MlflowClient(storage.tracking_uri)
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    query = f"tags.`{schema.EXPERIMENT}` = '{experiment.digest()}' AND attributes.status != 'FINISHED'"
+    for run in client.search_runs(experiments, query, order_by=["attributes.start_time DESC"]):
+        if checkpoints_of(storage, run.info.run_id).exist():
+            return str(run.info.run_id)
+    return None
+
+
+def checkpoints_of(storage: Storage, run_id: str) -> Checkpoints:
+    """Where a run's checkpoints are."""
+    return Checkpoints(storage.checkpoints / run_id)
 
 
 def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:

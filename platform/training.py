@@ -1,19 +1,23 @@
 """The training loop. It knows no Ray: under torch.distributed it is one worker of several, else the only one."""
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
-from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.evaluation import Accuracy, evaluate
 from linflab.platform.schedules import cosine_after, exponential
 
@@ -41,11 +45,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Trained:
-    """The network as it was after its best epoch by certified accuracy on validation (the latest among equals)."""
+    """The network as it was after its best epoch by certified accuracy on validation (the latest among equals).
+
+    `seconds` are those of the whole training up to where this was made.
+    """
 
     network: nn.Module
     epoch: int
     validation: Accuracy
+    seconds: float
 
 
 class _Loss(nn.Module):
@@ -78,14 +86,19 @@ def fit(
     dataset: Dataset,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    checkpoints: Checkpoints | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train the experiment's network on the device of the data set.
 
-    Same experiment, machine and number of workers: the same bits. Every worker holds the same network throughout.
+    Same experiment, machine and number of workers: the same bits, also where the training was cut and goes on from its
+    `checkpoints`. Every worker holds the same network throughout. Where `should_stop` says so, at the end of a step, a
+    checkpoint is written and training ends.
 
     Raises:
-        SettingError: see `check_fits`.
+        SettingError: see `check_fits`; or the checkpoint can't be read, or is of another experiment.
         TrainingError: the loss is not finite.
+        Interrupted: `should_stop` said so.
     """
     check_fits(experiment, dataset)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -107,53 +120,134 @@ def fit(
         eps=experiment.optimizer.epsilon,
         foreach=False,  # one parameter at a time: the multi-tensor form needs memory for copies of all of them
     )
+    at = _Position(epoch=1, batch=0, seconds=0.0, earlier=0.0, losses=torch.zeros((), device=device), best=None)
+    if checkpoints is not None and checkpoints.exist():
+        at = _restore(checkpoints.load(), experiment, loss_of, optimizer)
     parallel = DistributedDataParallel(loss_of, broadcast_buffers=False) if workers > 1 else loss_of
 
-    best: Trained | None = None
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        order, draws = (t.to(device) for t in _epoch(experiment.seed, epoch, dataset.train))
-        losses = torch.zeros((), device=device)
-        for batch in range(steps_per_epoch):
-            step = (epoch - 1) * steps_per_epoch + batch
-            progress = step / (epochs * steps_per_epoch)
-            p = experiment.p_schedule.at(progress)
-            weight = _cross_entropy_weight(experiment, progress)
-            rate = experiment.optimizer.learning_rate * cosine_after(experiment.optimizer.hold_share, progress)
+    def save() -> None:
+        if checkpoints is not None and rank == 0:
+            checkpoints.save(_state(at, experiment, loss_of, optimizer))
+
+    while at.epoch <= epochs:
+        start = time.perf_counter() - at.seconds
+        order, draws = (t.to(device) for t in _epoch(experiment.seed, at.epoch, dataset.train))
+        while at.batch < steps_per_epoch:
+            step = (at.epoch - 1) * steps_per_epoch + at.batch
+            p, rate, weight = _scheduled(experiment, step / (epochs * steps_per_epoch))
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
             # a worker takes every workers-th sample of the batch, so that together they take all of it
-            mine = slice(batch * batch_size + rank, (batch + 1) * batch_size, workers)
+            mine = slice(at.batch * batch_size + rank, (at.batch + 1) * batch_size, workers)
             images, labels = dataset.train.batch(order[mine], draws[mine])
             loss = parallel(images, labels, p, weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses += loss.detach()
+            at.losses += loss.detach()
+            at.batch += 1
+            at.seconds = time.perf_counter() - start
             on_step(StepReport(step + 1, epochs * steps_per_epoch, p))
+            if should_stop():
+                save()
+                raise Interrupted(f"stopped after step {step + 1} of {epochs * steps_per_epoch}")
+        p, rate, weight = _scheduled(experiment, (at.epoch * steps_per_epoch - 1) / (epochs * steps_per_epoch))
+        losses = at.losses.clone()
         if workers > 1:
             dist.all_reduce(losses)
         train_loss = losses.item() / (steps_per_epoch * workers)
         if not math.isfinite(train_loss):
             raise TrainingError(
-                f"the loss became {train_loss} in epoch {epoch} of {epochs} (p = {p:g}); "
+                f"the loss became {train_loss} in epoch {at.epoch} of {epochs} (p = {p:g}); "
                 f"try a smaller optimizer.learning_rate than {experiment.optimizer.learning_rate:g}"
             )
         validation = evaluate(network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
-        if best is None or validation.certified >= best.validation.certified:
-            best = Trained(copy.deepcopy(network).eval(), epoch, validation)
+        if at.best is None or validation.certified >= at.best.validation.certified:
+            at.best = Trained(copy.deepcopy(network).eval(), at.epoch, validation, at.earlier + at.seconds)
         seconds = time.perf_counter() - start
-        on_epoch(EpochReport(epoch, p, rate, weight, train_loss, validation, best.validation.certified, seconds))
-    assert best is not None  # there is at least one epoch
-    return best
+        on_epoch(EpochReport(at.epoch, p, rate, weight, train_loss, validation, at.best.validation.certified, seconds))
+        at.earlier += seconds
+        at.epoch, at.batch, at.seconds, at.losses = at.epoch + 1, 0, 0.0, torch.zeros((), device=device)
+        if at.epoch <= epochs and (at.epoch - 1) % experiment.training.checkpoint_epochs == 0:
+            save()
+    assert at.best is not None  # there is at least one epoch
+    return dataclasses.replace(at.best, seconds=at.earlier)
 
 
-def _cross_entropy_weight(experiment: Experiment, progress: float) -> float:
-    """Lambda, which falls exponentially while p grows; 0 for objectives without one."""
-    objective = experiment.objective
-    if objective.kind != "clipped_hinge_cross_entropy":
-        return 0.0
-    return exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
+@dataclass
+class _Position:
+    """Where a training is: the epoch, its next batch, its losses and seconds so far, and the best network yet."""
+
+    epoch: int
+    batch: int
+    seconds: float
+    earlier: float  # seconds of the epochs before
+    losses: Tensor
+    best: Trained | None
+
+
+def _state(
+    at: _Position, experiment: Experiment, loss_of: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """All that training goes on from, as tensors and plain data."""
+    best = None
+    if at.best is not None:
+        validation = dataclasses.asdict(at.best.validation)
+        network = at.best.network.state_dict()
+        best = {"epoch": at.best.epoch, "validation": validation, "network": network, "seconds": at.best.seconds}
+    return {
+        "experiment": experiment.to_yaml(),
+        "epoch": at.epoch,
+        "batch": at.batch,
+        "seconds": at.seconds,
+        "earlier": at.earlier,
+        "losses": at.losses,
+        "best": best,
+        "loss": loss_of.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def _restore(
+    state: dict[str, Any], experiment: Experiment, loss_of: "_Loss", optimizer: torch.optim.Optimizer
+) -> _Position:
+    """Bring network, objective and optimizer to where a checkpoint left them.
+
+    Raises:
+        SettingError: the checkpoint is of another experiment; names a setting that differs.
+    """
+    check_same(state["experiment"], experiment)
+    loss_of.load_state_dict(state["loss"])
+    optimizer.load_state_dict(state["optimizer"])
+    best = None
+    if state["best"] is not None:
+        network = copy.deepcopy(loss_of.network).eval()
+        network.load_state_dict(state["best"]["network"])
+        epoch, seconds = state["best"]["epoch"], state["best"]["seconds"]
+        best = Trained(network, epoch, Accuracy(**state["best"]["validation"]), seconds)
+    losses = state["losses"].to(next(loss_of.parameters()).device)
+    return _Position(state["epoch"], state["batch"], state["seconds"], state["earlier"], losses, best)
+
+
+def check_same(written: str, experiment: Experiment) -> None:
+    """Check that a checkpoint's experiment, in YAML, is this one.
+
+    Raises:
+        SettingError: it is not; names the first setting that differs.
+    """
+    then = Experiment.model_validate(yaml.safe_load(written)).settings()
+    for name, value in experiment.settings().items():
+        if then.get(name) != value:
+            raise SettingError(f"{name}={value}: the checkpoint was made with {name}={then.get(name)}; use that value")
+
+
+def _scheduled(experiment: Experiment, progress: float) -> tuple[float, float, float]:
+    """p, the learning rate, and lambda, which falls exponentially while p grows; 0 for objectives without one."""
+    rate = experiment.optimizer.learning_rate * cosine_after(experiment.optimizer.hold_share, progress)
+    objective, weight = experiment.objective, 0.0
+    if objective.kind == "clipped_hinge_cross_entropy":
+        weight = exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
+    return experiment.p_schedule.at(progress), rate, weight
 
 
 def _epoch(seed: int, epoch: int, split: Split) -> tuple[Tensor, Tensor]:

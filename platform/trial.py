@@ -2,8 +2,11 @@
 
 import os
 import shlex
-import time
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import SettingError
 from linflab.platform.evaluation import evaluate
 from linflab.platform.storage import Storage
-from linflab.platform.tracking import Run
+from linflab.platform.tracking import Run, checkpoints_of
 from linflab.platform.training import EpochReport, StepReport, fit
 from linflab.reports import schema
 
@@ -45,6 +48,29 @@ def device_of(experiment: Experiment) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM, once, as a question to be asked; a second one ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():  # Ray's workers: signals are not theirs
+        yield lambda: False
+        return
+    seen = False
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, notice)
+    try:
+        yield lambda: seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_trial(
     experiment: Experiment,
     storage: Storage,
@@ -52,24 +78,38 @@ def run_trial(
     tags: Mapping[str, str],
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    checkpointed: bool = False,
+    resume: str | None = None,
 ) -> dict[str, float]:
     """Train and score an experiment as one MLflow run; returns the metrics of the network that was kept.
 
     Of several workers, each calls this; the first records, scores and returns the metrics, the others return {}.
+
+    Args:
+        checkpointed: write checkpoints, and on Ctrl-C or SIGTERM one more; they are removed when the run is complete.
+        resume: the run to go on with, from its checkpoint.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
-        fit(experiment, load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment)), on_epoch)
+        dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
+        fit(experiment, dataset, on_epoch, checkpoints=checkpoints_of(storage, resume) if resume else None)
         return {}
-    with Run.start(storage, experiment, name, tags) as run:
+    with ExitStack() as stack:
+        if resume is not None:
+            stack.enter_context(checkpoints_of(storage, resume).lock())
+            run = stack.enter_context(Run.resume(storage, resume))
+        else:
+            run = stack.enter_context(Run.start(storage, experiment, name, tags))
+            if checkpointed:
+                stack.enter_context(checkpoints_of(storage, run.id).lock())
+        checkpoints = checkpoints_of(storage, run.id) if checkpointed else None
 
         def record(report: EpochReport) -> None:
             run.log_epoch(report)
             on_epoch(report)
 
         dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
-        start = time.perf_counter()
-        trained = fit(experiment, dataset, record, on_step)
-        seconds = time.perf_counter() - start
+        with stop_signals() if checkpointed else nullcontext(lambda: False) as should_stop:
+            trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
         evaluation = experiment.evaluation
         test = evaluate(
             trained.network, dataset.test, experiment.eps, evaluation.batch_size, evaluation.attack, experiment.seed
@@ -85,8 +125,10 @@ def run_trial(
             schema.TEST_BROKEN: test.certified_but_broken,
             schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
             schema.PARAMETERS: count_parameters(trained.network),
-            schema.TRAIN_SECONDS: seconds,
+            schema.TRAIN_SECONDS: trained.seconds,
         }
         run.log_metrics(metrics)
         run.log_weights(trained, experiment)
+        if checkpoints is not None:
+            checkpoints.remove()
         return metrics

@@ -73,6 +73,8 @@ def train_on_workers(
     on_epoch: Callable[[EpochReport], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     callbacks: Sequence[UserCallback] = (),
+    checkpointed: bool = False,
+    resume: str | None = None,
 ) -> dict[str, float]:
     """`run_trial` on the experiment's number of Ray Train workers; needs a running Ray.
 
@@ -89,7 +91,14 @@ def train_on_workers(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "trial": {"experiment": experiment, "storage": storage, "name": name, "tags": dict(tags)},
+            "trial": {
+                "experiment": experiment,
+                "storage": storage,
+                "name": name,
+                "tags": dict(tags),
+                "checkpointed": checkpointed,
+                "resume": resume,
+            },
             "reports": reports,
         },
         scaling_config=ray.train.ScalingConfig(

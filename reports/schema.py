@@ -13,6 +13,7 @@ METHOD = "linflab.method"
 COMMAND = "linflab.command"  # repeats the run
 SEARCHED = "linflab.searched"  # dotted paths of the settings that the sweep varies, comma-separated
 FAILURE = "linflab.failure"  # why a run failed, one line
+EXPERIMENT = "linflab.experiment"  # a digest of all settings: the same for repetitions of one experiment
 HARDWARE = "linflab.hardware"
 VERSIONS = "linflab.versions"
 

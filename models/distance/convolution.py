@@ -43,6 +43,8 @@ class LpDistanceConv2d(torch.autograd.Function):
             distances, upstream = (t[samples].flatten(2).transpose(1, 2).flatten(0, 1) for t in (y, grad_y))
             grad_patches, grad_filters = _gradients(upstream, patches, weight.flatten(1), distances, ctx.p)
             grad_weight += grad_filters.view_as(weight)
+            if not ctx.needs_input_grad[0]:
+                continue
             columns = grad_patches.view(-1, y.shape[2] * y.shape[3], patches.shape[1]).transpose(1, 2)
             grad_x[samples] = fold(columns, x.shape[2:], weight.shape[2:], padding=ctx.padding, stride=ctx.stride)
         return grad_x, grad_weight, None, None, None
@@ -54,7 +56,7 @@ def _output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[
 
 
 def _chunks(x: Tensor, weight: Tensor, size: tuple[int, ...]) -> Iterator[slice]:
-    samples = max(1, PATCH_VALUES // (weight[0].numel() * math.prod(size)))
+    samples = max(1, PATCH_VALUES // (math.prod(weight.shape[1:]) * math.prod(size)))
     for start in range(0, len(x), samples):
         yield slice(start, start + samples)
 

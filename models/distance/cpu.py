@@ -66,7 +66,7 @@ def _forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
 @torch.library.impl("linflab::lp_distance_backward", "CPU")
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
     grad_y, x, weight, y = grad_y.contiguous(), x.contiguous(), weight.contiguous(), y.contiguous()
-    grad_x, grad_weight, scratch = torch.zeros_like(x), torch.zeros_like(weight), torch.empty_like(y)
+    grad_x, grad_weight, scratch = x.new_zeros(x.shape), weight.new_zeros(weight.shape), torch.empty_like(y)
     tensors = (x, weight, y, grad_y, grad_x, grad_weight, scratch)
     pointers = (tensor.data_ptr() for tensor in tensors)
     _compiled().backward(*pointers, *_shape(x, weight), p, torch.get_num_threads())
@@ -90,7 +90,7 @@ def _fake_forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
 
 @torch.library.register_fake("linflab::lp_distance_backward")
 def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.register_fake("linflab::linf_distance_bounds")
@@ -110,7 +110,12 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_x, grad_weight, None
 
 
+def _no_second_gradients(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("lp_distance is differentiable once; gradients of its gradients are not implemented")
+
+
 torch.library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
+torch.library.register_autograd("linflab::lp_distance_backward", _no_second_gradients)
 
 
 def serves(x: Tensor) -> bool:

@@ -156,6 +156,57 @@ def test_rows_of_any_magnitude_beside_one_another(implementation: str, p: float)
 
 
 @everywhere
+@pytest.mark.parametrize("p", [4.5, 5.2, 6.7, 8, 9.7, 60.5, 100.5])
+def test_gradients_of_many_equal_terms(implementation: str, p: float) -> None:
+    x, inputs = torch.ones(3, 5120, requires_grad=True), 5120
+    with using(implementation):
+        y = lp_distance(x, torch.zeros(2, inputs), p)
+        y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(y, torch.full_like(y, inputs ** (1 / p)), rtol=1e-5, atol=0)
+    slope = 2 * inputs ** (1 / p - 1)  # of two outputs
+    torch.testing.assert_close(x.grad, torch.full_like(x, slope), rtol=max(1e-5, p * 2**-22), atol=0)
+
+
+@everywhere
+@pytest.mark.parametrize("p", [3, 8, 12, 16, 64, 9.7, 100.5, math.inf])
+@pytest.mark.parametrize("size", [1e-20, 1e-15, 1e15])
+def test_gradients_follow_upstream_gradients_of_any_size(implementation: str, p: float, size: float) -> None:
+    torch.manual_seed(0)
+    x, weight = 30 * torch.rand(5, 40), torch.rand(6, 40)
+    upstream = torch.randn(5, 6)
+    gradients = []
+    for factor in (1.0, size):
+        leaf = x.clone().requires_grad_()
+        with using(implementation):
+            lp_distance(leaf, weight, p).backward(upstream * factor)
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    difference = torch.linalg.vector_norm(gradients[1].double() / size - gradients[0])
+    assert difference <= 1e-4 * torch.linalg.vector_norm(gradients[0])
+
+
+@everywhere
+@pytest.mark.parametrize("p", [8, 9.7, 24, 100.5, math.inf])
+@pytest.mark.parametrize(("samples", "outputs"), [(0, 4), (2, 0), (0, 0)])
+def test_nothing_in_nothing_out(implementation: str, p: float, samples: int, outputs: int) -> None:
+    x, weight = torch.zeros(samples, 3, requires_grad=True), torch.zeros(outputs, 3, requires_grad=True)
+    with using(implementation):
+        y = lp_distance(x, weight, p)
+        y.sum().backward()
+    assert y.shape == (samples, outputs)
+    for leaf in (x, weight):
+        assert leaf.grad is not None and torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_second_gradients_are_refused() -> None:
+    x = torch.rand(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(lp_distance(x, torch.rand(4, 3), 3.0).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        (gradient**2).sum().backward()
+
+
+@everywhere
 @pytest.mark.parametrize("inputs", [3, 40, 300])
 def test_gradient_at_a_tie_belongs_to_the_first_term(implementation: str, inputs: int) -> None:
     x = torch.linspace(-0.5, 0.5, inputs)[None].repeat(5, 1)
@@ -293,6 +344,13 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
         torch.library.opcheck(torch.ops.linflab.lp_distance.default, (x, weight, p))
     box = (x.detach(), x.detach() + 1, weight.detach())
     torch.library.opcheck(torch.ops.linflab.linf_distance_bounds.default, box)
+    y = lp_distance(*box[::2], 8.0)
+    transposed = torch.randn(7, 5).t()
+    torch.library.opcheck(
+        torch.ops.linflab.lp_distance_backward.default,
+        (torch.randn(5, 3), transposed, weight.detach(), y, 8.0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_without_a_compiled_module() -> None:

@@ -13,8 +13,10 @@
 #include "vector.h"
 
 #include <atomic>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -57,8 +59,13 @@ class Buffer {
     T* data() { return storage.get() + (-reinterpret_cast<uintptr_t>(storage.get()) & 63) / sizeof(T); }
 };
 
+struct Threads {
+    int all, useful;  // all that may run, and how many there is work for
+};
+
 // Runs job on several threads at once. Where torch has brought the OpenMP library of GCC, they are its threads: those
-// spin for a while after every matrix product, and would keep the cores from others.
+// spin for a while after every matrix product, and would keep the cores from others. Give it as many as torch does, be
+// there work for them or not: the library ends threads that a call leaves out, and starts them anew for the next.
 template <class F>
 void on_threads(int threads, F job) {
     using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
@@ -77,21 +84,29 @@ void on_threads(int threads, F job) {
 
 // work(begin, end) on parts of [0, items) that are multiples of `grain`, on up to `threads` threads.
 template <class F>
-void parallel(int threads, int64_t items, int64_t grain, F work) {
+void parallel(Threads threads, int64_t items, int64_t grain, F work) {
     const int64_t grains = (items + grain - 1) / grain;
-    const int parts = (int)std::max<int64_t>(1, std::min<int64_t>(threads, grains));
+    const int parts = (int)std::max<int64_t>(1, std::min<int64_t>(threads.useful, grains));
     std::atomic<int> next{0};
-    on_threads(parts, [&] {
+    std::exception_ptr failure;  // for want of memory: it must not pass through the OpenMP library
+    std::mutex guard;
+    on_threads(parts == 1 ? 1 : threads.all, [&] {
         FlushDenormals flush;
-        for (int part; (part = next++) < parts;) {
-            const int64_t begin = grains * part / parts * grain, end = grains * (part + 1) / parts * grain;
-            work(begin, std::min(end, items));
+        try {
+            for (int part; (part = next++) < parts;) {
+                const int64_t begin = grains * part / parts * grain, end = grains * (part + 1) / parts * grain;
+                work(begin, std::min(end, items));
+            }
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(guard);
+            failure = std::current_exception();
         }
     });
+    if (failure) std::rethrow_exception(failure);
 }
 
-int useful_threads(int threads, double terms) {  // waking a thread costs about as much as 200 thousand cheap terms
-    return (int)std::min<double>(threads, 1 + terms / 2e5);
+Threads useful_threads(int threads, double terms) {  // waking a thread costs about as much as 200 thousand cheap terms
+    return {threads, (int)std::min<double>(threads, 1 + terms / 2e5)};
 }
 
 // ---------------------------------------------------------------------------------------------------- powers
@@ -115,7 +130,7 @@ inline void log2_of(Vec (&a)[K]) {  // relative error below 3e-7 for positive no
 template <int K>
 inline void exp2_of(Vec (&t)[K]) {  // relative error below 3e-7 for t up to 127; 2^-126 for t below -126
     // the same kind of fit of 2^f on [-0.5, 0.5]
-    constexpr float c[] = {1.0000001192f,  0.69314718246f, 0.24022106826f,
+    constexpr float c[] = {1.0f,           0.69314718246f, 0.24022106826f,
                            0.05550327152f, 0.0096760373563f, 0.0013400432654f};
     Vec shifted[K], f[K], r[K];
     for (int k = 0; k < K; ++k) t[k] = Vec::max(t[k], Vec::all(-126.0f));
@@ -233,10 +248,10 @@ constexpr double LARGEST_FIT = 56;  // beyond, so few terms count that looking f
 template <class F>
 void with_power(double exponent, F f) {
     float c[8];
-    const int base = exponent < 4 || exponent >= LARGEST_FIT ? 0 : exponent < 8 ? 4 : (int)exponent / 8 * 8;
+    // below 8 small ratios count as well, and the fit is not exact enough for them
+    const int base = exponent < 8 || exponent >= LARGEST_FIT ? 0 : (int)exponent / 8 * 8;
     if (base) fit_power(exponent, base, c);
     switch (base) {
-        case 4: return f(FittedPower<4>{c});
         case 8: return f(FittedPower<8>{c});
         case 16: return f(FittedPower<16>{c});
         case 24: return f(FittedPower<24>{c});
@@ -353,7 +368,7 @@ void tiles(int64_t b0, int64_t b1, int64_t o0, int64_t o1, F f) {
 // Runs f(b0, b1, o0, o1) on threads that share the (samples, outputs) plane along its longer side.
 template <class F>
 void over_plane(int threads, Shape s, F f) {
-    const int useful = useful_threads(threads, s.terms());
+    const Threads useful = useful_threads(threads, s.terms());
     if (s.outputs >= s.samples)
         parallel(useful, s.outputs, 8, [&](int64_t o0, int64_t o1) { f(0, s.samples, o0, o1); });
     else
@@ -546,8 +561,11 @@ void scaled_tile(const float* x, const float* w, int64_t n, Scaled k, Power rais
         }
         for (int64_t j = 0; j < count[PAIRS]; j += N)
             to_the_power(Vec::abs(Vec::load(found + j)), Vec::all(k.p)).store(found + j);
-        for (int pair = 0; pair < PAIRS; ++pair)
-            for (int64_t j = count[pair]; j < count[pair + 1]; ++j) total[pair] += found[j];
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            double terms = 0;
+            for (int64_t j = count[pair]; j < count[pair + 1]; ++j) terms += found[j];
+            total[pair] = (float)terms;
+        }
     }
     const Vec root = exp2_of(log2_of(Vec::load(total)) * Vec::all(1 / k.p)) * Vec::load(scale);
     float roots[N];
@@ -625,6 +643,7 @@ float scale_for(int64_t count, F number) {
 }
 
 void forward(const float* x, const float* w, float* y, Shape s, double p, int threads) {
+    if (s.terms() == 0) return;
     if (std::isinf(p)) {
         over_plane(threads, s, [&](auto... range) { direct_block<Largest>(x, w, y, s, 1.0f, range...); });
     } else {
@@ -685,7 +704,7 @@ struct DirectSlope {
     const float* coefficient;  // grad_y (scale y)^(1 - p), packed
     float scale;
 
-    Vec before(Vec v) const { return T::scaled ? v * Vec::all(scale) : v; }
+    Vec before(Vec v) const { return v * Vec::all(scale); }
     template <int TB>
     void operator()(Vec (&d)[TB], int64_t at, int64_t stride) const {
         for (int r = 0; r < TB; ++r) d[r] = Vec::all(coefficient[at + r * stride]) * T::slope(d[r]);
@@ -824,12 +843,13 @@ void sparse_gradient(const Gradients& q, ScaledSlope k, int64_t b, int64_t o, in
                                   count[pair], found[pair].d.data(), found[pair].where.data());
     }
     for (int pair = 0; pair < PAIRS; ++pair) {
-        const Vec inverse = Vec::all(1 / q.y[at(pair)]), gradient = Vec::all(q.grad_y[at(pair)]);
+        const Vec y = Vec::all(q.y[at(pair)]), gradient = Vec::all(q.grad_y[at(pair)]);
         float* slope = found[pair].slope.data();
         const int32_t* where = found[pair].where.data();
         for (int64_t j = 0; j < count[pair]; j += N) {
             const Vec d = Vec::load(found[pair].d.data() + j, (int)std::min<int64_t>(N, count[pair] - j));
-            const Vec magnitude = to_the_power(Vec::abs(d) * inverse, Vec::all(k.power));
+            const Vec ratio = Vec::min(Vec::abs(d) / y, Vec::all(1.0f));
+            const Vec magnitude = to_the_power(ratio, Vec::all(k.power));
             (gradient * Vec::with_sign(magnitude, d)).store(slope + j);
         }
         float *gx = q.grad_x + (b + pair / TO) * n, *gw = q.grad_w + (o + pair % TO) * n;
@@ -903,7 +923,7 @@ void find_largest(const Gradients& q, int64_t b, int64_t o, Slope (&found)[TB * 
 }
 
 // p = inf. Slopes are kept between the two gradients, by output: then the rows of grad_w are worked on one after another.
-void largest_gradients(const Gradients& q, int threads) {
+void largest_gradients(const Gradients& q, Threads threads) {
     const Shape s = q.s;
     const int64_t n = s.inputs, block = block_of(n);
     std::vector<Slope> slopes(s.samples * s.outputs);
@@ -932,7 +952,8 @@ void largest_gradients(const Gradients& q, int threads) {
 // `scratch` (samples x outputs) holds coefficients.
 void backward(const Gradients& q, float* scratch, double p, int threads) {
     const Shape s = q.s;
-    const int useful = useful_threads(threads, s.terms());
+    if (s.terms() == 0) return;
+    const Threads useful = useful_threads(threads, s.terms());
     if (std::isinf(p)) {
         largest_gradients(q, useful);
         return;
@@ -940,7 +961,7 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
     const ScaledSlope k(p, s.inputs);
     // as long chunks as keep all threads at work
     const int64_t vectors = (s.inputs + N - 1) / N;
-    const int64_t chunk = N * std::max<int64_t>(1, std::min<int64_t>(CHUNK, vectors / useful));
+    const int64_t chunk = N * std::max<int64_t>(1, std::min<int64_t>(CHUNK, vectors / useful.useful));
     auto over_chunks = [&](auto work) {
         parallel(useful, s.inputs, chunk, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i += chunk) work(i, std::min(i + chunk, end));
@@ -951,10 +972,10 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
     bool wild = false;            // ... too many, or upwards, where zero times infinity would spoil sums
     const bool direct = with_direct(p, [&](auto term) {
         FlushDenormals flush;
-        const float scale = decltype(term)::scaled ? scale_for(pairs, [&](int64_t at) { return q.y[at]; }) : 1.0f;
+        const float scale = scale_for(pairs, [&](int64_t at) { return q.y[at]; });
         Packed{s}.each([&](int64_t place, int64_t pair, int n) {
             const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + pair, n) * Vec::all(scale));
-            const uint32_t good = Vec::at_least(Vec::all(80.0f), Vec::abs(bits));
+            const uint32_t good = Vec::at_least(Vec::all(40.0f), Vec::abs(bits));
             const Vec coefficient = Vec::load(q.grad_y + pair, n) * exp2_of(Vec::all(0.0f) - bits);
             wild |= Vec::at_least(bits, Vec::all(126.0f)) != 0;
             Vec::keep(good, coefficient).store(scratch + place, n);

@@ -1,0 +1,153 @@
+"""A training that is cut goes on from its checkpoint to the same bits; damaged checkpoints are named."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from linflab.platform.checkpoints import Checkpoints
+from linflab.platform.config import Experiment, load_experiment
+from linflab.platform.datasets import load_dataset
+from linflab.platform.errors import Interrupted, SettingError
+from linflab.platform.training import EpochReport, StepReport, fit
+from tests.conftest import QUICK, RECIPE
+
+AUGMENTED = [*QUICK, "augmentation.padding=1", "training.checkpoint_epochs=1"]
+
+
+def experiment(*overrides: str) -> Experiment:
+    return load_experiment(RECIPE, [*AUGMENTED, *overrides])
+
+
+def facts(report: EpochReport) -> object:
+    return report.epoch, report.p, report.learning_rate, report.train_loss, report.validation, report.best_certified
+
+
+def until(
+    checkpoints: Checkpoints,
+    last_step: int,
+    cut: Experiment,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+) -> None:
+    """Train until this step of the run."""
+    data, seen = load_dataset("digits", cut.augmentation), 0
+
+    def on_step(report: StepReport) -> None:
+        nonlocal seen
+        seen = report.step
+
+    with pytest.raises(Interrupted, match=f"step {last_step} of 111"):
+        fit(cut, data, on_epoch, on_step, checkpoints, should_stop=lambda: seen >= last_step)
+
+
+def test_cut_again_and_again_it_comes_to_the_same_bits(tmp_path: Path) -> None:
+    data = load_dataset("digits", experiment().augmentation)
+    epochs: list[object] = []
+    whole = fit(experiment(), data, lambda report: epochs.append(facts(report)))
+    checkpoints = Checkpoints(tmp_path / "run")
+    parts: list[object] = []
+    for stop in (1, 2, 37, 38, 80, 111):  # 37 steps an epoch: also at an epoch's very end
+        until(checkpoints, stop, experiment(), lambda report: parts.append(facts(report)))
+    trained = fit(experiment(), data, lambda report: parts.append(facts(report)), checkpoints=checkpoints)
+    assert parts == epochs and (trained.epoch, trained.validation) == (whole.epoch, whole.validation)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, trained.network.state_dict()[name]), name
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    until(checkpoints, 50, experiment())
+    until(checkpoints, 60, experiment())
+    checkpoints.latest.write_bytes(checkpoints.latest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"latest\.pt.*previous\.pt"):
+        until(checkpoints, 70, experiment())
+    for path in (checkpoints.latest, checkpoints.previous):
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(SettingError, match=r"latest\.pt.*previous\.pt"):
+        fit(experiment(), load_dataset("digits"), checkpoints=checkpoints)
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    until(checkpoints, 50, experiment())
+    os.replace(checkpoints.latest, checkpoints.previous)
+    (checkpoints.folder / ".partial").write_bytes(b"half")
+    assert checkpoints.exist() and checkpoints.load()["batch"] == 50 - 37
+
+
+@pytest.mark.parametrize("other", ["model.width=32", "seed=5", "optimizer.learning_rate=0.5"])
+def test_a_checkpoint_of_another_experiment_is_refused(tmp_path: Path, other: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    until(checkpoints, 5, experiment())
+    with pytest.raises(SettingError, match=other.split("=")[0]):
+        fit(experiment(other), load_dataset("digits"), checkpoints=checkpoints)
+
+
+def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    with checkpoints.lock(), pytest.raises(SettingError, match="another process"), checkpoints.lock():
+        pass
+    with checkpoints.lock():  # free again
+        pass
+
+
+def weights(storage: Path) -> dict[str, torch.Tensor]:
+    (path,) = storage.glob("artifacts/*/artifacts/weights.pt")
+    return torch.load(path, weights_only=True)["network"]
+
+
+def start(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [str(Path(sys.executable).with_name("linflab")), "train", RECIPE, *arguments, "--storage", str(storage)]
+    log = (storage.parent / f"{storage.name}.log").open("ab")
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_ten_times_it_comes_to_the_same_bits(tmp_path: Path, workers: int) -> None:
+    settings = [f"compute.workers={workers}", "training.epochs=300", "training.checkpoint_epochs=2", "seed=7"]
+    settings += ["evaluation.attack.steps=5", "evaluation.attack.restarts=1"]
+    assert start(tmp_path / "whole", *settings).wait(timeout=600) == 0
+    chance, storage = random.Random(0), tmp_path / "cut"
+    kills = 0
+    process = start(storage, *settings)
+    while kills < 10:
+        before = newest(storage)
+        deadline = time.monotonic() + 120
+        while newest(storage) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # a kill before the first checkpoint would only start anew
+        time.sleep(chance.uniform(0, 0.3))
+        assert process.poll() is None, f"it ended by itself, after {kills} kills"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        process = start(storage, *settings, "--resume")
+    assert process.wait(timeout=600) == 0
+    whole, cut = weights(tmp_path / "whole"), weights(storage)
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not list((storage / "checkpoints").iterdir())
+
+
+def newest(storage: Path) -> int:
+    """When the latest checkpoint was written, in nanoseconds; 0 where there is none."""
+    return max((path.stat().st_mtime_ns for path in storage.glob("checkpoints/*/latest.pt")), default=0)
+
+
+def test_sigterm_writes_a_checkpoint(tmp_path: Path, linflab: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    settings = ["training.epochs=2000", "training.checkpoint_epochs=2000"]
+    process = start(tmp_path / "runs", *settings)
+    deadline = time.monotonic() + 60
+    while b"epoch 2/" not in (tmp_path / "runs.log").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=30) == 130
+    said = (tmp_path / "runs.log").read_text()
+    assert "--resume" in said and f"--storage {tmp_path / 'runs'}" in said
+    assert newest(tmp_path / "runs") > 0
