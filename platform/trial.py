@@ -61,7 +61,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         seen = True
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}  # as by nohup
     for number in before:
         signal.signal(number, notice)
     try:

@@ -110,9 +110,9 @@ def start(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_ten_times_it_comes_to_the_same_bits(tmp_path: Path, workers: int) -> None:
-    settings = [f"compute.workers={workers}", "training.epochs=300", "training.checkpoint_epochs=2", "seed=7"]
+@pytest.mark.parametrize(("workers", "epochs"), [(1, 300), (2, 50)])
+def test_killed_ten_times_it_comes_to_the_same_bits(tmp_path: Path, workers: int, epochs: int) -> None:
+    settings = [f"compute.workers={workers}", f"training.epochs={epochs}", "training.checkpoint_epochs=2", "seed=7"]
     settings += ["evaluation.attack.steps=5", "evaluation.attack.restarts=1"]
     assert start(tmp_path / "whole", *settings).wait(timeout=600) == 0
     chance, storage = random.Random(0), tmp_path / "cut"
