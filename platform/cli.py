@@ -281,10 +281,12 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -
         return
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    console.print(table)
+        cells = (row[column] for column in columns)
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    # in files and pipes no line is broken
+    (console if console.is_terminal else Console(file=console.file, highlight=False, width=1000)).print(table)
 
 
 def main() -> None:

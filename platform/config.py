@@ -38,6 +38,9 @@ class OptimizerConfig(Settings):
     learning_rate: Rate = 0.03
     hold_share: Share = Field(0.0, description="share of the training at the constant learning rate")
     objective_rate_ratio: Rate = Field(0.2, description="learning rate of the objective's parameters over that above")
+    lp_weight_decay: float = Field(
+        0.0, ge=0, lt=1, description="l_p weight decay of the distance layers; of a step it is the learning rate's part"
+    )
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     epsilon: Rate = 1e-10
 

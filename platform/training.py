@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from linflab.models.networks.layers import LpDistance
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
@@ -120,6 +121,8 @@ def fit(
         eps=experiment.optimizer.epsilon,
         foreach=False,  # one parameter at a time: the multi-tensor form needs memory for copies of all of them
     )
+    decayed = experiment.optimizer.lp_weight_decay > 0
+    distances = [layer for layer in network.modules() if decayed and isinstance(layer, LpDistance)]
     at = _Position(epoch=1, batch=0, seconds=0.0, earlier=0.0, losses=torch.zeros((), device=device), best=None)
     if checkpoints is not None and checkpoints.exist():
         at = _restore(checkpoints.load(), experiment, loss_of, optimizer)
@@ -144,6 +147,8 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            for layer in distances:
+                layer.decay(p, rate * experiment.optimizer.lp_weight_decay)
             at.losses += loss.detach()
             at.batch += 1
             at.seconds = time.perf_counter() - start

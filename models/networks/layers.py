@@ -56,6 +56,21 @@ class LpDistance(nn.Module):
             with torch.no_grad():
                 self.weight[rows, rows % inputs] = offset
 
+    @torch.no_grad()
+    def decay(self, p: float, amount: float) -> None:
+        """l_p weight decay: w_i -= amount (|w_i| / ||w||_p)^(p-2) w_i for every neuron's weights w.
+
+        It pulls at ||w||_p^2 / 2 as usual weight decay does at p = 2; at p = inf at the largest weight alone.
+        Source: Zhang et al. 2021, Section 5, and the authors' published training script.
+        """
+        norms = lp_distance(torch.zeros_like(self.weight[:1]), self.weight, p).T  # (O, 1)
+        if math.isinf(p):
+            largest = self.weight.abs().argmax(dim=1, keepdim=True)
+            self.weight.scatter_add_(1, largest, -amount * self.weight.gather(1, largest))
+            return
+        pull = (self.weight.abs() / norms.clamp_min(torch.finfo(norms.dtype).tiny)).pow_(p - 1)
+        self.weight.sub_(pull.mul_(self.weight.sign()).mul_(amount * norms))
+
     def forward(self, x: Tensor, p: float = math.inf) -> Tensor:
         return lp_distance(x, self.weight, p)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linflab.models.networks.cost import count_flops, count_parameters
-from linflab.models.networks.layers import MeanShift, Normalize
+from linflab.models.networks.layers import LpDistance, MeanShift, Normalize
 from linflab.models.networks.linf_dist import LinfDistMLP, LinfDistMLPConfig
 
 
@@ -98,3 +98,21 @@ def test_evaluation_does_not_depend_on_the_batch() -> None:
 def test_normalize_refuses_a_useless_std(std: float) -> None:
     with pytest.raises(ValueError, match="std"):
         Normalize((0.5,), std)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 8.0, 9.7, 1000.0, math.inf])
+def test_weight_decay_of_a_distance_layer(p: float) -> None:
+    torch.manual_seed(0)
+    layer = LpDistance(17, 5)
+    with torch.no_grad():
+        layer.weight[2] = 0
+        layer.weight[3, 4] = 0
+    w = layer.weight.detach().double()
+    layer.decay(p, 0.1)
+    largest = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)  # divided out, lest powers overflow
+    norm = largest * torch.linalg.vector_norm(w / largest, ord=p, dim=1, keepdim=True)
+    if math.isinf(p):
+        pull = torch.where(w.abs() == norm, w, 0.0)
+    else:
+        pull = torch.where(w == 0, 0.0, (w.abs() / norm) ** (p - 2) * w)
+    torch.testing.assert_close(layer.weight.detach().double(), w - 0.1 * pull, rtol=1e-4, atol=1e-6)
