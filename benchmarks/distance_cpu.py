@@ -7,8 +7,8 @@ to it, medians over runs in turn, so that a machine that others use too disturbs
 share of what the core reaches with the same arithmetic and all operands in registers. A row for every figure is
 appended to distance_cpu.csv beside this file.
 
-Why it stops there. AMD's Zen 4, on which distance_cpu.csv was measured, starts one 512-bit addition, comparison or
-maximum, one multiplication, and two of integers or bits a cycle, three or four in all. For a vector of terms |x_i - w_i|
+Why it stops there. AMD's Zen 4, on which distance_cpu.csv was measured, starts two 512-bit instructions a cycle, at
+most one of them an addition or maximum of floats, and at most one a multiplication. For a vector of terms |x_i - w_i|
 
     matrix product      a multiply-add                                                                1 cycle
     forward, p = inf    of two vectors: subtract, subtract by multiply-add, larger magnitude, larger  1
