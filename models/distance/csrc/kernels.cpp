@@ -975,8 +975,12 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
         const float scale = scale_for(pairs, [&](int64_t at) { return q.y[at]; });
         Packed{s}.each([&](int64_t place, int64_t pair, int n) {
             const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + pair, n) * Vec::all(scale));
-            const uint32_t good = Vec::at_least(Vec::all(40.0f), Vec::abs(bits));
-            const Vec coefficient = Vec::load(q.grad_y + pair, n) * exp2_of(Vec::all(0.0f) - bits);
+            const Vec grad_y = Vec::load(q.grad_y + pair, n);
+            const Vec coefficient = grad_y * exp2_of(Vec::all(0.0f) - bits);
+            // a coefficient so small that it may have been flushed, of a gradient that is not zero, is lost
+            const uint32_t kept = Vec::at_least(Vec::abs(coefficient), Vec::all(0x1p-100f)) |
+                                  Vec::at_least(Vec::all(0.0f), Vec::abs(grad_y));
+            const uint32_t good = Vec::at_least(Vec::all(80.0f), Vec::abs(bits)) & kept;
             wild |= Vec::at_least(bits, Vec::all(126.0f)) != 0;
             Vec::keep(good, coefficient).store(scratch + place, n);
             for (int c = 0; c < n; ++c)
