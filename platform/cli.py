@@ -93,12 +93,12 @@ def train(
             metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step, checkpointed=True, resume=cut)
     except (KeyboardInterrupt, SystemExit, Interrupted) as error:  # Ray Train exits by itself
         what = str(error) if isinstance(error, Interrupted) else "interrupted"
-        again = tags[schema.COMMAND] + (
-            "" if place.root == RUNS.absolute() else shlex.join(["", "--storage", str(place.root)])
-        )
-        raise Interrupted(
-            f"{what}; what was logged is kept, and `{again} --resume` goes on from the last checkpoint"
-        ) from None
+        again = [tags[schema.COMMAND]]
+        again += [] if place.root == RUNS.absolute() else [shlex.join(["--storage", str(place.root)])]
+        how = f"`{' '.join([*again, '--resume'])}` goes on from the last checkpoint"
+        if run_to_resume(place, experiment) is None:
+            how = "there was no checkpoint yet to go on from"
+        raise Interrupted(f"{what}; what was logged is kept, and {how}") from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
     clean, robust, certified = (
