@@ -19,6 +19,16 @@ import torch
 from linflab.platform.errors import SettingError
 
 
+def write_partial(path: Path, state: dict[str, Any]) -> Path:
+    """Write tensors and plain data beside `path`, safe on the disk; an atomic rename then puts the file in place."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own."""
@@ -56,11 +66,7 @@ class Checkpoints:
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint; whenever the process or the machine dies, one that is whole is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / ".partial"
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        partial = write_partial(self.latest, state)
         if self.latest.exists():
             os.replace(self.latest, self.previous)
         os.replace(partial, self.latest)

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 from torch import nn
 
-from linflab.platform.checkpoints import Checkpoints
+from linflab.platform.checkpoints import Checkpoints, write_partial
 from linflab.platform.config import Experiment
 from linflab.platform.errors import Interrupted
 from linflab.platform.storage import Storage
@@ -165,10 +165,8 @@ def checkpoints_of(storage: Storage, run_id: str) -> Checkpoints:
 
 def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:
     """Write a network's weights; the file is put in place by an atomic rename."""
-    partial = path.with_name(f".{path.name}.partial")
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    torch.save({"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}, partial)
-    os.replace(partial, path)
+    os.replace(write_partial(path, {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}), path)
 
 
 def hardware() -> str:

@@ -221,7 +221,7 @@ def _restore(
     Raises:
         SettingError: the checkpoint is of another experiment; names a setting that differs.
     """
-    check_same(state["experiment"], experiment)
+    _check_same(state["experiment"], experiment)
     loss_of.load_state_dict(state["loss"])
     optimizer.load_state_dict(state["optimizer"])
     best = None
@@ -234,7 +234,7 @@ def _restore(
     return _Position(state["epoch"], state["batch"], state["seconds"], state["earlier"], losses, best)
 
 
-def check_same(written: str, experiment: Experiment) -> None:
+def _check_same(written: str, experiment: Experiment) -> None:
     """Check that a checkpoint's experiment, in YAML, is this one.
 
     Raises:

@@ -45,8 +45,7 @@ def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[
     """The exact range of ||x[b] - weight[o]||_inf over the box lower[b] <= x[b] <= upper[b].
 
     The coordinates of a box move freely, so the largest value is max_i max(upper_i - w_i, w_i - lower_i), and the
-    smallest is max_i max(lower_i - w_i, w_i - upper_i, 0); each is rounded as a single difference is, and in float32 on
-    CPUs one below 2^-126 counts as 0.
+    smallest is max_i max(lower_i - w_i, w_i - upper_i, 0); each is rounded as a single difference is.
 
     Args:
         lower: lower corners (B, I), finite, float32 or float64, nowhere above `upper`.

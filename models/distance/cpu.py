@@ -1,7 +1,7 @@
-"""The operator on CPUs in float32: C++ kernels behind `torch.library` operators.
+"""The operator on CPUs in float32: C++ kernels behind custom ops of `torch.library`.
 
 `csrc/kernels.cpp` is compiled once per instruction set when linflab is installed; the widest that this machine has is
-loaded. The operators `linflab::lp_distance`, `linflab::lp_distance_backward` and `linflab::linf_distance_bounds` have
+loaded. The ops `linflab::lp_distance`, `linflab::lp_distance_backward` and `linflab::linf_distance_bounds` have
 fake kernels, and the first has a gradient, so that `torch.compile` can trace them. They use `torch.get_num_threads()`
 threads; their results do not depend on that number.
 """
@@ -27,7 +27,7 @@ def _load_kernels() -> ModuleType | None:
             continue
     warnings.warn(
         "linflab was installed without its C++ kernels, so the l_p-distance operator runs in plain PyTorch, many times "
-        "slower; with a C++ compiler on the machine, install linflab again: pip install --force-reinstall --no-deps",
+        "slower; with a C++ compiler on the machine, in linflab's folder: pip install --force-reinstall --no-deps .",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -265,7 +265,7 @@ def test_same_bits_on_any_number_of_threads(p: float, shape: tuple[int, int, int
 
 
 @everywhere
-@given(case=operands(), radius=st.just(0.0) | st.floats(1e-20, 3))
+@given(case=operands(), radius=st.floats(0, 3))
 def test_bounds_are_the_exact_range(
     implementation: str, case: tuple[torch.Tensor, torch.Tensor, float], radius: float
 ) -> None:
@@ -338,7 +338,7 @@ def test_wrong_convolutions(shape: tuple[int, ...], weight: tuple[int, ...], opt
     assert says in str(caught.value)
 
 
-def test_operators_keep_the_rules_of_torch_library() -> None:
+def test_custom_ops_keep_the_rules_of_torch_library() -> None:
     x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     for p in (8.0, 9.7, math.inf):
         torch.library.opcheck(torch.ops.linflab.lp_distance.default, (x, weight, p))

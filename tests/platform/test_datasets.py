@@ -12,6 +12,7 @@ from PIL import Image
 from linflab.platform.augmentation import AugmentationConfig
 from linflab.platform.datasets import FACTS, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import SettingError
+from linflab.platform.originals import ORIGINALS, Arrays
 
 
 def prepared(folder: Path, images: int = 6000, **replaced: np.ndarray) -> None:
@@ -140,6 +141,18 @@ def test_damaged_originals_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SettingError, match="originals"):
         prepare_dataset("mnist", tmp_path / "originals")
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path))
+
+    def broken(source: Path | None, workplace: Path) -> Arrays:
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setitem(ORIGINALS, "fashion_mnist", broken)
+    with pytest.raises(SettingError, match="connection lost"):
+        load_dataset("fashion_mnist")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tiny_imagenet_from_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

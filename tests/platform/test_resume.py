@@ -78,7 +78,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run")
     until(checkpoints, 50, experiment())
     os.replace(checkpoints.latest, checkpoints.previous)
-    (checkpoints.folder / ".partial").write_bytes(b"half")
+    (checkpoints.folder / ".latest.pt.partial").write_bytes(b"half")
     assert checkpoints.exist() and checkpoints.load()["batch"] == 50 - 37
 
 

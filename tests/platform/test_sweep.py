@@ -196,7 +196,7 @@ def test_interrupted_sweep_leaves_no_open_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_interrupted_training_leaves_no_open_run(tmp_path: Path, workers: int) -> None:
-    command = ["train", RECIPE, "training.epochs=10000", f"compute.workers={workers}"]
+    command = ["train", RECIPE, "training.epochs=10000", "training.checkpoint_epochs=1", f"compute.workers={workers}"]
     status, rest, runs = interrupted(command, "epoch 2/", tmp_path)
     assert status == 130 and "--resume" in rest
     assert runs == ["KILLED"]

@@ -38,14 +38,19 @@ constexpr int64_t SLICE = 1024;                  // inputs of a tile at a time: 
 constexpr int64_t OUTPUT_BLOCK = 32;             // outputs whose slices stay in level 2 while the samples pass
 constexpr float LOW = 0x1p-90f, HIGH = 0x1p120f; // a direct sum in here has lost nothing that counts
 
-// Flush denormals to zero while it lives: powers of small ratios are denormal, hence slow, long before they matter.
-class FlushDenormals {
+// While it lives, denormals are flushed to zero, or kept. Powers of small ratios are denormal, hence slow, long before
+// they matter; of bounds, the smallest difference counts.
+class Denormals {
 #if defined(__SSE__)
+    static constexpr unsigned FLUSHED = 0x8040;
     unsigned before = _mm_getcsr();
 
   public:
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before); }
+    explicit Denormals(bool flush) { _mm_setcsr(flush ? before | FLUSHED : before & ~FLUSHED); }
+    ~Denormals() { _mm_setcsr(before); }
+#else
+  public:
+    explicit Denormals(bool) {}
 #endif
 };
 
@@ -82,7 +87,7 @@ void on_threads(int threads, F job) {
     }
 }
 
-// work(begin, end) on parts of [0, items) that are multiples of `grain`, on up to `threads` threads.
+// work(begin, end) on parts of [0, items) that are multiples of `grain`, on as many threads as are useful.
 template <class F>
 void parallel(Threads threads, int64_t items, int64_t grain, F work) {
     const int64_t grains = (items + grain - 1) / grain;
@@ -91,7 +96,7 @@ void parallel(Threads threads, int64_t items, int64_t grain, F work) {
     std::exception_ptr failure;  // for want of memory: it must not pass through the OpenMP library
     std::mutex guard;
     on_threads(parts == 1 ? 1 : threads.all, [&] {
-        FlushDenormals flush;
+        const Denormals flushed(true);
         try {
             for (int part; (part = next++) < parts;) {
                 const int64_t begin = grains * part / parts * grain, end = grains * (part + 1) / parts * grain;
@@ -105,7 +110,7 @@ void parallel(Threads threads, int64_t items, int64_t grain, F work) {
     if (failure) std::rethrow_exception(failure);
 }
 
-Threads useful_threads(int threads, double terms) {  // waking a thread costs about as much as 200 thousand cheap terms
+Threads threads_for(int threads, double terms) {  // waking a thread costs about as much as 200 thousand cheap terms
     return {threads, (int)std::min<double>(threads, 1 + terms / 2e5)};
 }
 
@@ -274,8 +279,9 @@ inline Vec power(Vec u) {  // u^P by repeated squaring
     }
 }
 
-// What a direct tile accumulates over the differences d. Where `scaled`, inputs and weights are first multiplied by a
-// power of two that brings typical distances near 1, for else too many sums would leave the range of floats.
+// What a direct tile accumulates over the differences d. Where `scaled`, in the forward pass inputs and weights are first
+// multiplied by a power of two that brings typical distances near 1, for else too many sums would leave the range of
+// floats.
 struct Largest {
     static constexpr bool scaled = false;
     static Vec add(Vec acc, Vec d) { return Vec::max_positive(Vec::abs(d), acc); }
@@ -368,7 +374,7 @@ void tiles(int64_t b0, int64_t b1, int64_t o0, int64_t o1, F f) {
 // Runs f(b0, b1, o0, o1) on threads that share the (samples, outputs) plane along its longer side.
 template <class F>
 void over_plane(int threads, Shape s, F f) {
-    const Threads useful = useful_threads(threads, s.terms());
+    const Threads useful = threads_for(threads, s.terms());
     if (s.outputs >= s.samples)
         parallel(useful, s.outputs, 8, [&](int64_t o0, int64_t o1) { f(0, s.samples, o0, o1); });
     else
@@ -953,7 +959,7 @@ void largest_gradients(const Gradients& q, Threads threads) {
 void backward(const Gradients& q, float* scratch, double p, int threads) {
     const Shape s = q.s;
     if (s.terms() == 0) return;
-    const Threads useful = useful_threads(threads, s.terms());
+    const Threads useful = threads_for(threads, s.terms());
     if (std::isinf(p)) {
         largest_gradients(q, useful);
         return;
@@ -971,7 +977,7 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
     std::vector<int64_t> others;  // pairs for which the powers leave the range of floats ...
     bool wild = false;            // ... too many, or upwards, where zero times infinity would spoil sums
     const bool direct = with_direct(p, [&](auto term) {
-        FlushDenormals flush;
+        const Denormals flushed(true);
         const float scale = scale_for(pairs, [&](int64_t at) { return q.y[at]; });
         Packed{s}.each([&](int64_t place, int64_t pair, int n) {
             const Vec bits = Vec::all(k.power) * log2_of(Vec::load(q.y + pair, n) * Vec::all(scale));
@@ -1052,6 +1058,7 @@ void bounds_tile(const float* lower, const float* upper, const float* w, int64_t
 void bounds(const float* lower, const float* upper, const float* w, float* lo, float* hi, Shape s, int threads) {
     constexpr int TB = N == 16 ? 2 : 1;
     over_plane(threads, s, [&](int64_t b0, int64_t b1, int64_t o0, int64_t o1) {
+        const Denormals kept(false);
         const int64_t block = block_of(s.inputs);
         for (int64_t o = o0; o < o1; o += block)
             tiles<TB, 2>(b0, b1, o, std::min(o + block, o1), [&](int64_t tb, int64_t to, auto nb, auto no) {
@@ -1079,7 +1086,7 @@ void renew(Vec& v) {
 // How fast this core runs the arithmetic of a kernel with all operands in registers: terms |x_i - w_i| done.
 template <class T, bool GRADIENT>
 int64_t run_in_registers(int64_t rounds) {
-    FlushDenormals flush;
+    const Denormals flushed(true);
     const Vec one = hidden_one();
     Vec x[4], acc[4][2], w[2];
     for (int r = 0; r < 4; ++r) {
