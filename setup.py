@@ -14,7 +14,7 @@ setup(
         Pybind11Extension(
             f"linflab.models.distance._kernels_{isa}",
             ["models/distance/csrc/kernels.cpp"],
-            depends=["models/distance/csrc/vector.h"],
+            depends=[f"models/distance/csrc/{name}.h" for name in ("sort", "subsets", "vector")],
             define_macros=[("MODULE_NAME", f"_kernels_{isa}")],
             # no contraction: a multiplication and an addition are fused where the source says so, nowhere else
             extra_compile_args=["-O3", "-ffp-contract=off", "-pthread", *flags],

@@ -1,4 +1,4 @@
-"""The l_p-distance operator: a small public surface in front of one implementation per device.
+"""The l_p-distance operator, and SortNet's: a small public surface in front of one implementation per device.
 
 CPU tensors in float32 go to C++ kernels (`cpu.py`), everything else to plain PyTorch (`reference.py`).
 """
@@ -11,7 +11,16 @@ from torch import Tensor
 from linflab.models.distance import cpu, reference
 from linflab.models.distance.convolution import LpDistanceConv2d
 
-__all__ = ["linf_distance_bounds", "lp_distance", "lp_distance_conv2d"]
+__all__ = [
+    "linf_distance_bounds",
+    "lp_distance",
+    "lp_distance_conv2d",
+    "lp_distance_on_subsets",
+    "sort_distance",
+    "sort_distance_bounds",
+]
+
+MOST_TERMS = 16  # that sort_distance takes: the kernels hold so many in order
 
 
 def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
@@ -58,9 +67,7 @@ def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[
     Raises:
         TypeError, ValueError: as `lp_distance`.
     """
-    _check("linf_distance_bounds", weight, lower=lower, upper=upper)
-    if lower.shape != upper.shape:
-        raise ValueError(f"linf_distance_bounds takes corners of one shape, got {lower.shape} and {upper.shape}")
+    _check_box("linf_distance_bounds", lower, upper, weight)
     with torch.no_grad():
         if cpu.serves(lower):
             return cpu.linf_distance_bounds(lower, upper, weight)
@@ -102,9 +109,125 @@ def lp_distance_conv2d(x: Tensor, weight: Tensor, p: float = math.inf, stride: i
     return LpDistanceConv2d.apply(x, weight, float(p), stride, padding)
 
 
+def sort_distance(x: Tensor, weight: Tensor, q: float, terms: int = 10) -> Tensor:
+    """SortNet's neurons: y[b, o] = sum_k c_k (k-th largest of |x[b] - weight[o]|), c_k proportional to (1 - q)^(k - 1).
+
+    The coefficients of the paper are q (1 - q)^(k - 1) for all k; here the first `terms` are kept, and divided by their
+    sum. Each output is 1-Lipschitz in the l_inf norm of x. q = 1 is `lp_distance` at p = inf. Source: Zhang et al.,
+    "Rethinking Lipschitz Neural Networks and Certified Robustness: A Boolean Function Perspective", NeurIPS 2022,
+    Section 4.
+
+    Args:
+        x: inputs (B, I), float32 or float64.
+        weight: one centre per output (O, I), of the dtype and device of x.
+        q: in (0, 1]; the smaller, the more alike the coefficients.
+        terms: how many of the largest terms count, 1 to 16; all of them where I is less.
+
+    Returns:
+        Outputs (B, O), differentiable once in x and weight: c_k at the k-th largest term, where equal terms count in
+        the order of their positions, the first as the largest; zero where x equals weight.
+
+    Raises:
+        TypeError: x and weight are not both float32 or both float64.
+        ValueError: the shapes do not fit, the devices differ, or q or terms is out of range.
+    """
+    _check("sort_distance", weight, x=x)
+    _check_order("sort_distance", q, terms)
+    if q == 1 or min(terms, x.shape[1]) == 1:
+        return lp_distance(x, weight, math.inf)
+    if cpu.serves(x) and x.shape[1] <= cpu.MOST_SORTED:
+        return cpu.sort_distance(x, weight, float(q), terms)
+    return reference.sort_distance(x, weight, float(q), terms)
+
+
+def sort_distance_bounds(
+    lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int = 10
+) -> tuple[Tensor, Tensor]:
+    """The exact range of `sort_distance` over the box lower[b] <= x[b] <= upper[b].
+
+    The neuron grows with every |x_i - w_i|, and the coordinates of a box move freely, so its largest value is that of
+    the distances max(upper_i - w_i, w_i - lower_i), and its smallest that of max(lower_i - w_i, w_i - upper_i, 0).
+
+    Args:
+        lower: lower corners (B, I), finite, float32 or float64, nowhere above `upper`.
+        upper: upper corners (B, I), of the dtype and device of lower.
+        weight: one centre per output (O, I), of the same dtype and device.
+        q: as in `sort_distance`.
+        terms: as in `sort_distance`.
+
+    Returns:
+        Smallest and largest output, (B, O) each, without gradients.
+
+    Raises:
+        TypeError, ValueError: as `sort_distance`.
+    """
+    _check_box("sort_distance_bounds", lower, upper, weight)
+    _check_order("sort_distance_bounds", q, terms)
+    if q == 1 or min(terms, lower.shape[1]) == 1:
+        return linf_distance_bounds(lower, upper, weight)
+    with torch.no_grad():
+        if cpu.serves(lower):
+            return cpu.sort_distance_bounds(lower, upper, weight, float(q), terms)
+        return reference.sort_distance_bounds(lower, upper, weight, float(q), terms)
+
+
+def lp_distance_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int = 32) -> Tensor:
+    """The l_p distance where each group of samples uses a subset of the inputs; all outputs use the same.
+
+    Sample b uses the inputs i with kept[b // group, i]: y[b, o] is the l_p norm of x[b, i] - weight[o, i] over these,
+    0 where there are none. With subsets that keep each input with probability q, the distances at p = inf have
+    SortNet's neurons (`sort_distance` of all terms) as their means. Source: as `sort_distance`, Section 4.
+
+    Args:
+        x: inputs (B, I), float32 or float64; in float32 below 1e37 in magnitude, where p is finite.
+        weight: one centre per output (O, I), of the dtype and device of x.
+        p: any real number in [1, inf].
+        kept: which inputs each group uses (B / group rounded up, I), bool, on the device of x.
+        group: consecutive samples that share a subset; the last group may have fewer.
+
+    Returns:
+        Distances (B, O), differentiable once in x and weight, as `lp_distance` is of what is kept; zero elsewhere.
+
+    Raises:
+        TypeError: x and weight are not both float32 or both float64, or kept is not bool.
+        ValueError: the shapes do not fit, the devices differ, p is below 1 or NaN, or group is below 1.
+    """
+    name = "lp_distance_on_subsets"
+    _check(name, weight, x=x)
+    _check_p(name, p)
+    if group < 1:
+        raise ValueError(f"{name} takes group >= 1, got group = {group}")
+    if kept.dtype != torch.bool:
+        raise TypeError(f"{name} takes kept in bool, got {kept.dtype}")
+    groups = -(-x.shape[0] // group)
+    if kept.shape != (groups, x.shape[1]):
+        raise ValueError(
+            f"{name} takes kept ({groups}, {x.shape[1]}) for x {tuple(x.shape)} in groups of {group}, "
+            f"got {tuple(kept.shape)}"
+        )
+    if kept.device != x.device:
+        raise ValueError(f"{name} takes tensors on one device, got x {x.device}, kept {kept.device}")
+    if cpu.serves(x):
+        return cpu.lp_distance_on_subsets(x, weight, float(p), kept, group)
+    return reference.lp_distance_on_subsets(x, weight, float(p), kept, group)
+
+
 def _check_p(function: str, p: float) -> None:
     if not p >= 1:
         raise ValueError(f"{function} takes 1 <= p <= inf, got p = {p}")
+
+
+def _check_order(function: str, q: float, terms: int) -> None:
+    if not 0 < q <= 1:
+        raise ValueError(f"{function} takes 0 < q <= 1, got q = {q}")
+    if terms not in range(1, MOST_TERMS + 1):
+        raise ValueError(f"{function} takes terms from 1 to {MOST_TERMS}, got {terms}")
+
+
+def _check_box(function: str, lower: Tensor, upper: Tensor, weight: Tensor) -> None:
+    _check(function, weight, lower=lower, upper=upper)
+    if lower.shape != upper.shape:
+        raise ValueError(f"{function} takes corners of one shape, got {lower.shape} and {upper.shape}")
 
 
 def _check(function: str, weight: Tensor, **inputs: Tensor) -> None:

@@ -23,10 +23,10 @@ class LpDistanceConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, p: float, stride: int, padding: int) -> Tensor:
-        size = _output_size(x, weight, stride, padding)
+        size = output_size(x, weight, stride, padding)
         y = x.new_empty(len(x), len(weight), *size)
-        for samples in _chunks(x, weight, size):
-            patches = _patches(x[samples], weight, stride, padding)
+        for samples in sample_chunks(x, weight, size):
+            patches = patches_of(x[samples], weight, stride, padding)
             distances = _distance(patches, weight.flatten(1), p)
             y[samples] = distances.view(-1, math.prod(size), len(weight)).transpose(1, 2).unflatten(2, size)
         ctx.save_for_backward(x, weight, y)
@@ -38,8 +38,8 @@ class LpDistanceConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, y = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for samples in _chunks(x, weight, y.shape[2:]):
-            patches = _patches(x[samples], weight, ctx.stride, ctx.padding)
+        for samples in sample_chunks(x, weight, y.shape[2:]):
+            patches = patches_of(x[samples], weight, ctx.stride, ctx.padding)
             distances, upstream = (t[samples].flatten(2).transpose(1, 2).flatten(0, 1) for t in (y, grad_y))
             grad_patches, grad_filters = _gradients(upstream, patches, weight.flatten(1), distances, ctx.p)
             grad_weight += grad_filters.view_as(weight)
@@ -50,18 +50,20 @@ class LpDistanceConv2d(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def _output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of what filters make of images."""
     height, width = ((x.shape[d] + 2 * padding - weight.shape[d]) // stride + 1 for d in (2, 3))
     return height, width
 
 
-def _chunks(x: Tensor, weight: Tensor, size: tuple[int, ...]) -> Iterator[slice]:
+def sample_chunks(x: Tensor, weight: Tensor, size: tuple[int, ...]) -> Iterator[slice]:
+    """Samples whose patches are held together."""
     samples = max(1, PATCH_VALUES // (math.prod(weight.shape[1:]) * math.prod(size)))
     for start in range(0, len(x), samples):
         yield slice(start, start + samples)
 
 
-def _patches(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def patches_of(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """(samples x positions, C x kernel height x kernel width), zeros beyond the edges."""
     columns = unfold(x, weight.shape[2:], padding=padding, stride=stride)
     return columns.transpose(1, 2).flatten(0, 1).contiguous()

@@ -1,8 +1,8 @@
 """The operator on CPUs in float32: C++ kernels behind custom ops of `torch.library`.
 
 `csrc/kernels.cpp` is compiled once per instruction set when linflab is installed; the widest that this machine has is
-loaded. The ops `linflab::lp_distance`, `linflab::lp_distance_backward` and `linflab::linf_distance_bounds` have
-fake kernels, and the first has a gradient, so that `torch.compile` can trace them. They use `torch.get_num_threads()`
+loaded. The ops `linflab::...` have fake kernels and, where they are differentiable, gradients, so that
+`torch.compile` can trace them. They use `torch.get_num_threads()`
 threads; their results do not depend on that number.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from linflab.models.distance.reference import sort_coefficients
 
 # what torch calls the machine's instructions -> compiled modules that run there, fastest first
 MODULES = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
@@ -35,6 +37,7 @@ def _load_kernels() -> ModuleType | None:
 
 
 KERNELS = _load_kernels()
+MOST_SORTED = 2**24  # inputs whose positions the sorting kernels can tell apart: they hold them as floats
 
 
 torch.library.define("linflab::lp_distance", "(Tensor x, Tensor weight, float p) -> Tensor")
@@ -43,6 +46,22 @@ torch.library.define(
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor y, float p) -> (Tensor, Tensor)",
 )
 torch.library.define("linflab::linf_distance_bounds", "(Tensor lower, Tensor upper, Tensor weight) -> (Tensor, Tensor)")
+torch.library.define(
+    "linflab::lp_distance_on_subsets", "(Tensor x, Tensor weight, float p, Tensor kept, int group) -> Tensor"
+)
+torch.library.define(
+    "linflab::lp_distance_on_subsets_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor y, float p, Tensor kept, int group) -> (Tensor, Tensor)",
+)
+torch.library.define("linflab::sort_distance", "(Tensor x, Tensor weight, float q, int terms) -> Tensor")
+torch.library.define(
+    "linflab::sort_distance_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, float q, int terms) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "linflab::sort_distance_bounds",
+    "(Tensor lower, Tensor upper, Tensor weight, float q, int terms) -> (Tensor, Tensor)",
+)
 
 
 def _compiled() -> ModuleType:
@@ -83,6 +102,64 @@ def _bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return low, high
 
 
+@torch.library.impl("linflab::lp_distance_on_subsets", "CPU")
+def _forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
+    x, weight, kept = x.contiguous(), weight.contiguous(), kept.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    pointers = (tensor.data_ptr() for tensor in (x, weight, y, kept))
+    _compiled().forward_on_subsets(*pointers, *_shape(x, weight), p, group, torch.get_num_threads())
+    return y
+
+
+@torch.library.impl("linflab::lp_distance_on_subsets_backward", "CPU")
+def _backward_on_subsets(
+    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, kept: Tensor, group: int
+) -> tuple[Tensor, Tensor]:
+    grad_y, x, weight, y, kept = (tensor.contiguous() for tensor in (grad_y, x, weight, y, kept))
+    grad_x, grad_weight, scratch = x.new_zeros(x.shape), weight.new_zeros(weight.shape), torch.empty_like(y)
+    tensors = (x, weight, y, grad_y, grad_x, grad_weight, scratch, kept)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    _compiled().backward_on_subsets(*pointers, *_shape(x, weight), p, group, torch.get_num_threads())
+    return grad_x, grad_weight
+
+
+def _coefficients(x: Tensor, q: float, terms: int) -> Tensor:
+    return torch.tensor(sort_coefficients(q, terms, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.impl("linflab::sort_distance", "CPU")
+def _sort_forward(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
+    x, weight, coefficients = x.contiguous(), weight.contiguous(), _coefficients(x, q, terms)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    pointers = (tensor.data_ptr() for tensor in (x, weight, y, coefficients))
+    _compiled().sort_forward(*pointers, *_shape(x, weight), len(coefficients), torch.get_num_threads())
+    return y
+
+
+@torch.library.impl("linflab::sort_distance_backward", "CPU")
+def _sort_backward(grad_y: Tensor, x: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
+    grad_y, x, weight, coefficients = (
+        grad_y.contiguous(),
+        x.contiguous(),
+        weight.contiguous(),
+        _coefficients(x, q, terms),
+    )
+    grad_x, grad_weight = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
+    pointers = (tensor.data_ptr() for tensor in (x, weight, grad_y, grad_x, grad_weight, coefficients))
+    _compiled().sort_backward(*pointers, *_shape(x, weight), len(coefficients), torch.get_num_threads())
+    return grad_x, grad_weight
+
+
+@torch.library.impl("linflab::sort_distance_bounds", "CPU")
+def _sort_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
+    lower, upper, weight = lower.contiguous(), upper.contiguous(), weight.contiguous()
+    low = lower.new_empty(lower.shape[0], weight.shape[0])
+    high, coefficients = torch.empty_like(low), _coefficients(lower, q, terms)
+    pointers = (tensor.data_ptr() for tensor in (lower, upper, weight, low, high, coefficients))
+    _compiled().sort_bounds(*pointers, *_shape(lower, weight), len(coefficients), torch.get_num_threads())
+    return low, high
+
+
 @torch.library.register_fake("linflab::lp_distance")
 def _fake_forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
@@ -99,6 +176,34 @@ def _fake_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, 
     return low, torch.empty_like(low)
 
 
+@torch.library.register_fake("linflab::lp_distance_on_subsets")
+def _fake_forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("linflab::lp_distance_on_subsets_backward")
+def _fake_backward_on_subsets(
+    grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, kept: Tensor, group: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("linflab::sort_distance")
+def _fake_sort_forward(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("linflab::sort_distance_backward")
+def _fake_sort_backward(grad_y: Tensor, x: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("linflab::sort_distance_bounds")
+def _fake_sort_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
+    low = lower.new_empty(lower.shape[0], weight.shape[0])
+    return low, torch.empty_like(low)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
     x, weight, ctx.p = inputs
     ctx.save_for_backward(x, weight, output)
@@ -110,12 +215,39 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_x, grad_weight, None
 
 
+def _save_for_backward_on_subsets(ctx: Any, inputs: tuple[Tensor, Tensor, float, Tensor, int], output: Tensor) -> None:
+    x, weight, ctx.p, kept, ctx.group = inputs
+    ctx.save_for_backward(x, weight, output, kept)
+
+
+def _gradients_on_subsets(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    x, weight, y, kept = ctx.saved_tensors
+    backward = torch.ops.linflab.lp_distance_on_subsets_backward
+    return *backward(grad_y, x, weight, y, ctx.p, kept, ctx.group), None, None, None
+
+
+def _save_for_sort_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float, int], output: Tensor) -> None:
+    x, weight, ctx.q, ctx.terms = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _sort_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    grad_x, grad_weight = torch.ops.linflab.sort_distance_backward(grad_y, *ctx.saved_tensors, ctx.q, ctx.terms)
+    return grad_x, grad_weight, None, None
+
+
 def _no_second_gradients(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("lp_distance is differentiable once; gradients of its gradients are not implemented")
+    raise RuntimeError("distances are differentiable once; gradients of their gradients are not implemented")
 
 
 torch.library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
 torch.library.register_autograd("linflab::lp_distance_backward", _no_second_gradients)
+torch.library.register_autograd(
+    "linflab::lp_distance_on_subsets", _gradients_on_subsets, setup_context=_save_for_backward_on_subsets
+)
+torch.library.register_autograd("linflab::lp_distance_on_subsets_backward", _no_second_gradients)
+torch.library.register_autograd("linflab::sort_distance", _sort_gradients, setup_context=_save_for_sort_backward)
+torch.library.register_autograd("linflab::sort_distance_backward", _no_second_gradients)
 
 
 def serves(x: Tensor) -> bool:
@@ -136,3 +268,18 @@ def lp_distance_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p
 def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """See `linflab.models.distance.linf_distance_bounds`, which also checks the arguments; float32 only."""
     return torch.ops.linflab.linf_distance_bounds(lower, upper, weight)
+
+
+def sort_distance(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
+    """See `linflab.models.distance.sort_distance`, which also checks the arguments; float32 only."""
+    return torch.ops.linflab.sort_distance(x, weight, q, terms)
+
+
+def sort_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
+    """See `linflab.models.distance.sort_distance_bounds`, which also checks the arguments; float32 only."""
+    return torch.ops.linflab.sort_distance_bounds(lower, upper, weight, q, terms)
+
+
+def lp_distance_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
+    """See `linflab.models.distance.lp_distance_on_subsets`, which also checks the arguments; float32 only."""
+    return torch.ops.linflab.lp_distance_on_subsets(x, weight, p, kept, group)

@@ -955,24 +955,42 @@ void largest_gradients(const Gradients& q, Threads threads) {
     });
 }
 
-// `scratch` (samples x outputs) holds coefficients.
-void backward(const Gradients& q, float* scratch, double p, int threads) {
-    const Shape s = q.s;
-    if (s.terms() == 0) return;
-    const Threads useful = threads_for(threads, s.terms());
-    if (std::isinf(p)) {
-        largest_gradients(q, useful);
-        return;
-    }
-    const ScaledSlope k(p, s.inputs);
-    // as long chunks as keep all threads at work
-    const int64_t vectors = (s.inputs + N - 1) / N;
-    const int64_t chunk = N * std::max<int64_t>(1, std::min<int64_t>(CHUNK, vectors / useful.useful));
-    auto over_chunks = [&](auto work) {
-        parallel(useful, s.inputs, chunk, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i += chunk) work(i, std::min(i + chunk, end));
+// The ways to gradients at finite p, where all pairs use all inputs.
+struct InputsAlike {
+    const Gradients& q;
+    Threads threads;
+
+    // by a slope for all pairs and inputs
+    template <class Slope>
+    void all(Slope slope) const {
+        // as long chunks as keep all threads at work
+        const int64_t vectors = (q.s.inputs + N - 1) / N;
+        const int64_t chunk = N * std::max<int64_t>(1, std::min<int64_t>(CHUNK, vectors / threads.useful));
+        parallel(threads, q.s.inputs, chunk, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i += chunk) all_gradients(q, slope, i, std::min(i + chunk, end));
         });
-    };
+    }
+
+    // of the terms that count, of all pairs ...
+    void sparse(ScaledSlope k) const {
+        parallel(threads, q.s.inputs, N, [&](int64_t begin, int64_t end) { sparse_gradients(q, k, begin, end); });
+    }
+
+    // ... or of some
+    void sparse(ScaledSlope k, const std::vector<int64_t>& pairs) const {
+        parallel(threads, q.s.inputs, N, [&](int64_t begin, int64_t end) {
+            Found found(end - begin);
+            for (const int64_t at : pairs)
+                sparse_gradient<1, 1>(q, k, at / q.s.outputs, at % q.s.outputs, begin, end, &found);
+        });
+    }
+};
+
+// `scratch` (samples x outputs) holds coefficients.
+template <class Inputs>
+void finite_gradients(const Gradients& q, float* scratch, double p, const Inputs& inputs) {
+    const Shape s = q.s;
+    const ScaledSlope k(p, s.inputs);
     const int64_t pairs = s.samples * s.outputs;
     std::vector<int64_t> others;  // pairs for which the powers leave the range of floats ...
     bool wild = false;            // ... too many, or upwards, where zero times infinity would spoil sums
@@ -993,17 +1011,10 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
                 if (!(good >> c & 1) && q.y[pair + c] > 0) others.push_back(pair + c);
         });
         wild |= (int64_t)others.size() > pairs / 8;
-        if (!wild)
-            over_chunks([&](int64_t i, int64_t end) {
-                all_gradients(q, DirectSlope<decltype(term)>{scratch, scale}, i, end);
-            });
+        if (!wild) inputs.all(DirectSlope<decltype(term)>{scratch, scale});
     });
     if (direct && !wild) {
-        parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) {
-            Found found(end - begin);
-            for (const int64_t at : others)
-                sparse_gradient<1, 1>(q, k, at / s.outputs, at % s.outputs, begin, end, &found);
-        });
+        inputs.sparse(k, others);
     } else if (k.dense) {
         std::vector<float> grad_y(pairs);
         Packed{s}.each([&](int64_t place, int64_t pair, int n) {
@@ -1013,13 +1024,20 @@ void backward(const Gradients& q, float* scratch, double p, int threads) {
             }
         });
         with_power(k.power, [&](auto raise) {
-            over_chunks([&](int64_t i, int64_t end) {
-                all_gradients(q, DenseSlope<decltype(raise)>{grad_y.data(), scratch, raise}, i, end);
-            });
+            inputs.all(DenseSlope<decltype(raise)>{grad_y.data(), scratch, raise});
         });
     } else {
-        parallel(useful, s.inputs, N, [&](int64_t begin, int64_t end) { sparse_gradients(q, k, begin, end); });
+        inputs.sparse(k);
     }
+}
+
+void backward(const Gradients& q, float* scratch, double p, int threads) {
+    if (q.s.terms() == 0) return;
+    const Threads useful = threads_for(threads, q.s.terms());
+    if (std::isinf(p))
+        largest_gradients(q, useful);
+    else
+        finite_gradients(q, scratch, p, InputsAlike{q, useful});
 }
 
 // ---------------------------------------------------------------------------------------------------- bounds
@@ -1071,6 +1089,13 @@ void bounds(const float* lower, const float* upper, const float* w, float* lo, f
     for (float* y : {lo, hi})
         for (const float* x : {lower, upper}) add_poison(x, w, y, s);
 }
+
+}  // namespace
+
+#include "sort.h"
+#include "subsets.h"
+
+namespace {
 
 // ---------------------------------------------------------------------------------------------------- limits
 
@@ -1162,6 +1187,47 @@ PYBIND11_MODULE(MODULE_NAME, module) {
         [](uintptr_t lower, uintptr_t upper, uintptr_t w, uintptr_t lo, uintptr_t hi, int64_t samples,
            int64_t outputs, int64_t inputs, int threads) {
             bounds(at(lower), at(upper), at(w), at(lo), at(hi), {samples, outputs, inputs}, threads);
+        },
+        free);
+    module.def(
+        "forward_on_subsets",
+        [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t kept, int64_t samples, int64_t outputs, int64_t inputs,
+           double p, int64_t group, int threads) {
+            forward_on_subsets(at(x), at(w), at(y), {{samples, outputs, inputs}, at<bool>(kept), group}, p, threads);
+        },
+        free);
+    module.def(
+        "backward_on_subsets",
+        [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t grad_y, uintptr_t grad_x, uintptr_t grad_w,
+           uintptr_t scratch, uintptr_t kept, int64_t samples, int64_t outputs, int64_t inputs, double p, int64_t group,
+           int threads) {
+            const Shape s = {samples, outputs, inputs};
+            backward_on_subsets({at(x), at(w), at(y), at(grad_y), at(grad_x), at(grad_w), s},
+                                {s, at<bool>(kept), group}, at(scratch), p, threads);
+        },
+        free);
+    module.def(
+        "sort_forward",
+        [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t coefficients, int64_t samples, int64_t outputs,
+           int64_t inputs, int terms, int threads) {
+            sort_forward(at(x), at(w), at(y), {samples, outputs, inputs}, {at(coefficients), terms}, threads);
+        },
+        free);
+    module.def(
+        "sort_backward",
+        [](uintptr_t x, uintptr_t w, uintptr_t grad_y, uintptr_t grad_x, uintptr_t grad_w, uintptr_t coefficients,
+           int64_t samples, int64_t outputs, int64_t inputs, int terms, int threads) {
+            sort_backward(
+                {at(x), at(w), nullptr, at(grad_y), at(grad_x), at(grad_w), {samples, outputs, inputs}},
+                {at(coefficients), terms}, threads);
+        },
+        free);
+    module.def(
+        "sort_bounds",
+        [](uintptr_t lower, uintptr_t upper, uintptr_t w, uintptr_t lo, uintptr_t hi, uintptr_t coefficients,
+           int64_t samples, int64_t outputs, int64_t inputs, int terms, int threads) {
+            sort_bounds(at(lower), at(upper), at(w), at(lo), at(hi), {samples, outputs, inputs},
+                        {at(coefficients), terms}, threads);
         },
         free);
 }

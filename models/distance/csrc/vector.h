@@ -6,6 +6,10 @@
 //   max_positive(a, b)   max(a, b) where one of them at least is not negative: floats in that order are integers in it
 //   minus(a, b, one)     a - b as the fused a one - b, where `one` holds 1
 //   where_same(a, b, yes, no)   lanes of yes where a and b are the same number, else of no
+//   store_packed(mask, a, p)    the lanes of a in the mask, one after another; writes a whole vector, whatever comes after
+//   load_packed(mask, p)        the reverse: numbers one after another into the lanes in the mask, 0 elsewhere; reads a
+//                               whole vector
+//   lookup(table, shifted)      table[k] for shifted = k + ROUNDER, 0 <= k < 16
 #pragma once
 
 #include <algorithm>
@@ -49,6 +53,16 @@ struct Vec {
         return {_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(integers(a), integers(b)), no.v, yes.v)};
     }
     static Vec keep(uint32_t mask, Vec a) { return {_mm512_maskz_mov_ps((__mmask16)mask, a.v)}; }
+    // both through a register: into and from memory these instructions take Zen 4 many times as long
+    static void store_packed(uint32_t mask, Vec a, float* p) { Vec{_mm512_maskz_compress_ps((__mmask16)mask, a.v)}.store(p); }
+    static Vec load_packed(uint32_t mask, const float* p) {
+        __m512 packed = _mm512_loadu_ps(p);
+        asm("" : "+v"(packed));  // lest the compiler join load and expansion
+        return {_mm512_maskz_expand_ps((__mmask16)mask, packed)};
+    }
+    static Vec lookup(const float* table, Vec shifted) {
+        return {_mm512_permutexvar_ps(integers(shifted), _mm512_loadu_ps(table))};
+    }
     static Vec with_sign(Vec magnitude, Vec sign) {
         const __m512i bits = _mm512_set1_epi32((int)0x80000000);
         return {_mm512_castsi512_ps(
@@ -70,6 +84,20 @@ struct Vec {
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define LINFLAB_ISA "avx2"
+
+struct Packing {  // for every mask, a byte for each lane: which one to take
+    uint64_t packed[256] = {}, unpacked[256] = {};
+
+    Packing() {
+        for (uint64_t mask = 0; mask < 256; ++mask)
+            for (uint64_t lane = 0, count = 0; lane < 8; ++lane)
+                if (mask >> lane & 1) {
+                    packed[mask] |= lane << 8 * count;
+                    unpacked[mask] |= count++ << 8 * lane;
+                }
+    }
+};
+static const Packing PACKING;
 
 struct Vec {
     static constexpr int size = 8;
@@ -105,6 +133,19 @@ struct Vec {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bit), bit);
         return {_mm256_and_ps(_mm256_castsi256_ps(on), a.v)};
+    }
+    static void store_packed(uint32_t mask, Vec a, float* p) {
+        Vec{_mm256_permutevar8x32_ps(a.v, lanes(PACKING.packed[mask & 255]))}.store(p);
+    }
+    static Vec load_packed(uint32_t mask, const float* p) {
+        return keep(mask, {_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes(PACKING.unpacked[mask & 255]))});
+    }
+    static __m256i lanes(uint64_t bytes) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes)); }
+    static Vec lookup(const float* table, Vec shifted) {
+        const __m256i k = integers(shifted);
+        return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), k),
+                                 _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), k),
+                                 _mm256_castsi256_ps(_mm256_slli_epi32(k, 28)))};  // bit 3 of k, where signs are
     }
     static Vec with_sign(Vec magnitude, Vec sign) {
         const __m256 bits = _mm256_set1_ps(-0.0f);
@@ -161,6 +202,19 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
         return map([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
     }
     static Vec keep(uint32_t mask, Vec a) { return map([&](int k) { return mask >> k & 1 ? a.v[k] : 0.0f; }); }
+    static void store_packed(uint32_t mask, Vec a, float* p) {
+        for (int k = 0, count = 0; k < 8; ++k) {
+            p[count] = a.v[k];
+            count += mask >> k & 1;
+        }
+    }
+    static Vec load_packed(uint32_t mask, const float* p) {
+        int count = 0;
+        return map([&](int k) { return mask >> k & 1 ? p[count++] : 0.0f; });
+    }
+    static Vec lookup(const float* table, Vec shifted) {
+        return map([&](int k) { return table[(int)(shifted.v[k] - ROUNDER) & 15]; });
+    }
     static Vec with_sign(Vec magnitude, Vec sign) {
         return map([&](int k) { return std::copysign(magnitude.v[k], sign.v[k]); });
     }
