@@ -1,11 +1,25 @@
-"""The FLOPs column of the comparison tables, counted."""
+"""The FLOPs column of the comparison tables, counted, layer by layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from linflab.models.networks.layers import LpDistance
+from linflab.models.networks.layers import LpDistance, LpDistanceConv2d
+
+COUNTED = (LpDistance, LpDistanceConv2d, nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A layer with weights, and what it costs: FLOPs for one image, as the tables count them."""
+
+    name: str  # of the module within the network
+    kind: str
+    output_shape: tuple[int, ...]  # for one image
+    parameters: int
+    flops: int
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -19,14 +33,24 @@ def count_flops(network: nn.Module, input_shape: Sequence[int]) -> int:
     Biases and normalisation are not counted. Source: the FLOPs columns of Zhang et al. 2021, Tables 1 and 2; a net of
     depth 5 and width 5120 on 28 x 28 images comes to their 82.7M.
     """
-    counts: list[int] = []
+    return sum(cost.flops for cost in layer_costs(network, input_shape))
+
+
+def layer_costs(network: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]:
+    """The layers with weights, in the order in which an image (C, H, W) passes them, and the cost of each."""
+    names = {module: name for name, module in network.named_modules()}
+    costs: list[LayerCost] = []
 
     def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, LpDistance)
-        positions = output[0].numel() // layer.weight.shape[0]
-        counts.append(layer.weight.numel() * positions)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        shape = tuple(output.shape[1:])
+        positions = output[0].numel() // weight.shape[0]
+        costs.append(
+            LayerCost(names[layer], type(layer).__name__, shape, count_parameters(layer), weight.numel() * positions)
+        )
 
-    hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, LpDistance)]
+    hooks = [layer.register_forward_hook(count) for layer in names if isinstance(layer, COUNTED)]
     training = network.training
     device = next(network.parameters()).device
     try:
@@ -37,4 +61,4 @@ def count_flops(network: nn.Module, input_shape: Sequence[int]) -> int:
         network.train(training)
         for hook in hooks:
             hook.remove()
-    return sum(counts)
+    return costs

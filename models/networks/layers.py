@@ -1,14 +1,16 @@
-"""The layers of l_inf-distance nets. Each takes what varies over training (p) as an argument and keeps none of it."""
+"""The layers of l_inf-distance nets. Each takes what varies over training as an argument and keeps none of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional
 
-from linflab.models.distance import lp_distance
+from linflab.models.distance import lp_distance, lp_distance_conv2d, lp_distance_on_subsets, sort_distance
 
 
 class Normalize(nn.Module):
@@ -35,9 +37,9 @@ class Normalize(nn.Module):
 
 
 class LpDistance(nn.Module):
-    """A dense layer of l_p-distance neurons without bias: x (B, I) -> y (B, O) with y_o = ||x - w_o||_p.
+    """A dense layer of l_p-distance neurons without bias: x (B, I), or what flattens to it, -> y (B, O).
 
-    Weights start as N(0, 1). Source: Zhang et al. 2021, Section 3.
+    y_o = ||x - w_o||_p. Weights start as N(0, 1). Source: Zhang et al. 2021, Section 3.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -56,31 +58,108 @@ class LpDistance(nn.Module):
             with torch.no_grad():
                 self.weight[rows, rows % inputs] = offset
 
-    @torch.no_grad()
-    def decay(self, p: float, amount: float) -> None:
-        """l_p weight decay: w_i -= amount (|w_i| / ||w||_p)^(p-2) w_i for every neuron's weights w.
+    def forward(self, x: Tensor, p: float = math.inf) -> Tensor:
+        return lp_distance(x.flatten(1), self.weight, p)
 
-        It pulls at ||w||_p^2 / 2 as usual weight decay does at p = 2; at p = inf at the largest weight alone.
-        Source: Zhang et al. 2021, Section 5, and the authors' published training script.
-        """
-        norms = lp_distance(torch.zeros_like(self.weight[:1]), self.weight, p).T  # (O, 1)
-        if math.isinf(p):
-            largest = self.weight.abs().argmax(dim=1, keepdim=True)
-            self.weight.scatter_add_(1, largest, -amount * self.weight.gather(1, largest))
-            return
-        pull = (self.weight.abs() / norms.clamp_min(torch.finfo(norms.dtype).tiny)).pow_(p - 1)
-        self.weight.sub_(pull.mul_(self.weight.sign()).mul_(amount * norms))
+
+class LpDistanceConv2d(nn.Module):
+    """l_p distances of patches to filters: images (B, C, H, W) -> (B, O, H', W'), with zeros beyond the edges.
+
+    Filters (O, C, kernel, kernel) start as N(0, 1). Source: the convolutional variant of Zhang et al. 2021.
+    """
+
+    def __init__(self, channels: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.weight = nn.Parameter(torch.randn(outputs, channels, kernel, kernel))
 
     def forward(self, x: Tensor, p: float = math.inf) -> Tensor:
-        return lp_distance(x, self.weight, p)
+        return lp_distance_conv2d(x, self.weight, p, self.stride, self.padding)
+
+
+class SortDistance(LpDistance):
+    """A dense layer of SortNet's neurons: x (B, I) -> y (B, O).
+
+    y_o = sum_k q (1 - q)^(k - 1) (k-th largest of |x - w_o|). The sum is cut after the 10 largest and its coefficients
+    are scaled to sum 1, so each output is 1-Lipschitz in the l_inf norm; q = 1 is the l_inf-distance neuron. In
+    evaluation that is what it computes, and p must be inf. In training it is the l_p distance over a random subset of
+    the inputs, an estimate that costs q as much: for one layer, at p = inf and up to the empty subset, its mean is the
+    neuron that is not cut.
+    Source: Zhang et al., "Rethinking Lipschitz Neural Networks and Certified Robustness", NeurIPS 2022.
+
+    Args:
+        q: probability with which training keeps each input, in (0, 1].
+    """
+
+    def __init__(self, inputs: int, outputs: int, q: float) -> None:
+        super().__init__(inputs, outputs)
+        self.q = q
+
+    def draw_subsets(self, count: int, generator: torch.Generator) -> Tensor:
+        """Which inputs each of `count` subsets keeps: (count, I) bool, on the CPU."""
+        return torch.rand(count, self.weight.shape[1], generator=generator) < self.q
+
+    def forward(self, x: Tensor, p: float = math.inf, kept: Tensor | None = None, group: int = 32) -> Tensor:
+        """Distances over subsets in training: `kept` (G, I) bool, one for each `group` samples; else the neuron.
+
+        Raises:
+            ValueError: subsets are missing in training; or p is finite in evaluation.
+        """
+        if kept is not None:
+            return lp_distance_on_subsets(x, self.weight, p, kept, group)
+        if self.training:
+            raise ValueError("SortDistance needs subsets in training: pass those of draw_subsets, or call eval() first")
+        if not math.isinf(p):
+            raise ValueError(f"SortDistance is defined at p = inf alone in evaluation, got p = {p}")
+        return sort_distance(x, self.weight, self.q)
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer whose weights are N(0, 1) parameters, divided by sqrt(I) when used; biases start at 0.
+
+    Not only an initialisation: Adam's steps, which do not depend on the scale of a gradient, become smaller by sqrt(I).
+    Source: the authors' published training script of Zhang et al. 2021.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @property
+    def scaled_weight(self) -> Tensor:
+        """The matrix (O, I) that inputs are multiplied by."""
+        return self.weight / math.sqrt(self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.scaled_weight, self.bias)
+
+
+DistanceLayer = LpDistance | LpDistanceConv2d
+
+
+@torch.no_grad()
+def decay_distances(layer: DistanceLayer, p: float, amount: float) -> None:
+    """l_p weight decay of a distance layer: w_i -= amount (|w_i| / ||w||_p)^(p-2) w_i for every neuron's weights w.
+
+    It pulls at ||w||_p^2 / 2 as usual weight decay does at p = 2; at p = inf at the largest weight alone.
+    Source: Zhang et al. 2021, Section 5, and the authors' published training script.
+    """
+    weight = layer.weight.flatten(1)  # a view
+    if math.isinf(p):
+        largest = weight.abs().argmax(dim=1, keepdim=True)
+        weight.scatter_add_(1, largest, -amount * weight.gather(1, largest))
+        return
+    norms = lp_distance(torch.zeros_like(weight[:1]), weight, p).T  # (O, 1)
+    pull = (weight.abs() / norms.clamp_min(torch.finfo(norms.dtype).tiny)).pow_(p - 1)
+    weight.sub_(pull.mul_(weight.sign()).mul_(amount * norms))
 
 
 class MeanShift(nn.Module):
     """y - mean(y) per feature: batch normalisation without the scaling, which would change the Lipschitz constant.
 
-    In training, y (B, O) loses its batch mean, and the gradient flows through that mean; under torch.distributed it is
-    the mean over the batches of all workers, which must be of one size. In evaluation a running mean (momentum 0.1) is
-    subtracted: a constant bias, so the layer is 1-Lipschitz.
+    In training, y (B, O) or (B, O, H, W) loses its mean over the batch, and over positions; the gradient flows through
+    that mean. Under torch.distributed it is the mean over the batches of all workers, which must be of one size. In
+    evaluation a running mean (momentum 0.1) is subtracted: a constant bias, so the layer is 1-Lipschitz.
     """
 
     running_mean: Tensor
@@ -92,10 +171,45 @@ class MeanShift(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         if not self.training:
-            return y - self.running_mean
-        mean = y.mean(dim=0)
+            return y - self.per_position(self.running_mean, y)
+        mean = y.mean(dim=[d for d in range(y.dim()) if d != 1])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             mean = all_reduce(mean) / dist.get_world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-        return y - mean
+        return y - self.per_position(mean, y)
+
+    @staticmethod
+    def per_position(mean: Tensor, y: Tensor) -> Tensor:
+        """(O) in the shape that is subtracted from y (B, O, ...)."""
+        return mean.view(-1, *[1] * (y.dim() - 2))
+
+
+@contextmanager
+def recomputed_means(network: nn.Module) -> Iterator[None]:
+    """Compute the running means of a network in evaluation mode anew, as the mean over what it is given meanwhile.
+
+    Each batch goes through the network with its own mean subtracted, and counts as much as any other; all should be of
+    one size. Afterwards the network is in evaluation mode as before.
+    """
+    shifts = [module for module in network.modules() if isinstance(module, MeanShift)]
+    momenta = [shift.momentum for shift in shifts]
+    seen = 0
+
+    def weigh(*_: object) -> None:  # the k-th batch moves the mean of those before by a share of 1/k
+        nonlocal seen
+        seen += 1
+        for shift in shifts:
+            shift.momentum = 1 / seen
+
+    hook = network.register_forward_pre_hook(weigh)
+    for shift in shifts:
+        shift.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        hook.remove()
+        for shift, momentum in zip(shifts, momenta, strict=True):
+            shift.momentum = momentum
+            shift.eval()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from linflab.models.robustness.bounds.interval import interval_margins, pixel_box
 from linflab.models.robustness.objectives import margin
 
 
@@ -35,3 +36,31 @@ def lipschitz_radius(network: nn.Module, images: Tensor, labels: Tensor) -> Tens
         raise ValueError("certification needs the network in evaluation mode: call network.eval() first")
     with torch.no_grad():
         return margin(network(images), labels) / (2 * lipschitz_constant)
+
+
+def interval_certified(network: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    """Which images keep their right class within eps, by interval bounds through every layer at p = inf.
+
+    The box of perturbed images is cut to [0, 1]. All margins must be strictly negative on it, so that the certified
+    radius is above eps. Like `lipschitz_radius`, of exact arithmetic.
+
+    Args:
+        network: in evaluation mode; every layer needs a rule in `linflab.models.robustness.bounds.interval`.
+        images: (B, C, H, W) in pixels of [0, 1].
+        labels: (B), the right classes.
+        eps: radius of the l_inf ball, in pixels.
+
+    Returns:
+        (B) bool.
+
+    Raises:
+        TypeError: a layer has no rule.
+        ValueError: the network is in training mode, where outputs depend on the batch.
+    """
+    with torch.no_grad():
+        return interval_margins(network, pixel_box(images, eps), labels).amax(dim=1) < 0
+
+
+def certifier_of(network: nn.Module) -> str:
+    """The name of the certifier that scores a network: `lipschitz` where it has a constant, else `interval`."""
+    return "lipschitz" if "lipschitz_constant" in dir(network) else "interval"

@@ -1,8 +1,12 @@
-"""What training minimises: functions of logits (B, K), labels (B) and, where a schedule moves it, lambda.
+"""What training minimises: functions of logits, labels and, where schedules move them, lambda and eps.
 
-With z the logits and L the network's Lipschitz constant per pixel, m_j = z_j - z_y is how far the wrong class j is
-ahead, and the margin -max_j m_j certifies the radius -max_j m_j / (2 L) in pixels. theta, the hinge threshold, is the
-radius in pixels up to which training asks for more: m_j + 2 L theta is positive while that radius is below theta.
+With z the logits (B, K) and L the network's Lipschitz constant per pixel, m_j = z_j - z_y is how far the wrong class j
+is ahead, and the margin -max_j m_j certifies the radius -max_j m_j / (2 L) in pixels. theta, the hinge threshold, is
+the radius in pixels up to which training asks for more: m_j + 2 L theta is positive while that radius is below theta.
+M_j, the worst-case margin, is a bound on how far m_j can come within eps.
+
+Objectives whose `worst_case` is False take (logits, labels, lambda), the others (logits, worst-case margins, labels,
+lambda); margins are (B, K), with -inf at the right class, and lambda is the weight of the cross entropy.
 """
 
 from typing import Annotated, Literal
@@ -45,6 +49,8 @@ class Hinge(nn.Module):
     Source: Zhang et al. 2021, Section 5; the mixture with the mean is in the authors' published training script.
     """
 
+    worst_case = False
+
     def __init__(self, config: HingeConfig, lipschitz_constant: float) -> None:
         super().__init__()
         self.max_weight = config.max_weight
@@ -55,15 +61,20 @@ class Hinge(nn.Module):
         return torch.mean(self.max_weight * excess.amax(dim=1) + (1 - self.max_weight) * excess.mean(dim=1))
 
 
-class ClippedHingeCrossEntropyConfig(BaseModel):
-    """Settings of `ClippedHingeCrossEntropy`; lambda falls from its start to its end along the p-schedule."""
+class DecayingCrossEntropyConfig(BaseModel):
+    """lambda, the weight of a cross entropy, falls exponentially from its start to its end along the p-schedule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["clipped_hinge_cross_entropy"] = "clipped_hinge_cross_entropy"
-    theta: Positive = Field(description="hinge threshold: the certified radius aimed at, in pixels of [0, 1]")
     lambda_start: Positive = Field(0.05, description="weight of the cross entropy while p is at its start")
     lambda_end: Positive = Field(0.0005, description="weight of the cross entropy when p has reached its end")
+
+
+class ClippedHingeCrossEntropyConfig(DecayingCrossEntropyConfig):
+    """Settings of `ClippedHingeCrossEntropy`."""
+
+    kind: Literal["clipped_hinge_cross_entropy"] = "clipped_hinge_cross_entropy"
+    theta: Positive = Field(description="hinge threshold: the certified radius aimed at, in pixels of [0, 1]")
 
     def build(self, lipschitz_constant: float) -> "ClippedHingeCrossEntropy":
         return ClippedHingeCrossEntropy(self, lipschitz_constant)
@@ -77,6 +88,8 @@ class ClippedHingeCrossEntropy(nn.Module):
     Source: Zhang et al., "Boosting the Certified Robustness of L-infinity Distance Nets", ICLR 2022.
     """
 
+    worst_case = False
+
     def __init__(self, config: ClippedHingeCrossEntropyConfig, lipschitz_constant: float) -> None:
         super().__init__()
         self.threshold = 2 * lipschitz_constant * config.theta
@@ -87,4 +100,67 @@ class ClippedHingeCrossEntropy(nn.Module):
         return hinge + cross_entropy_weight * functional.cross_entropy(self.scale * logits, labels)
 
 
-ObjectiveConfig = Annotated[HingeConfig | ClippedHingeCrossEntropyConfig, Field(discriminator="kind")]
+class WorstCaseCrossEntropyConfig(BaseModel):
+    """Settings of `WorstCaseCrossEntropy`; the defaults are those of the paper's MNIST and Fashion-MNIST hybrids."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["worst_case_cross_entropy"] = "worst_case_cross_entropy"
+    eps_train: Positive = Field(description="radius of the worst case in training, in pixels of [0, 1]")
+    worst_case_weight: float = Field(0.5, ge=0, le=1, description="weight of the worst case; the rest is the clean one")
+
+    def build(self, lipschitz_constant: float) -> "WorstCaseCrossEntropy":
+        return WorstCaseCrossEntropy(self)
+
+
+class WorstCaseCrossEntropy(nn.Module):
+    """w CE(M) + (1 - w) CE(z), with w = worst_case_weight and M_y = 0.
+
+    Source: Zhang et al. 2021, Section 5, after Gowal et al. 2018 (who name the share of the clean loss kappa).
+    """
+
+    worst_case = True
+
+    def __init__(self, config: WorstCaseCrossEntropyConfig) -> None:
+        super().__init__()
+        self.weight = config.worst_case_weight
+
+    def forward(self, logits: Tensor, worst: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
+        worst_logits = worst.scatter(1, labels[:, None], 0.0)
+        clean, bounded = (functional.cross_entropy(z, labels) for z in (logits, worst_logits))
+        return self.weight * bounded + (1 - self.weight) * clean
+
+
+class WorstCaseHingeConfig(DecayingCrossEntropyConfig):
+    """Settings of `WorstCaseHinge`."""
+
+    kind: Literal["worst_case_hinge"] = "worst_case_hinge"
+    eps_train: Positive = Field(description="radius of the worst case in training, in pixels of [0, 1]")
+
+    def build(self, lipschitz_constant: float) -> "WorstCaseHinge":
+        return WorstCaseHinge()
+
+
+class WorstCaseHinge(nn.Module):
+    """[max_j m_j < 0] relu(max_j M_j + 1) + lambda CE(s z), with a learnt scalar s (from 1).
+
+    A hinge over the images that are classified correctly; the cross entropy takes care of the others.
+    Source: Zhang et al., NeurIPS 2022 (SortNet+MLP), by the authors' published training script.
+    """
+
+    worst_case = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, worst: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
+        right = margin(logits, labels) > 0
+        hinge = torch.where(right, functional.relu(worst.amax(dim=1) + 1), 0.0).mean()
+        return hinge + cross_entropy_weight * functional.cross_entropy(self.scale * logits, labels)
+
+
+ObjectiveConfig = Annotated[
+    HingeConfig | ClippedHingeCrossEntropyConfig | WorstCaseCrossEntropyConfig | WorstCaseHingeConfig,
+    Field(discriminator="kind"),
+]

@@ -6,10 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linflab.models.networks.linf_dist import LinfDistMLP, LinfDistMLPConfig
+from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet, Subsets
 from linflab.models.robustness.attacks import PGDConfig, pgd
 from linflab.models.robustness.certification import lipschitz_radius
-from linflab.models.robustness.objectives import ClippedHingeCrossEntropyConfig, HingeConfig
+from linflab.models.robustness.objectives import (
+    ClippedHingeCrossEntropyConfig,
+    HingeConfig,
+    WorstCaseCrossEntropyConfig,
+    WorstCaseHingeConfig,
+    wrong_class_margins,
+)
 from tests.conftest import TrainedOnDigits
 
 
@@ -49,18 +55,58 @@ def test_clipped_hinge_cross_entropy(
     assert objective(z, labels, weight).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+@st.composite
+def worst_case(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, worst-case margins a little above their margins, labels."""
+    z, labels = draw(logits_and_labels())
+    ahead = wrong_class_margins(z, labels)
+    return z, ahead + torch.rand_like(ahead), labels
+
+
+@given(worst_case(), st.floats(0, 1))
+def test_worst_case_cross_entropy(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float) -> None:
+    z, worst, labels = case
+    expected = []
+    for row, bound, y in zip(z.tolist(), worst.tolist(), labels.tolist(), strict=True):
+        clean = np.log(np.exp(row).sum()) - row[y]
+        bounded = np.log(1 + sum(np.exp(bound[j]) for j in range(len(row)) if j != y))
+        expected.append(weight * bounded + (1 - weight) * clean)
+    objective = WorstCaseCrossEntropyConfig(eps_train=0.1, worst_case_weight=weight).build(1.0)
+    assert objective(z, worst, labels, 0.0).item() == pytest.approx(np.mean(expected))
+
+
+@given(worst_case(), st.floats(0.001, 2))
+def test_worst_case_hinge(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float) -> None:
+    z, worst, labels = case
+    objective = WorstCaseHingeConfig(eps_train=0.1).build(1.0)
+    with torch.no_grad():
+        objective.scale.fill_(0.6)
+    expected = []
+    for row, bound, y in zip(z.tolist(), worst.tolist(), labels.tolist(), strict=True):
+        wrong = [j for j in range(len(row)) if j != y]
+        right = all(row[y] > row[j] for j in wrong)
+        hinge = max(0.0, max(bound[j] + 1 for j in wrong)) if right else 0.0
+        scaled = 0.6 * np.array(row)
+        expected.append(hinge + weight * (np.log(np.exp(scaled).sum()) - scaled[y]))
+    assert objective(z, worst, labels, weight).item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_objectives_have_finite_gradients_at_equal_logits() -> None:
     for config in (HingeConfig(theta=0.1), ClippedHingeCrossEntropyConfig(theta=0.1)):
         z = torch.zeros(3, 4, requires_grad=True)
         config.build(2.0)(z, torch.tensor([0, 1, 2]), 0.1).backward()
         assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
+    for config in (WorstCaseCrossEntropyConfig(eps_train=0.1), WorstCaseHingeConfig(eps_train=0.1)):
+        z, labels = torch.zeros(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
+        config.build(2.0)(z, wrong_class_margins(z, labels) + 0.3, labels, 0.1).backward()
+        assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
 
 
-def one_pixel_net(std: float) -> LinfDistMLP:
+def one_pixel_net(std: float) -> LinfDistNet:
     """Two classes with centres at normalised -1 and +1: the decision falls at pixel value 0.5, and nowhere else."""
     net = LinfDistMLPConfig(depth=1, width=1).build((1, 1, 1), 2, mean=(0.5,), std=std).double().eval()
     with torch.no_grad():
-        net.distances[0].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        net.last.weight.copy_(torch.tensor([[-1.0], [1.0]]))
     return net
 
 
@@ -84,13 +130,16 @@ def test_pgd_breaks_what_can_be_broken_and_nothing_else() -> None:
 def test_pgd_keeps_to_the_ball_and_to_pixels() -> None:
     seen: list[torch.Tensor] = []
 
-    class Recorder(LinfDistMLP):
-        def forward(self, images: torch.Tensor, p: float = float("inf")) -> torch.Tensor:
+    class Recorder(LinfDistNet):
+        def forward(
+            self, images: torch.Tensor, p: float = float("inf"), subsets: Subsets | None = None
+        ) -> torch.Tensor:
             seen.append(images.detach())
-            return super().forward(images, p)
+            return super().forward(images, p, subsets)
 
     torch.manual_seed(0)
-    net = Recorder(LinfDistMLPConfig(depth=2, width=8, initialization="normal"), (1, 4, 4), 3, (0.0,), 1.0).eval()
+    layers = LinfDistMLPConfig(depth=2, width=8, initialization="normal").layers((1, 4, 4), 3)
+    net = Recorder(layers, (0.0,), 1.0).eval()
     images = torch.rand(1, 1, 4, 4)
     label = net(images).argmax(dim=1)
     seen.clear()
