@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import functional
 
 
 class AugmentationConfig(BaseModel):
@@ -42,17 +43,19 @@ class AugmentationConfig(BaseModel):
             return images
         height, width = images.shape[2:]
         out_height, out_width = self.size(height, width)
-        row, column, flip = draws.unsqueeze(2).unbind(1)  # (B, 1) each
-        rows = row - self.padding + torch.arange(out_height, device=images.device)
-        along = torch.arange(out_width, device=images.device)
-        columns = column - self.padding + torch.where(flip > 0, out_width - 1 - along, along)
-        places = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-        places = places.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-        seen = images.flatten(2).gather(2, places).unflatten(2, (out_height, out_width))
-        if self.padding and self.padding_mode == "constant":
-            inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-            seen *= inside[:, None]
-        return seen
+        row, column, flip = draws.unbind(1)
+        windows = self._padded(images).unfold(2, out_height, 1).unfold(3, out_width, 1)  # a view: all there are
+        seen = windows[torch.arange(len(images), device=images.device), :, row, column]
+        return torch.where(flip.bool()[:, None, None, None], seen.flip(3), seen) if self.flip else seen
+
+    def _padded(self, images: Tensor) -> Tensor:
+        if self.padding_mode == "constant":
+            return functional.pad(images, [self.padding] * 4)
+        rows, columns = (
+            torch.arange(-self.padding, size + self.padding, device=images.device).clamp(0, size - 1)
+            for size in images.shape[2:]
+        )
+        return images[:, :, rows[:, None], columns]
 
     def centre(self, images: Tensor) -> Tensor:
         """What the network sees of images (B, C, H, W) in evaluation."""

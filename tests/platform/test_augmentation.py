@@ -55,5 +55,5 @@ def test_training_sees_augmented_images_and_repeats() -> None:
     for overrides in ([], ["augmentation.padding=1"], ["augmentation.padding=1"]):
         experiment = load_experiment(RECIPE, [*QUICK, *overrides])
         trained = fit(experiment, load_dataset("digits", experiment.augmentation))
-        nets.append(trained.network.state_dict()["distances.0.weight"])
+        nets.append(trained.network.state_dict()["features.distances.0.weight"])
     assert torch.equal(nets[1], nets[2]) and not torch.equal(nets[0], nets[1])
