@@ -13,17 +13,20 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from linflab.platform.config import load_experiment, read_recipe, recipe_names
-from linflab.platform.datasets import facts_of, inventory, load_dataset, prepare_dataset
+from linflab.platform.config import Experiment, load_experiment, read_recipe, recipe_names
+from linflab.platform.datasets import Dataset, facts_of, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.storage import Storage
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Ray, MLflow and pandas take seconds to import: the commands that use them import them, after the input is checked.
 
@@ -57,16 +60,23 @@ def train(
     overrides: Overrides = None,
     storage: StorageFolder = RUNS,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the latest run of it that was cut")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="estimate hours and memory from a few steps; train and record nothing")
+    ] = False,
 ) -> None:
     """Train a recipe, score it on the test set once, and record both."""
     experiment = load_experiment(recipe, overrides or [])
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    if dry_run:
+        _estimate(experiment, dataset)
+        return
     place = Storage.open(storage)
 
+    from linflab.models.robustness.certification import certifier_of
     from linflab.platform.progress import TrainingBar
     from linflab.platform.tracking import end_open_runs, run_to_resume
     from linflab.platform.training import check_fits
-    from linflab.platform.trial import check_machine, run_trial, train_command
+    from linflab.platform.trial import check_machine, run_trial, selection, train_command
     from linflab.platform.workers import start_ray, train_on_workers
     from linflab.reports import schema
 
@@ -101,12 +111,13 @@ def train(
         raise Interrupted(f"{what}; what was logged is kept, and {how}") from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
+    certifier = certifier_of(_network_without_weights(experiment)[0])
     clean, robust, certified = (
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
     console.print(
-        f"Test: clean {clean}, robust (PGD) {robust}, certified (lipschitz) {certified} at eps = {experiment.eps:g}, "
-        f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}, the best on validation."
+        f"Test: clean {clean}, robust (PGD) {robust}, certified ({certifier}) {certified} at eps = {experiment.eps:g}, "
+        f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}: {selection(experiment)}."
     )
     console.print(f"Recorded in {place.root}. Browse it: {_ui_command(place)}")
 
@@ -163,23 +174,30 @@ def recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The settings of a recipe, and its network's parameters and FLOPs."""
+    """The settings of a recipe, its network's layers, parameters and FLOPs, and the counted cost of a training step."""
     experiment = load_experiment(recipe, overrides or [])
-    facts = facts_of(experiment.dataset)
-    channels, height, width = facts.input_shape
-    input_shape = (channels, *experiment.augmentation.size(height, width))
-    import torch
+    from linflab.models.networks.cost import count_parameters, layer_costs
 
-    from linflab.models.networks.cost import count_flops, count_parameters
-
-    with torch.device("meta"):  # shapes are all that is counted
-        network = experiment.model.build(input_shape, facts.classes, facts.mean, facts.std)
-    cost = {"parameters": count_parameters(network), "flops": count_flops(network, input_shape)}
+    network, input_shape = _network_without_weights(experiment)
+    layers = [dataclasses.asdict(layer) for layer in layer_costs(network, input_shape)]
+    parameters, flops = count_parameters(network), sum(layer["flops"] for layer in layers)
+    forward = experiment.training.batch_size * flops
+    step = {"forward_flops": forward, "backward_flops": 2 * forward, "state_bytes": 16 * parameters}
     if as_json:
+        cost = {"parameters": parameters, "flops": flops, "layers": layers, "step": step}
         typer.echo(json.dumps({**cost, "settings": experiment.settings()}))
-    else:
-        console.print(experiment.to_yaml(), end="")
-        console.print(f"# {cost['parameters']:,} parameters, {cost['flops']:,} FLOPs an image")
+        return
+    console.print(experiment.to_yaml(), end="")
+    console.print()
+    for layer in layers:
+        layer["output"] = " x ".join(map(str, layer["output_shape"]))
+        layer |= {key: f"{layer[key]:,}" for key in ("parameters", "flops")}
+    _print_rows(layers, ["name", "kind", "output", "parameters", "flops"], as_json=False)
+    console.print(f"\n{parameters:,} parameters, {flops:,} FLOPs an image")
+    console.print(
+        f"A step on {experiment.training.batch_size} images: {step['forward_flops'] / 1e9:.4g}G FLOPs forward, twice "
+        f"that for both gradients; {step['state_bytes'] / 2**20:,.0f} MiB of weights, gradients and Adam's two moments"
+    )
 
 
 @space_app.command("list")
@@ -231,6 +249,21 @@ def data_prepare(
     console.print(f"{name} is prepared, in {prepare_dataset(name, source)}")
 
 
+@app.command("import-weights")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="published weights of an l_inf-dist net or SortNet")],
+    recipe: Annotated[str, typer.Option(help="the recipe whose network they are of, or the path of a YAML file")],
+    output: Annotated[Path, typer.Option(help="the checkpoint to write")],
+    overrides: Overrides = None,
+) -> None:
+    """Convert weights that the authors of l_inf-dist nets and SortNet published to a checkpoint."""
+    experiment = load_experiment(recipe, overrides or [])
+    from linflab.platform.published_weights import import_weights as convert
+
+    count = convert(file, experiment, output)
+    console.print(f"{count} tensors of {file} are in {output}, as the network of {recipe}.")
+
+
 @app.command()
 def ui(
     storage: StorageFolder = RUNS, port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000
@@ -241,6 +274,35 @@ def ui(
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     raise typer.Exit(subprocess.call(command))
+
+
+def _network_without_weights(experiment: Experiment) -> tuple["nn.Module", tuple[int, ...]]:
+    """The network of an experiment with shapes alone, and the shape (C, H, W) of its images."""
+    import torch
+
+    facts = facts_of(experiment.dataset)
+    channels, height, width = facts.input_shape
+    input_shape = (channels, *experiment.augmentation.size(height, width))
+    with torch.device("meta"):
+        return experiment.model.build(input_shape, facts.classes, facts.mean, facts.std), input_shape
+
+
+def _estimate(experiment: Experiment, dataset: Dataset) -> None:
+    from linflab.platform.estimate import estimate
+    from linflab.platform.tracking import hardware
+    from linflab.platform.trial import check_machine, device_of
+
+    check_machine(experiment)
+    guess = estimate(experiment, dataset.to(device_of(experiment)))
+    rows = [{"p": p, "seconds a step": seconds} for p, seconds in guess.steps]
+    _print_rows(rows, ["p", "seconds a step"], as_json=False)
+    hours = guess.training_hours + guess.scoring_hours
+    console.print(
+        f"\nAbout {hours:.2g} hours ({guess.training_hours:.2g} of steps, {guess.scoring_hours:.2g} of scoring) and "
+        f"{guess.memory / 2**30:.2g} GiB, on {hardware()}."
+    )
+    if experiment.compute.workers > 1:
+        console.print(f"Of {experiment.compute.workers} workers one was timed, without what passes between them.")
 
 
 def _report_sweep(name: str, place: Storage) -> None:

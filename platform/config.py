@@ -13,17 +13,22 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from linflab.models.networks.linf_dist import LinfDistMLPConfig
+from linflab.models.networks.hybrid import LinfDistHybridConfig
+from linflab.models.networks.linf_dist import LinfDistConvNetConfig, LinfDistMLPConfig
+from linflab.models.networks.sort_net import GROUP, SortNetConfig
 from linflab.models.robustness.attacks import PGDConfig
 from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.augmentation import AugmentationConfig
 from linflab.platform.errors import SettingError
-from linflab.platform.schedules import PSchedule, Share
+from linflab.platform.schedules import EpsRamp, PSchedule, Share
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+ModelConfig = Annotated[
+    LinfDistMLPConfig | LinfDistConvNetConfig | SortNetConfig | LinfDistHybridConfig, Field(discriminator="kind")
+]
 
 
 class Settings(BaseModel):
@@ -33,13 +38,16 @@ class Settings(BaseModel):
 
 
 class OptimizerConfig(Settings):
-    """Adam, with a learning rate that is constant at first and then follows half a cosine to zero."""
+    """AdamW, with a learning rate that is constant at first and then follows half a cosine to zero."""
 
     learning_rate: Rate = 0.03
     hold_share: Share = Field(0.0, description="share of the training at the constant learning rate")
     objective_rate_ratio: Rate = Field(0.2, description="learning rate of the objective's parameters over that above")
-    lp_weight_decay: float = Field(
-        0.0, ge=0, lt=1, description="l_p weight decay of the distance layers; of a step it is the learning rate's part"
+    lp_weight_decay: Decay = Field(
+        0.0, description="l_p weight decay of the distance layers; of a step it is the learning rate's part"
+    )
+    weight_decay: Decay = Field(
+        0.0, description="decoupled weight decay of all other parameters; of a step it is the learning rate's part"
     )
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     epsilon: Rate = 1e-10
@@ -49,11 +57,20 @@ class TrainingConfig(Settings):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="samples of a step, over all workers")
     checkpoint_epochs: int = Field(5, ge=1, description="epochs from one checkpoint to the next")
+    include_validation: bool = Field(
+        False, description="train on the validation images too and keep the last epoch's network: for a chosen recipe"
+    )
 
 
 class EvaluationConfig(Settings):
     attack: PGDConfig = PGDConfig()
     batch_size: int = Field(1000, ge=1, description="samples that are scored together")
+    mean_images: int = Field(
+        5000,
+        ge=1,
+        description="training images from which SortNet's running means are computed anew before it is scored after an "
+        "epoch; for the network that is kept, from all of them",
+    )
 
 
 class ComputeConfig(Settings):
@@ -72,9 +89,10 @@ class Experiment(Settings):
     eps: float = Field(ge=0, le=1, description="radius at which accuracy is attacked and certified")
     seed: int = Field(0, ge=0, lt=2**63)
     augmentation: AugmentationConfig = AugmentationConfig()
-    model: LinfDistMLPConfig
+    model: ModelConfig
     objective: ObjectiveConfig
     p_schedule: PSchedule = PSchedule()
+    eps_ramp: EpsRamp = EpsRamp()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -184,7 +202,23 @@ def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
             f"training.batch_size={experiment.training.batch_size}: must be a multiple of "
             f"compute.workers={experiment.compute.workers}, so that all workers take equal parts"
         )
+    _check_together(experiment)
     return experiment
+
+
+def _check_together(experiment: Experiment) -> None:
+    """Check what network, objective and workers ask of one another."""
+    model, objective, workers = experiment.model, experiment.objective, experiment.compute.workers
+    if model.kind == "linf_dist_hybrid" and objective.kind in ("hinge", "clipped_hinge_cross_entropy"):
+        raise SettingError(
+            f"objective.kind={objective.kind}: needs a Lipschitz constant, and model.kind={model.kind} has none; must "
+            "be worst_case_cross_entropy or worst_case_hinge"
+        )
+    sort_net = model.net if model.kind == "linf_dist_hybrid" else model
+    if sort_net.kind == "sort_net" and GROUP % workers:
+        raise SettingError(
+            f"compute.workers={workers}: {GROUP} samples of SortNet share a subset; workers must divide {GROUP}"
+        )
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +238,7 @@ def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
         node = node.get(part) if isinstance(node, Mapping) else None
     name = ".".join(path)
     if complaint["type"] == "extra_forbidden":
-        known = _settings_beside(path, tree)
+        known = list(_section(path[:-1], tree).model_fields)
         return f"{name}={node}: unknown setting{_suggest(path[-1], known)}; known here: {', '.join(known)}"
     if complaint["type"] == "missing":
         return f"{name}: missing; this setting has no default"
@@ -212,26 +246,31 @@ def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
         return f"{name}: {complaint['ctx']['error']}"
     if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = complaint["input"].get("kind") if isinstance(complaint["input"], Mapping) else complaint["input"]
-        kinds = complaint.get("ctx", {}).get("expected_tags", "a kind that `linflab recipes` uses")
-        return f"{name}.kind={given}: must be one of {kinds}"
+        kinds = [model.model_fields["kind"].default for model in _models(_section(path[:-1], tree), path[-1])]
+        return f"{name}.kind={given}: must be one of {', '.join(kinds)}"
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
     return f"{name}={complaint['input']}: {message}"
 
 
-def _settings_beside(path: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
-    """The settings that the section of `path` can have, given the kinds chosen in the tree."""
-    model: type[BaseModel] = Experiment
+def _section(path: Sequence[str], tree: Mapping[str, Any]) -> type[BaseModel]:
+    """The model of the section at this path, given the kinds chosen in the tree."""
+    section: type[BaseModel] = Experiment
     node: Any = tree
-    for part in path[:-1]:
+    for part in path:
         node = node[part]
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        models = _models(section, part)
         kind = node.get("kind")
-        model = next(
+        section = next(
             (m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == kind), models[0]
         )
-    return list(model.model_fields)
+    return section
+
+
+def _models(section: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """The models that a setting of a section can have, one for each kind."""
+    annotation = section.model_fields[name].annotation
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

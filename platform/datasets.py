@@ -74,6 +74,10 @@ class Split:
         """What the augmentation needs of chance for an epoch: (N, 3), by position in the epoch's order."""
         return self.augmentation.draw(len(self), self.images.shape[2], self.images.shape[3], generator)
 
+    def first(self, count: int) -> "Split":
+        """The first samples of it."""
+        return replace(self, indices=self.indices[:count])
+
     def to(self, device: torch.device) -> "Split":
         return replace(
             self, images=self.images.to(device), labels=self.labels.to(device), indices=self.indices.to(device)
@@ -89,6 +93,11 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+
+    def with_validation_in_training(self) -> "Dataset":
+        """The same data, with the validation images among those for training."""
+        indices = torch.cat([self.train.indices, self.validation.indices]).sort().values
+        return replace(self, train=replace(self.train, indices=indices))
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on a device; on the CPU the memory-mapped arrays themselves."""

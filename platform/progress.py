@@ -51,11 +51,13 @@ class TrainingBar:
         self.progress.update(self.task, completed=report.step, total=report.steps, state=state)
 
     def on_epoch(self, report: EpochReport) -> None:
-        scores = f"val {100 * report.validation.clean:.1f}% certified {100 * report.validation.certified:.1f}%"
-        self.last = f"loss {report.train_loss:.4f}  {scores}"
+        self.last = f"loss {report.train_loss:.4f}"
+        if report.validation is not None:
+            scores = f"val {100 * report.validation.clean:.1f}% certified {100 * report.validation.certified:.1f}%"
+            self.last = f"{self.last}  {scores}"
         if not self.console.is_terminal:
             self.console.print(
-                f"epoch {report.epoch}/{self.epochs}  p {_p(report.p)}  {self.last}  {report.seconds:.1f} s",
+                f"epoch {report.epoch}/{self.epochs}  p {_p(report.at.p)}  {self.last}  {report.seconds:.1f} s",
                 highlight=False,
             )
 

@@ -4,7 +4,7 @@ Shares, not epochs, so that the same schedule fits a run of any length.
 """
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,7 +12,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PSchedule(BaseModel):
-    """p of the l_p-distance neurons: `start`, then exponentially up to `end`, then inf until training ends.
+    """p of the l_p-distance neurons: `start`, then up to `end`, then inf until training ends.
 
     Source: Zhang et al. 2021, Section 4 (smoothed approximated gradients).
     """
@@ -22,6 +22,7 @@ class PSchedule(BaseModel):
     start: float = Field(8.0, ge=1, allow_inf_nan=False, description="p at the start")
     # in float32 gradients err by about p 2^-22
     end: float = Field(1000.0, ge=1, le=1e5, allow_inf_nan=False, description="p before it becomes inf")
+    shape: Literal["exponential", "linear"] = Field("exponential", description="how p goes from start to end")
     warmup_share: Share = Field(0.0, description="share of the training at p = start, before p grows")
     infinity_share: Share = Field(0.1, description="share of the training at p = inf, at the end")
     cheap_exponents: bool = Field(
@@ -51,8 +52,36 @@ class PSchedule(BaseModel):
         """p at this progress."""
         if progress >= 1 - self.infinity_share:
             return math.inf
-        p = exponential(self.start, self.end, self.growth(progress))
+        grown = self.growth(progress)
+        if self.shape == "linear":
+            p = self.start + (self.end - self.start) * grown
+        else:
+            p = exponential(self.start, self.end, grown)
         return max(self.start, cheap_exponent(p)) if self.cheap_exponents else p
+
+
+class EpsRamp(BaseModel):
+    """eps of a worst-case objective: from 0 up to its `eps_train`, and on from there.
+
+    Sources: Zhang et al. 2021 (linear); Xu et al., "Automatic Perturbation Analysis", NeurIPS 2020, as SortNet uses it
+    (smooth: a quartic, then from 0.4 of the ramp on the line that goes on from it).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: Share = Field(0.0, description="share of the training in which eps grows")
+    shape: Literal["linear", "smooth"] = "linear"
+
+    def at(self, progress: float) -> float:
+        """The share of eps_train at this progress."""
+        if progress >= self.share:
+            return 1.0
+        way = progress / self.share
+        if self.shape == "linear":
+            return way
+        bend = 0.4
+        factor = 1 / (bend**3 * (4 - 3 * bend))  # of the quartic: values and slopes agree at the bend
+        return factor * way**4 if way < bend else 1 - 4 * factor * bend**3 * (1 - way)
 
 
 def cheap_exponent(p: float) -> float:

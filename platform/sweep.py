@@ -85,6 +85,8 @@ def plan_sweep(
         space = load_space(space_name)
     except ValueError as error:
         raise SettingError(str(error)) from None
+    if base.training.include_validation:
+        raise SettingError("training.include_validation=true: a sweep chooses its best by validation images")
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, trials)
     dataset = load_dataset(base.dataset, base.augmentation)
     check_fits(base, dataset)

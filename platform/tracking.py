@@ -89,15 +89,19 @@ class Run:
         return cls(client, run_id)
 
     def log_epoch(self, report: EpochReport) -> None:
+        validation = {}
+        if report.validation is not None:
+            validation[schema.VALIDATION_CLEAN] = report.validation.clean
+            validation[schema.VALIDATION_CERTIFIED] = report.validation.certified
         self.log_metrics(
             {
                 # MLflow stores no infinity; past the end of the p-schedule the point is left out
-                **({schema.P: report.p} if math.isfinite(report.p) else {}),
-                schema.LEARNING_RATE: report.learning_rate,
-                schema.CROSS_ENTROPY_WEIGHT: report.cross_entropy_weight,
+                **({schema.P: report.at.p} if math.isfinite(report.at.p) else {}),
+                schema.LEARNING_RATE: report.at.learning_rate,
+                schema.CROSS_ENTROPY_WEIGHT: report.at.cross_entropy_weight,
+                schema.TRAIN_EPS: report.at.eps,
                 schema.TRAIN_LOSS: report.train_loss,
-                schema.VALIDATION_CLEAN: report.validation.clean,
-                schema.VALIDATION_CERTIFIED: report.validation.certified,
+                **validation,
                 schema.EPOCH_SECONDS: report.seconds,
             },
             step=report.epoch,

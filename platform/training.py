@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,26 +14,42 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from linflab.models.networks.layers import LpDistance
+from linflab.models.networks.hybrid import LinfDistHybrid
+from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, SortDistance, decay_distances
+from linflab.models.networks.linf_dist import LinfDistNet, Subsets
+from linflab.models.networks.sort_net import draw_subsets
+from linflab.models.robustness.bounds.worst_case import logits_and_worst_margins
+from linflab.models.robustness.objectives import (
+    DecayingCrossEntropyConfig,
+    WorstCaseCrossEntropyConfig,
+    WorstCaseHingeConfig,
+)
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import Accuracy, evaluate
+from linflab.platform.evaluation import Accuracy, evaluate, recompute_means
 from linflab.platform.schedules import cosine_after, exponential
+
+
+class Scheduled(NamedTuple):
+    """What schedules set for a step."""
+
+    p: float
+    learning_rate: float
+    cross_entropy_weight: float  # lambda; 0 for objectives without one
+    eps: float  # of the worst case in training; 0 for objectives without one
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch came to; p, learning rate and lambda are those of its last step."""
+    """What one epoch came to. Without validation images, when all are trained on, there are no accuracies."""
 
     epoch: int  # from 1
-    p: float
-    learning_rate: float
-    cross_entropy_weight: float
+    at: Scheduled  # of the last step
     train_loss: float
-    validation: Accuracy
-    best_certified: float  # the best certified accuracy on validation up to here: that of the network kept
+    validation: Accuracy | None
+    best_certified: float | None  # the best certified accuracy on validation up to here: that of the network kept
     seconds: float
 
 
@@ -42,31 +58,38 @@ class StepReport:
     step: int  # from 1
     steps: int  # of the whole run
     p: float
+    loss: Tensor  # a scalar on the device: of this worker's part of the batch
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The network as it was after its best epoch by certified accuracy on validation (the latest among equals).
+    """The network that is kept: that of the best epoch by certified accuracy on validation (the latest among equals).
 
-    `seconds` are those of the whole training up to where this was made.
+    Where the validation images were trained on, it is that of the last epoch, and `validation` is None. `seconds` are
+    those of the whole training up to where this was made.
     """
 
     network: nn.Module
     epoch: int
-    validation: Accuracy
+    validation: Accuracy | None
     seconds: float
 
 
 class _Loss(nn.Module):
     """Network and objective as one module, so that DistributedDataParallel averages the gradients of both."""
 
-    def __init__(self, network: nn.Module, objective: nn.Module) -> None:
+    def __init__(self, network: LinfDistNet | LinfDistHybrid, objective: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network: LinfDistNet | LinfDistHybrid = network
         self.objective = objective
 
-    def forward(self, images: Tensor, labels: Tensor, p: float, cross_entropy_weight: float) -> Tensor:
-        return self.objective(self.network(images, p), labels, cross_entropy_weight)
+    def forward(
+        self, images: Tensor, labels: Tensor, p: float, eps: float, weight: float, subsets: Subsets | None
+    ) -> Tensor:
+        if self.objective.worst_case:
+            logits, worst = logits_and_worst_margins(self.network, images, labels, eps, p, subsets)
+            return self.objective(logits, worst, labels, weight)
+        return self.objective(self.network(images, p, subsets), labels, weight)
 
 
 def check_fits(experiment: Experiment, dataset: Dataset) -> None:
@@ -80,6 +103,85 @@ def check_fits(experiment: Experiment, dataset: Dataset) -> None:
             f"training.batch_size={experiment.training.batch_size}: {dataset.name} has {len(dataset.train)} "
             "training images; a batch can hold no more"
         )
+
+
+class Trainer:
+    """Network, objective and optimizer of an experiment, and one training step after another.
+
+    Of several workers each holds the same network, and takes its part of every batch.
+    """
+
+    def __init__(self, experiment: Experiment, dataset: Dataset, rank: int = 0, workers: int = 1) -> None:
+        """Raises SettingError: see `check_fits`."""
+        check_fits(experiment, dataset)
+        torch.set_num_threads(experiment.compute.cpus_per_worker)
+        torch.manual_seed(experiment.seed)
+        self.experiment, self.train, self.rank, self.workers = experiment, dataset.train, rank, workers
+        self.steps_per_epoch = len(dataset.train) // experiment.training.batch_size
+        self.steps = experiment.training.epochs * self.steps_per_epoch
+        facts, self.device = dataset.facts, dataset.train.images.device
+        self.network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
+        self.has_sort_layers = any(isinstance(module, SortDistance) for module in self.network.modules())
+        # a hybrid has none, and objectives that need one are refused with it
+        objective = experiment.objective.build(getattr(self.network, "lipschitz_constant", math.nan))
+        self.loss_of = _Loss(self.network, objective).to(self.device)
+        layers = [layer for layer in self.network.modules() if isinstance(layer, LpDistance | LpDistanceConv2d)]
+        weights = [layer.weight for layer in layers]
+        others = [one for one in self.network.parameters() if not any(one is weight for weight in weights)]
+        decay, ratio = experiment.optimizer.weight_decay, experiment.optimizer.objective_rate_ratio
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": weights, "ratio": 1.0, "weight_decay": 0.0},
+                {"params": others, "ratio": 1.0, "weight_decay": decay},
+                {"params": list(objective.parameters()), "ratio": ratio, "weight_decay": decay},
+            ],
+            betas=experiment.optimizer.betas,
+            eps=experiment.optimizer.epsilon,
+            foreach=False,  # one parameter at a time: the multi-tensor form needs memory for copies of all of them
+        )
+        self.decayed = layers if experiment.optimizer.lp_weight_decay > 0 else []
+        self.parallel: nn.Module = self.loss_of
+
+    def connect(self) -> None:
+        """From here on, average gradients over the workers, which must hold the same network by now."""
+        if self.workers > 1:
+            self.parallel = DistributedDataParallel(self.loss_of, broadcast_buffers=False)
+
+    def scheduled(self, step: int) -> Scheduled:
+        """What the schedules set for this step of the run, from 0."""
+        progress, experiment = step / self.steps, self.experiment
+        p, objective = experiment.p_schedule.at(progress), experiment.objective
+        rate = experiment.optimizer.learning_rate * cosine_after(experiment.optimizer.hold_share, progress)
+        weight = eps = 0.0
+        if isinstance(objective, DecayingCrossEntropyConfig):
+            weight = exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
+        if isinstance(objective, WorstCaseCrossEntropyConfig | WorstCaseHingeConfig):
+            eps = objective.eps_train * experiment.eps_ramp.at(progress)
+        return Scheduled(p, rate, weight, eps)
+
+    def shuffle(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order of the training samples in an epoch, and their augmentation: the same for every worker."""
+        order, draws = _epoch(self.experiment.seed, epoch, self.train)
+        return order.to(self.device), draws.to(self.device)
+
+    def step(self, step: int, order: Tensor, draws: Tensor) -> Tensor:
+        """Take a step of the run, from 0, in an epoch so shuffled; returns this worker's loss."""
+        at, batch_size = self.scheduled(step), self.experiment.training.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = at.learning_rate * group["ratio"]
+        # a worker takes every workers-th sample of the batch, so that together they take all of it
+        first = step % self.steps_per_epoch * batch_size
+        mine = slice(first + self.rank, first + batch_size, self.workers)
+        images, labels = self.train.batch(order[mine], draws[mine])
+        chance = torch.Generator().manual_seed(_mixed(self.experiment.seed, -1 - step))
+        subsets = draw_subsets(self.network, batch_size, self.workers, chance)
+        loss = self.parallel(images, labels, at.p, at.eps, at.cross_entropy_weight, subsets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        for layer in self.decayed:
+            decay_distances(layer, at.p, at.learning_rate * self.experiment.optimizer.lp_weight_decay)
+        return loss.detach()
 
 
 def fit(
@@ -98,85 +200,90 @@ def fit(
 
     Raises:
         SettingError: see `check_fits`; or the checkpoint can't be read, or is of another experiment.
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or a weight is not finite; the checkpoints are those of before.
         Interrupted: `should_stop` said so.
     """
-    check_fits(experiment, dataset)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch_size, epochs = experiment.training.batch_size, experiment.training.epochs
-    steps_per_epoch = len(dataset.train) // batch_size
-    torch.set_num_threads(experiment.compute.cpus_per_worker)
-    torch.manual_seed(experiment.seed)
-
-    facts, device = dataset.facts, dataset.train.images.device
-    network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
-    objective = experiment.objective.build(network.lipschitz_constant)
-    loss_of = _Loss(network, objective).to(device)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": list(network.parameters()), "ratio": 1.0},
-            {"params": list(objective.parameters()), "ratio": experiment.optimizer.objective_rate_ratio},
-        ],
-        betas=experiment.optimizer.betas,
-        eps=experiment.optimizer.epsilon,
-        foreach=False,  # one parameter at a time: the multi-tensor form needs memory for copies of all of them
-    )
-    decayed = experiment.optimizer.lp_weight_decay > 0
-    distances = [layer for layer in network.modules() if decayed and isinstance(layer, LpDistance)]
-    at = _Position(epoch=1, batch=0, seconds=0.0, earlier=0.0, losses=torch.zeros((), device=device), best=None)
+    epochs, selects = experiment.training.epochs, not experiment.training.include_validation
+    if not selects:
+        dataset = dataset.with_validation_in_training()
+    trainer = Trainer(experiment, dataset, rank, workers)
+    network = trainer.network
+    at = _Position(1, 0, 0.0, 0.0, torch.zeros(trainer.steps_per_epoch, device=trainer.device), best=None)
     if checkpoints is not None and checkpoints.exist():
-        at = _restore(checkpoints.load(), experiment, loss_of, optimizer)
-    parallel = DistributedDataParallel(loss_of, broadcast_buffers=False) if workers > 1 else loss_of
+        at = _restore(checkpoints.load(), trainer)
+    trainer.connect()
+
+    def check() -> None:
+        """That all is finite: what has happened since the epoch began, and what would go into a checkpoint."""
+        wrong = (~at.losses[: at.batch].isfinite()).nonzero()
+        first = int(wrong[0]) if len(wrong) else at.batch - 1
+        if not len(wrong) and all(bool(tensor.isfinite().all()) for tensor in trainer.loss_of.state_dict().values()):
+            return
+        what = f"the loss became {at.losses[first].item()}" if len(wrong) else "a weight became infinite or NaN"
+        step = (at.epoch - 1) * trainer.steps_per_epoch + first
+        raise TrainingError(
+            f"{what} at step {step + 1} of {trainer.steps}, in epoch {at.epoch} of {epochs} "
+            f"(p = {trainer.scheduled(step).p:g}); "
+            f"try a smaller optimizer.learning_rate than {experiment.optimizer.learning_rate:g}"
+        )
 
     def save() -> None:
         if checkpoints is not None and rank == 0:
-            checkpoints.save(_state(at, experiment, loss_of, optimizer))
+            checkpoints.save(_state(at, trainer))
 
     while at.epoch <= epochs:
         start = time.perf_counter() - at.seconds
-        order, draws = (t.to(device) for t in _epoch(experiment.seed, at.epoch, dataset.train))
-        while at.batch < steps_per_epoch:
-            step = (at.epoch - 1) * steps_per_epoch + at.batch
-            p, rate, weight = _scheduled(experiment, step / (epochs * steps_per_epoch))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["ratio"]
-            # a worker takes every workers-th sample of the batch, so that together they take all of it
-            mine = slice(at.batch * batch_size + rank, (at.batch + 1) * batch_size, workers)
-            images, labels = dataset.train.batch(order[mine], draws[mine])
-            loss = parallel(images, labels, p, weight)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for layer in distances:
-                layer.decay(p, rate * experiment.optimizer.lp_weight_decay)
-            at.losses += loss.detach()
+        shuffled = trainer.shuffle(at.epoch)
+        while at.batch < trainer.steps_per_epoch:
+            step = (at.epoch - 1) * trainer.steps_per_epoch + at.batch
+            loss = trainer.step(step, *shuffled)
+            at.losses[at.batch] = loss
             at.batch += 1
             at.seconds = time.perf_counter() - start
-            on_step(StepReport(step + 1, epochs * steps_per_epoch, p))
+            if trainer.device.type == "cpu" and not math.isfinite(loss):  # elsewhere it would be waited for
+                check()
+            on_step(StepReport(step + 1, trainer.steps, trainer.scheduled(step).p, loss))
             if should_stop():
+                check()
                 save()
-                raise Interrupted(f"stopped after step {step + 1} of {epochs * steps_per_epoch}")
-        p, rate, weight = _scheduled(experiment, (at.epoch * steps_per_epoch - 1) / (epochs * steps_per_epoch))
-        losses = at.losses.clone()
+                raise Interrupted(f"stopped after step {step + 1} of {trainer.steps}")
+        check()
+        mean_loss = at.losses.mean()
         if workers > 1:
-            dist.all_reduce(losses)
-        train_loss = losses.item() / (steps_per_epoch * workers)
-        if not math.isfinite(train_loss):
-            raise TrainingError(
-                f"the loss became {train_loss} in epoch {at.epoch} of {epochs} (p = {p:g}); "
-                f"try a smaller optimizer.learning_rate than {experiment.optimizer.learning_rate:g}"
-            )
-        validation = evaluate(network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
-        if at.best is None or validation.certified >= at.best.validation.certified:
-            at.best = Trained(copy.deepcopy(network).eval(), at.epoch, validation, at.earlier + at.seconds)
+            dist.all_reduce(mean_loss)
+        validation = best = None
+        if selects:
+            if trainer.has_sort_layers:
+                recompute_means(
+                    network, dataset.train, experiment.evaluation.mean_images, experiment.training.batch_size
+                )
+            validation = evaluate(network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
+            before = at.best.validation if at.best is not None else None
+            if before is None or validation.certified >= before.certified:
+                at.best = Trained(copy.deepcopy(network).eval(), at.epoch, validation, at.earlier + at.seconds)
+            best = validation.certified if before is None else max(validation.certified, before.certified)
+        elif at.epoch == epochs:
+            at.best = Trained(copy.deepcopy(network).eval(), at.epoch, None, at.earlier + at.seconds)
         seconds = time.perf_counter() - start
-        on_epoch(EpochReport(at.epoch, p, rate, weight, train_loss, validation, at.best.validation.certified, seconds))
+        last = trainer.scheduled(at.epoch * trainer.steps_per_epoch - 1)
+        on_epoch(EpochReport(at.epoch, last, mean_loss.item() / workers, validation, best, seconds))
         at.earlier += seconds
-        at.epoch, at.batch, at.seconds, at.losses = at.epoch + 1, 0, 0.0, torch.zeros((), device=device)
+        at.epoch, at.batch, at.seconds = at.epoch + 1, 0, 0.0
         if at.epoch <= epochs and (at.epoch - 1) % experiment.training.checkpoint_epochs == 0:
             save()
     assert at.best is not None  # there is at least one epoch
-    return dataclasses.replace(at.best, seconds=at.earlier)
+    return _finished(at.best, trainer, dataset, at.earlier)
+
+
+def _finished(best: Trained, trainer: Trainer, dataset: Dataset, seconds: float) -> Trained:
+    """The network that is kept; SortNet's with the running means of all training images."""
+    validation, experiment = best.validation, trainer.experiment
+    if trainer.has_sort_layers:
+        recompute_means(best.network, dataset.train, len(dataset.train), experiment.training.batch_size)
+        if validation is not None:
+            validation = evaluate(best.network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
+    return dataclasses.replace(best, validation=validation, seconds=seconds)
 
 
 @dataclass
@@ -187,50 +294,46 @@ class _Position:
     batch: int
     seconds: float
     earlier: float  # seconds of the epochs before
-    losses: Tensor
+    losses: Tensor  # of every step of the epoch
     best: Trained | None
 
 
-def _state(
-    at: _Position, experiment: Experiment, loss_of: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def _state(at: _Position, trainer: Trainer) -> dict[str, Any]:
     """All that training goes on from, as tensors and plain data."""
     best = None
     if at.best is not None:
-        validation = dataclasses.asdict(at.best.validation)
+        validation = None if at.best.validation is None else dataclasses.asdict(at.best.validation)
         network = at.best.network.state_dict()
         best = {"epoch": at.best.epoch, "validation": validation, "network": network, "seconds": at.best.seconds}
     return {
-        "experiment": experiment.to_yaml(),
+        "experiment": trainer.experiment.to_yaml(),
         "epoch": at.epoch,
         "batch": at.batch,
         "seconds": at.seconds,
         "earlier": at.earlier,
         "losses": at.losses,
         "best": best,
-        "loss": loss_of.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "loss": trainer.loss_of.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
     }
 
 
-def _restore(
-    state: dict[str, Any], experiment: Experiment, loss_of: "_Loss", optimizer: torch.optim.Optimizer
-) -> _Position:
+def _restore(state: dict[str, Any], trainer: Trainer) -> _Position:
     """Bring network, objective and optimizer to where a checkpoint left them.
 
     Raises:
         SettingError: the checkpoint is of another experiment; names a setting that differs.
     """
-    _check_same(state["experiment"], experiment)
-    loss_of.load_state_dict(state["loss"])
-    optimizer.load_state_dict(state["optimizer"])
+    _check_same(state["experiment"], trainer.experiment)
+    trainer.loss_of.load_state_dict(state["loss"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
     best = None
     if state["best"] is not None:
-        network = copy.deepcopy(loss_of.network).eval()
+        network = copy.deepcopy(trainer.network).eval()
         network.load_state_dict(state["best"]["network"])
-        epoch, seconds = state["best"]["epoch"], state["best"]["seconds"]
-        best = Trained(network, epoch, Accuracy(**state["best"]["validation"]), seconds)
-    losses = state["losses"].to(next(loss_of.parameters()).device)
+        epoch, seconds, scores = state["best"]["epoch"], state["best"]["seconds"], state["best"]["validation"]
+        best = Trained(network, epoch, None if scores is None else Accuracy(**scores), seconds)
+    losses = state["losses"].to(trainer.device)
     return _Position(state["epoch"], state["batch"], state["seconds"], state["earlier"], losses, best)
 
 
@@ -246,16 +349,12 @@ def _check_same(written: str, experiment: Experiment) -> None:
             raise SettingError(f"{name}={value}: the checkpoint was made with {name}={then.get(name)}; use that value")
 
 
-def _scheduled(experiment: Experiment, progress: float) -> tuple[float, float, float]:
-    """p, the learning rate, and lambda, which falls exponentially while p grows; 0 for objectives without one."""
-    rate = experiment.optimizer.learning_rate * cosine_after(experiment.optimizer.hold_share, progress)
-    objective, weight = experiment.objective, 0.0
-    if objective.kind == "clipped_hinge_cross_entropy":
-        weight = exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
-    return experiment.p_schedule.at(progress), rate, weight
-
-
 def _epoch(seed: int, epoch: int, split: Split) -> tuple[Tensor, Tensor]:
-    """Order of the training samples, and their augmentation: of seed and epoch alone, the same for every worker."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    """Order of the training samples, and their augmentation: of seed and epoch alone."""
+    generator = torch.Generator().manual_seed(_mixed(seed, epoch))
     return torch.randperm(len(split), generator=generator), split.draws(generator)
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for the epoch of this number, from 1; for steps the numbers are negative."""
+    return (seed * 1_000_003 + number) % 2**63

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from linflab.models.networks.cost import count_flops, count_parameters
+from linflab.models.robustness.certification import certifier_of
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import SettingError
@@ -25,6 +26,13 @@ from linflab.reports import schema
 def train_command(recipe: str, overrides: Sequence[str]) -> str:
     """The command that trains a recipe with these overrides."""
     return shlex.join(["linflab", "train", recipe, *overrides])
+
+
+def selection(experiment: Experiment) -> str:
+    """Which network a training keeps, in words."""
+    if experiment.training.include_validation:
+        return "the last epoch; trained on training and validation images"
+    return "the best epoch by certified accuracy on validation images"
 
 
 def check_machine(experiment: Experiment) -> None:
@@ -118,8 +126,6 @@ def run_trial(
         assert test.robust is not None and test.certified_but_broken is not None
         metrics = {
             schema.BEST_EPOCH: trained.epoch,
-            schema.BEST_VALIDATION_CLEAN: trained.validation.clean,
-            schema.BEST_VALIDATION_CERTIFIED: trained.validation.certified,
             schema.TEST_CLEAN: test.clean,
             schema.TEST_ROBUST: test.robust,
             schema.TEST_CERTIFIED: test.certified,
@@ -128,6 +134,10 @@ def run_trial(
             schema.PARAMETERS: count_parameters(trained.network),
             schema.TRAIN_SECONDS: trained.seconds,
         }
+        if trained.validation is not None:
+            metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
+            metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
+        run.log_tags({schema.CERTIFIER: certifier_of(trained.network), schema.SELECTION: selection(experiment)})
         run.log_metrics(metrics)
         run.log_weights(trained, experiment)
         if checkpoints is not None:

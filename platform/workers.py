@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -125,10 +126,11 @@ def train_on_workers(
 
 def summary(report: EpochReport) -> dict[str, float]:
     """An epoch as Ray Train and Ray Tune report it."""
+    values = {"epoch": report.epoch, schema.P: report.at.p, schema.TRAIN_LOSS: report.train_loss}
+    if report.validation is None or report.best_certified is None:
+        return values
     return {
-        "epoch": report.epoch,
-        schema.P: report.p,
-        schema.TRAIN_LOSS: report.train_loss,
+        **values,
         schema.VALIDATION_CERTIFIED: report.validation.certified,
         schema.BEST_VALIDATION_CERTIFIED: report.best_certified,
     }
@@ -149,7 +151,7 @@ def _worker(config: dict[str, Any]) -> dict[str, float]:
         nonlocal last_step
         if reports is not None and time.monotonic() - last_step > SECONDS_BETWEEN_STEP_REPORTS:
             last_step = time.monotonic()
-            reports.put(report)
+            reports.put(replace(report, loss=report.loss.cpu()))
 
     return run_trial(**config["trial"], on_epoch=on_epoch, on_step=on_step)
 

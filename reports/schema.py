@@ -12,6 +12,8 @@ RECIPE = "linflab.recipe"
 METHOD = "linflab.method"
 COMMAND = "linflab.command"  # repeats the run
 SEARCHED = "linflab.searched"  # dotted paths of the settings that the sweep varies, comma-separated
+CERTIFIER = "linflab.certifier"  # what the certified accuracies are by
+SELECTION = "linflab.selection"  # which epoch's network was kept, and by what
 FAILURE = "linflab.failure"  # why a run failed, one line
 EXPERIMENT = "linflab.experiment"  # a digest of all settings: the same for repetitions of one experiment
 HARDWARE = "linflab.hardware"
@@ -21,12 +23,13 @@ VERSIONS = "linflab.versions"
 P = "train/p"
 LEARNING_RATE = "train/learning_rate"
 CROSS_ENTROPY_WEIGHT = "train/cross_entropy_weight"
+TRAIN_EPS = "train/eps"  # of the worst case; 0 for objectives without one
 TRAIN_LOSS = "train/loss"
 EPOCH_SECONDS = "train/epoch_seconds"
 VALIDATION_CLEAN = "val/clean_accuracy"
 VALIDATION_CERTIFIED = "val/certified_accuracy"
 
-# metrics of the network that was kept: the best epoch by certified accuracy on validation
+# metrics of the network that was kept (see SELECTION)
 BEST_EPOCH = "best/epoch"
 BEST_VALIDATION_CLEAN = "best/val/clean_accuracy"
 BEST_VALIDATION_CERTIFIED = "best/val/certified_accuracy"

@@ -42,6 +42,7 @@ def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
         schema.TEST_BROKEN,
         schema.FLOPS,
         schema.TRAIN_SECONDS,
+        schema.CERTIFIER,
     ]
     trials = trials.reindex(columns=trials.columns.union(columns))
     trials = trials.assign(**{schema.TRIAL: trials[schema.TRIAL].astype(int)})
@@ -78,7 +79,7 @@ def _notes(trials: pd.DataFrame) -> list[str]:
         "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial.",
         "Rows are ordered, and each row's epoch was chosen, by certified accuracy on the validation split "
         "(Val. certified), which is held out of the training set.",
-        f"Certified: certifier lipschitz (margin/2 at p = inf), radius above eps = {_short(first['eps'])} in pixels.",
+        f"Certified: certifier {_certifiers(trials)}, radius above eps = {_short(first['eps'])} in pixels.",
         f"Robust: PGD at p = inf, {steps} steps of {_short(size)} eps, {restarts} random restarts.",
     ]
     broken = trials[schema.TEST_BROKEN]
@@ -94,6 +95,14 @@ def _notes(trials: pd.DataFrame) -> list[str]:
         because = f": {reason}" if isinstance(reason, str) else ""
         notes.append(f"Trial {trial[schema.TRIAL]} has no result ({trial['status'].lower()}){because}")
     return notes
+
+
+WAYS = {"lipschitz": "margin/2 at p = inf", "interval": "bounds through every layer at p = inf"}
+
+
+def _certifiers(trials: pd.DataFrame) -> str:
+    names = sorted(set(trials[schema.CERTIFIER].dropna()))
+    return " or ".join(f"{name} ({WAYS[name]})" for name in names) or "none, for want of results"
 
 
 def _workers(trial: pd.Series) -> str:

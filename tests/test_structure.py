@@ -62,8 +62,9 @@ def test_models_need_neither_ray_nor_mlflow() -> None:
 import sys
 for name in ("ray", "mlflow", "optuna", "pandas"):
     sys.modules[name] = None  # an import of it now fails
-import linflab.models.distance, linflab.models.networks.cost, linflab.models.networks.linf_dist
+import linflab.models.distance, linflab.models.networks.cost, linflab.models.networks.hybrid
 import linflab.models.robustness.attacks, linflab.models.robustness.certification
+import linflab.models.robustness.bounds.worst_case
 """
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

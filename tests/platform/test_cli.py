@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from tests.conftest import QUICK, RECIPE, FinishedSweep
 
@@ -135,3 +136,40 @@ def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:
     done = linflab("train", RECIPE, *QUICK, "optimizer.learning_rate=1e30", "--storage", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("linflab: the loss became")
+
+
+def test_describe_shows_layers_and_cost(linflab: Command) -> None:
+    done = linflab("describe", "mnist_eps0.3_linf_dist_hybrid")
+    assert done.returncode == 0
+    for words in ("features.distances.0", "ScaledLinear", "4,014,080", "85,283,840 FLOPs", "A step on 512 images"):
+        assert words in done.stdout
+
+
+def test_dry_run_estimates_and_records_nothing(linflab: Command, tmp_path: Path) -> None:
+    done = linflab("train", RECIPE, "--dry-run", "--storage", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "hours" in done.stdout and "GiB" in done.stdout and done.stdout.count("\n") > 8
+    assert not (tmp_path / "runs").exists()
+
+
+def test_hybrids_name_their_certifier(linflab: Command, tmp_path: Path) -> None:
+    settings = ["model.kind=linf_dist_hybrid", "model.net.kind=linf_dist_mlp", "model.net.width=32", "model.hidden=16"]
+    settings += [
+        "objective.kind=worst_case_cross_entropy",
+        "objective.eps_train=0.1",
+        "training.include_validation=true",
+    ]
+    done = linflab("train", RECIPE, *QUICK, *settings, "--storage", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "certified (interval)" in done.stdout and "trained on training and validation images" in done.stdout
+    (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
+    assert run.data.tags["linflab.certifier"] == "interval"
+    assert run.data.tags["linflab.selection"].startswith("the last epoch")
+    assert run.data.params["training.include_validation"] == "True"
+    assert "best/val/certified_accuracy" not in run.data.metrics
+    assert run.data.metrics["test/certified_but_broken"] == 0
+
+
+def test_sweeps_need_validation_images(linflab: Command, tmp_path: Path) -> None:
+    done = linflab("sweep", RECIPE, "demo", "training.include_validation=true", "--storage", str(tmp_path / "runs"))
+    refused(done, "training.include_validation=true")

@@ -27,7 +27,7 @@ def experiment(*overrides: str) -> Experiment:
 
 
 def facts(report: EpochReport) -> object:
-    return report.epoch, report.p, report.learning_rate, report.train_loss, report.validation, report.best_certified
+    return report.epoch, report.at, report.train_loss, report.validation, report.best_certified
 
 
 def until(

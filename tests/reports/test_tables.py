@@ -34,6 +34,7 @@ def record(client: MlflowClient, number: int, validation: float | None, width: i
         schema.COMMAND: f"linflab train r model.width={width}",
         schema.SEARCHED: "model.width,p_schedule.start",
         schema.HARDWARE: "2 CPU cores",
+        schema.CERTIFIER: "lipschitz",
     }
     run = client.create_run("0", tags=tags)
     for name, value in {**SETTINGS, "model.width": str(width), "p_schedule.start": "8.123456"}.items():
