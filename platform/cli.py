@@ -249,6 +249,75 @@ def data_prepare(
     console.print(f"{name} is prepared, in {prepare_dataset(name, source)}")
 
 
+@app.command()
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run's id, or the path of its weights")],
+    eps: Annotated[str, typer.Option(help="radii in pixels, separated by commas; by default the recipe's")] = "",
+    certifier: Annotated[str, typer.Option(help="lipschitz or interval; by default that of the network's kind")] = "",
+    sound: Annotated[bool, typer.Option("--sound", help="certificates that account for float32 rounding")] = False,
+    attack: Annotated[str, typer.Option(help="pgd (the recipe's), or none")] = "pgd",
+    storage: StorageFolder = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Score trained weights on the whole test set: clean, robust and certified accuracy, at one or many eps."""
+    radii = _radii(eps)
+    for name, value, known in (
+        ("certifier", certifier, ["lipschitz", "interval"]),
+        ("attack", attack, ["pgd", "none"]),
+    ):
+        if value not in known and (value or name == "attack"):
+            raise SettingError(f"{name}={value}: must be one of {', '.join(known)}")
+    from linflab.platform.scoring import record_scores, score, weights_of_run
+
+    path, place = Path(what), None
+    if not path.is_file():
+        place = Storage.with_records(storage)
+        path = weights_of_run(place, what)
+    scores = score(path, radii, certifier, sound, attack == "pgd", console)
+    if place is not None:
+        record_scores(place, what, scores)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(scores)))
+    else:
+        columns = ["eps", "clean", "robust", "certified"]
+        rows = [{name: row[name] for name in columns} for row in map(dataclasses.asdict, scores.rows)]
+        for row in rows:
+            row |= {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in columns[1:]}
+        _print_rows(rows, columns, as_json=False)
+        console.print(f"\n{scores.notes}")
+    broken = sum(row.certified_but_broken or 0 for row in scores.rows)
+    if broken:
+        raise TrainingError(
+            f"the attack broke {broken} certified samples: certifier {scores.certifier} is not sound here"
+        )
+
+
+def _radii(text: str) -> list[float]:
+    try:
+        radii = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        radii = [-1.0]
+    if not all(0 <= radius <= 1 for radius in radii):
+        raise SettingError(f"eps={text}: must be numbers from 0 to 1, separated by commas, as in 0.05,0.1")
+    return radii
+
+
+@app.command()
+def certify(
+    checkpoint: Annotated[Path, typer.Argument(help="the path of trained weights")],
+    images: Annotated[list[Path], typer.Argument(help="image files, of the size that the network sees")],
+    certifier: Annotated[str, typer.Option(help="lipschitz or interval; by default that of the network's kind")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images of one's own, with the radius up to which the class is proven, float32 rounding included."""
+    if certifier not in ("", "lipschitz", "interval"):
+        raise SettingError(f"certifier={certifier}: must be one of lipschitz, interval")
+    from linflab.platform.scoring import certify_images
+
+    rows = [dataclasses.asdict(one) for one in certify_images(checkpoint, images, certifier)]
+    _print_rows(rows, ["image", "prediction", "radius", "certifier"], as_json)
+
+
 @app.command("import-weights")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="published weights of an l_inf-dist net or SortNet")],
@@ -280,11 +349,10 @@ def _network_without_weights(experiment: Experiment) -> tuple["nn.Module", tuple
     """The network of an experiment with shapes alone, and the shape (C, H, W) of its images."""
     import torch
 
-    facts = facts_of(experiment.dataset)
-    channels, height, width = facts.input_shape
-    input_shape = (channels, *experiment.augmentation.size(height, width))
+    from linflab.platform.weights import image_shape, network_of
+
     with torch.device("meta"):
-        return experiment.model.build(input_shape, facts.classes, facts.mean, facts.std), input_shape
+        return network_of(experiment), image_shape(experiment, facts_of(experiment.dataset))
 
 
 def _estimate(experiment: Experiment, dataset: Dataset) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from linflab.models.networks.hybrid import LinfDistHybrid
 from linflab.platform.config import Experiment
-from linflab.platform.datasets import facts_of
 from linflab.platform.errors import SettingError
-from linflab.platform.tracking import save_weights
+from linflab.platform.weights import network_of, save_weights
 
 HIDDEN = [  # their names (K counts layers) -> ours
     (r"(?:fc_dist|feature\.fc)\.(\d+)\.weight", r"features.distances.\1.weight"),
@@ -36,10 +35,7 @@ def import_weights(file: Path, experiment: Experiment, output: Path) -> int:
     Raises:
         SettingError: the file can't be read, or its tensors are not those of the network; names what differs.
     """
-    facts = facts_of(experiment.dataset)
-    channels, height, width = facts.input_shape
-    shape = (channels, *experiment.augmentation.size(height, width))
-    network = experiment.model.build(shape, facts.classes, facts.mean, facts.std)
+    network = network_of(experiment)
     wanted = network.state_dict()
     found = _renamed(_read(file), last=None if isinstance(network, LinfDistHybrid) else len(network.features.distances))
     given = [name for name in wanted if not name.startswith("features.normalize.")]

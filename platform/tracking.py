@@ -16,13 +16,13 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
-from torch import nn
 
-from linflab.platform.checkpoints import Checkpoints, write_partial
+from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.errors import Interrupted
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, Trained
+from linflab.platform.weights import save_weights
 from linflab.reports import schema
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes
@@ -165,12 +165,6 @@ def run_to_resume(storage: Storage, experiment: Experiment) -> str | None:
 def checkpoints_of(storage: Storage, run_id: str) -> Checkpoints:
     """Where a run's checkpoints are."""
     return Checkpoints(storage.checkpoints / run_id)
-
-
-def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:
-    """Write a network's weights; the file is put in place by an atomic rename."""
-    state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    os.replace(write_partial(path, {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}), path)
 
 
 def hardware() -> str:

@@ -94,6 +94,7 @@ class SortDistance(LpDistance):
     def __init__(self, inputs: int, outputs: int, q: float) -> None:
         super().__init__(inputs, outputs)
         self.q = q
+        self.terms = min(10, inputs)
 
     def draw_subsets(self, count: int, generator: torch.Generator) -> Tensor:
         """Which inputs each of `count` subsets keeps: (count, I) bool, on the CPU."""
@@ -111,7 +112,7 @@ class SortDistance(LpDistance):
             raise ValueError("SortDistance needs subsets in training: pass those of draw_subsets, or call eval() first")
         if not math.isinf(p):
             raise ValueError(f"SortDistance is defined at p = inf alone in evaluation, got p = {p}")
-        return sort_distance(x, self.weight, self.q)
+        return sort_distance(x, self.weight, self.q, self.terms)
 
 
 class ScaledLinear(nn.Linear):

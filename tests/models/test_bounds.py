@@ -16,7 +16,7 @@ from linflab.models.networks.sort_net import SortNetConfig, draw_subsets
 from linflab.models.robustness.attacks import PGDConfig, pgd
 from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, layer_bounds, pixel_box
 from linflab.models.robustness.bounds.worst_case import logits_and_worst_margins
-from linflab.models.robustness.certification import certifier_of, interval_certified, lipschitz_radius
+from linflab.models.robustness.certification import certified, certifier_of, lipschitz_radius
 from linflab.models.robustness.objectives import wrong_class_margins
 
 SHAPE, CLASSES = (1, 6, 6), 5
@@ -167,12 +167,12 @@ def test_certified_images_withstand_attacks(kind: str, share: float) -> None:
     labels = net(images).argmax(dim=1)
     margins = -wrong_class_margins(net(images), labels).amax(dim=1).detach()
     eps = share * margins.median().item()
-    certified = interval_certified(net, images, labels, eps)
-    assert certified.any() or share > 0.05, "none certified: nothing is tested"
+    safe = certified(net, images, labels, eps, "interval")
+    assert safe.any() or share > 0.05, "none certified: nothing is tested"
     withstands = pgd(net, images, labels, eps, PGDConfig(steps=30, restarts=4), torch.Generator().manual_seed(0))
-    assert withstands[certified].all()
+    assert withstands[safe].all()
     if certifier_of(net) == "lipschitz":  # intervals are at least as tight
-        assert certified[lipschitz_radius(net, images, labels) > eps].all()
+        assert safe[lipschitz_radius(net, images, labels) > eps].all()
     else:
         with pytest.raises(TypeError, match="lipschitz_constant"):
             lipschitz_radius(net, images, labels)

@@ -1,0 +1,70 @@
+"""What rounding does to a network as it is computed: error bounds that hold in any order of summation.
+
+The model of arithmetic is IEEE 754 with rounding to nearest: a + b, a - b, a b, a / b and a fused a b + c are the exact
+result times 1 + d with |d| <= u, the unit roundoff; a sum of n products, in any order and fused or not, is off by at
+most gamma(n) times the sum of the products' magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
+Lemma 8.4). Matrix products in TF32 or by transforms do not keep to it. That results below the normal floats may be
+flushed to zero is accounted for by TINY.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from linflab.models.networks.layers import DistanceLayer, SortDistance
+from linflab.models.networks.linf_dist import LinfDistNet
+
+TINY = 2.0**-120  # more than flushing can change a difference of floats in float32
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """u: half the distance from 1 to the next larger number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """The relative error of a sum of so many products, with respect to the sum of their magnitudes."""
+    error = terms * unit_roundoff(dtype)
+    return error / (1 - error)
+
+
+def upper_float(values: float | Tensor, like: Tensor) -> Tensor:
+    """The smallest numbers of the dtype of `like` that are not below these, given as a float or in float64."""
+    exact = torch.as_tensor(values, dtype=torch.float64, device=like.device)
+    nearest = exact.to(like.dtype)
+    return torch.where(nearest.double() >= exact, nearest, torch.nextafter(nearest, torch.full_like(nearest, math.inf)))
+
+
+def logit_error(network: LinfDistNet) -> float:
+    """E: no logit of a net, computed in evaluation mode at p = inf for an image in [0, 1], is off by more than E.
+
+    Errors of a layer's inputs pass on as they are, as each layer is 1-Lipschitz. Added to them are those of its own
+    roundings, which are relative to magnitudes that are bounded by the largest inputs and weights: a distance is one
+    rounded difference |x_i - w_i|, a mean shift one more difference. SortNet's sum adds gamma of its terms.
+
+    The bound does not depend on the image. In the final sum a fifth is added for what is left out: squares of u, and
+    the roundings of this sum itself.
+    """
+    u = unit_roundoff(network.bias.dtype)
+    normalize = network.features.normalize
+    mean, std = normalize.mean.double(), normalize.std.item()
+    size = torch.maximum(mean.abs(), (1 - mean).abs()).max().item() / std  # of a layer's inputs
+    error = 2 * u * size
+    for k, layer in enumerate([*network.features.distances, network.last]):
+        assert isinstance(layer, DistanceLayer)
+        distance = size + layer.weight.abs().max().item()
+        error += u * distance
+        if isinstance(layer, SortDistance):
+            error += gamma(layer.terms + 1, network.bias.dtype) * distance
+        shift = network.bias if k == len(network.features.shifts) else network.features.shifts[k].running_mean
+        assert isinstance(shift, Tensor)
+        size = distance + shift.abs().max().item()
+        error += u * size
+    return 1.2 * error + TINY
+
+
+def lipschitz_excess(network: nn.Module) -> float:
+    """By what factor the coefficients of SortNet's layers, which are rounded, may exceed a sum of 1 in all."""
+    layers = [layer for layer in network.modules() if isinstance(layer, SortDistance)]
+    return math.prod(1 + gamma(layer.terms + 1, layer.weight.dtype) for layer in layers)

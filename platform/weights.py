@@ -1,0 +1,50 @@
+"""Files of trained weights: the network's tensors, and the experiment that builds the network around them."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from linflab.models.networks.hybrid import LinfDistHybrid
+from linflab.models.networks.linf_dist import LinfDistNet
+from linflab.platform.checkpoints import write_partial
+from linflab.platform.config import Experiment, build_experiment
+from linflab.platform.datasets import Facts, facts_of
+from linflab.platform.errors import SettingError
+
+
+def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:
+    """Write a network's weights; the file is put in place by an atomic rename."""
+    state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    os.replace(write_partial(path, {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}), path)
+
+
+def load_network(path: Path) -> tuple[Experiment, nn.Module]:
+    """The experiment of a file of weights, and its network, in evaluation mode.
+
+    Raises:
+        SettingError: the file can't be read, or holds no weights of linflab's.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        experiment = build_experiment(yaml.safe_load(saved["experiment"]), {})
+        network = network_of(experiment)
+        network.load_state_dict(saved["network"])
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(f"{path}: can't be read as weights of a linflab network ({reason})") from None
+    return experiment, network.eval()
+
+
+def network_of(experiment: Experiment) -> LinfDistNet | LinfDistHybrid:
+    """The network of an experiment, with weights as they are before training."""
+    facts = facts_of(experiment.dataset)
+    return experiment.model.build(image_shape(experiment, facts), facts.classes, facts.mean, facts.std)
+
+
+def image_shape(experiment: Experiment, facts: Facts) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the images that the network of an experiment sees."""
+    channels, height, width = facts.input_shape
+    return (channels, *experiment.augmentation.size(height, width))

@@ -1,0 +1,168 @@
+"""Sound certificates hold for networks as they are computed, in float32: no violation, at any point that was tried."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, ScaledLinear, SortDistance
+from linflab.models.networks.linf_dist import LinfDistNet
+from linflab.models.networks.sort_net import draw_subsets
+from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, layer_bounds, pixel_box
+from linflab.models.robustness.bounds.rounding import gamma, logit_error, upper_float
+from linflab.models.robustness.certification import certified, certified_radius, certifier_of, lipschitz_radius
+from linflab.models.robustness.objectives import margin, wrong_class_margins
+from tests.models.test_bounds import CLASSES, NETS, SHAPE, every_net
+
+
+def network(kind: str, seed: int = 0, scale: float = 1.0) -> nn.Module:
+    """In float32 and evaluation mode, with running means of random images; weights may be large."""
+    torch.manual_seed(seed)
+    net = NETS[kind].build(SHAPE, CLASSES, (0.4,), 0.37)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= scale
+    images = torch.rand(16, *SHAPE)
+    net(images, math.inf, draw_subsets(net, 16, 1, torch.Generator().manual_seed(seed)))
+    return net.eval()
+
+
+def points(box: Box, count: int) -> torch.Tensor:
+    """Floats of a box (B, ...): corners, and inside; (count, B, ...)."""
+    share = torch.rand(count, *box.lower.shape)
+    share[::2] = share[::2].round()
+    inside = torch.lerp(box.lower, box.upper, share)
+    return torch.minimum(torch.maximum(inside, box.lower), box.upper)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-38])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LpDistance(36, 9),
+        LpDistanceConv2d(1, 4),
+        SortDistance(36, 9, 0.4),
+        ScaledLinear(36, 9),
+        nn.Linear(36, 9),
+        nn.Tanh(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_compute_nothing_outside_their_boxes(layer: nn.Module, scale: float) -> None:
+    """Also near the smallest floats, where differences may be flushed to zero. Boxes so narrow that roundings count."""
+    torch.manual_seed(1)
+    layer = layer.eval()
+    shape = (8, *SHAPE) if isinstance(layer, LpDistanceConv2d) else (8, 36)
+    lower = torch.randn(shape) * scale
+    for width in (0.0, 1e-7, 1e-3, 1.0):
+        box = Box(lower, lower + width * scale * torch.rand(shape))
+        with torch.no_grad():
+            bounds = layer_bounds(layer, box, True)
+            computed = layer(points(box, 64).flatten(0, 1)).unflatten(0, (64, 8))
+        assert (computed >= bounds.lower).all() and (computed <= bounds.upper).all()
+
+
+@every_net
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-6, 1e-3, 0.1])
+def test_sound_bounds_hold_in_float32(kind: str, scale: float, eps: float) -> None:
+    """Two thousand points of eight boxes, some so narrow that only roundings remain, in batches of any size."""
+    net = network(kind, 3, scale)
+    images, labels = torch.rand(8, *SHAPE), torch.randint(CLASSES, (8,))
+    box = pixel_box(images, eps)
+    with torch.no_grad():
+        outputs = interval_bounds(net, box, sound=True)
+        margins = interval_margins(net, box, labels, sound=True)
+        exact = interval_margins(net, box, labels)
+        assert (margins >= exact - 1e-6 * scale).all()
+        for part in points(box, 256).split([1, 127, 128]):
+            logits = net(part.flatten(0, 1)).unflatten(0, (len(part), 8))
+            assert (logits >= outputs.lower).all() and (logits <= outputs.upper).all()
+            for z in logits:
+                ahead = wrong_class_margins(z.double(), labels)  # of computed logits, exactly
+                assert (ahead <= margins.double()).all()
+
+
+@every_net
+def test_no_float_at_a_sound_radius_changes_the_class(kind: str) -> None:
+    """Thousands of points in the box of each certified radius: random, corners, and signs of gradients."""
+    net = network(kind, 4)
+    images = torch.rand(32, *SHAPE)
+    labels = net(images).argmax(dim=1)
+    kinds = ["interval", "lipschitz"] if certifier_of(net) == "lipschitz" else ["interval"]
+    for certifier in kinds:
+        radius = certified_radius(net, images, labels, certifier, sound=True)
+        assert (radius > 0).sum() > 16
+        plain = certified_radius(net, images, labels, certifier)
+        assert (radius <= plain.double() + 1e-6).all() and (radius >= plain.double() - 1e-3).all()
+        safe = radius > 0
+        box = pixel_box(images[safe], radius[safe].view(-1, 1, 1, 1))
+        tried = [*points(box, 200)]
+        for other in range(CLASSES):
+            leaf = images[safe].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(net(leaf)[:, other].sum() - margin(net(leaf), labels[safe]).sum(), leaf)
+            tried += [torch.where(gradient > 0, box.upper, box.lower)]
+        with torch.no_grad():
+            for point in tried:
+                assert (margin(net(point), labels[safe]) > 0).all()
+
+
+@every_net
+def test_rounding_error_of_a_net_is_bounded(kind: str) -> None:
+    """Logits in float32 against those in float64, of images and of corners of the pixel range."""
+    for scale in (1.0, 30.0):
+        net = network(kind, 5, scale)
+        if not isinstance(net, LinfDistNet):
+            continue
+        images = torch.cat([torch.rand(500, *SHAPE), torch.rand(500, *SHAPE).round()])
+        with torch.no_grad():
+            computed, exact = net(images).double(), net.double()(images.double())
+        error = (computed - exact).abs().max().item()
+        assert 0 < error <= logit_error(net.float()) < 1e-3 * scale
+
+
+def test_radii_of_two_certifiers() -> None:
+    net = network("mlp", 6)
+    images = torch.rand(64, *SHAPE)
+    labels = net(images).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % CLASSES
+    lipschitz, interval = (certified_radius(net, images, labels, kind) for kind in ("lipschitz", "interval"))
+    assert lipschitz[0] < 0 and interval[0] < 0
+    assert (interval[1:] >= lipschitz[1:] - 2e-6).all()
+    for eps in (0.01, 0.05):
+        for kind, radius in (("lipschitz", lipschitz), ("interval", interval)):
+            clear = (radius - eps).abs() > 1e-5  # but for those that the bisection does not tell apart
+            assert torch.equal(certified(net, images, labels, eps, kind)[clear], (radius > eps)[clear])
+
+
+def test_sound_radii_of_unknown_networks_are_refused() -> None:
+    class Other(nn.Module):
+        lipschitz_constant = 1.0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)
+
+    images, labels = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    lipschitz_radius(Other().eval(), images, labels)
+    with pytest.raises(TypeError, match="Other"):
+        lipschitz_radius(Other().eval(), images, labels, sound=True)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_every_float_within_eps_is_in_the_box(pixel: float, eps: float) -> None:
+    image = torch.full((1, 1, 1, 1), pixel)
+    box = pixel_box(image, eps)
+    exact = float(image)
+    low, high = np.float32(max(0.0, exact - eps)), np.float32(min(1.0, exact + eps))
+    low = low if float(low) >= exact - eps else np.nextafter(low, np.float32(2))
+    high = high if float(high) <= exact + eps else np.nextafter(high, np.float32(-2))
+    assert float(box.lower) <= max(low, 0) and float(box.upper) >= min(high, 1)
+    assert float(upper_float(eps, image)) >= eps
+
+
+def test_gamma() -> None:
+    assert gamma(1000, torch.float32) == pytest.approx(1000 * 2**-24, rel=1e-3) and gamma(1, torch.float64) < 2e-16
