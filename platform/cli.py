@@ -67,6 +67,8 @@ def train(
     """Train a recipe, score it on the test set once, and record both."""
     experiment = load_experiment(recipe, overrides or [])
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    if dry_run and resume:
+        raise SettingError("dry-run: estimates a whole training; leave --resume out")
     if dry_run:
         _estimate(experiment, dataset)
         return
@@ -195,8 +197,8 @@ def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = Fals
     _print_rows(layers, ["name", "kind", "output", "parameters", "flops"], as_json=False)
     console.print(f"\n{parameters:,} parameters, {flops:,} FLOPs an image")
     console.print(
-        f"A step on {experiment.training.batch_size} images: {step['forward_flops'] / 1e9:.4g}G FLOPs forward, twice "
-        f"that for both gradients; {step['state_bytes'] / 2**20:,.0f} MiB of weights, gradients and Adam's two moments"
+        f"A step on {experiment.training.batch_size} images: {forward:,} FLOPs forward, twice that for both "
+        f"gradients; {step['state_bytes'] / 2**20:,.1f} MiB of weights, gradients and Adam's two moments"
     )
 
 
@@ -322,10 +324,10 @@ def certify(
 def import_weights(
     file: Annotated[Path, typer.Argument(help="published weights of an l_inf-dist net or SortNet")],
     recipe: Annotated[str, typer.Option(help="the recipe whose network they are of, or the path of a YAML file")],
-    output: Annotated[Path, typer.Option(help="the checkpoint to write")],
+    output: Annotated[Path, typer.Option(help="the file of weights to write")],
     overrides: Overrides = None,
 ) -> None:
-    """Convert weights that the authors of l_inf-dist nets and SortNet published to a checkpoint."""
+    """Convert weights that the authors of l_inf-dist nets and SortNet published, for `linflab evaluate`."""
     experiment = load_experiment(recipe, overrides or [])
     from linflab.platform.published_weights import import_weights as convert
 
@@ -361,12 +363,19 @@ def _estimate(experiment: Experiment, dataset: Dataset) -> None:
     from linflab.platform.trial import check_machine, device_of
 
     check_machine(experiment)
-    guess = estimate(experiment, dataset.to(device_of(experiment)))
+    try:
+        guess = estimate(experiment, dataset.to(device_of(experiment)))
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise SettingError(f"recipe: needs more memory than there is ({' '.join(str(error).split())[:200]})") from None
     rows = [{"p": p, "seconds a step": seconds} for p, seconds in guess.steps]
     _print_rows(rows, ["p", "seconds a step"], as_json=False)
-    hours = guess.training_hours + guess.scoring_hours
+    whole = guess.training_hours + guess.scoring_hours
+    unit, per_hour = ("hours", 1) if whole > 0.1 else ("seconds", 3600)
+    hours, steps, scoring = (part * per_hour for part in (whole, guess.training_hours, guess.scoring_hours))
     console.print(
-        f"\nAbout {hours:.2g} hours ({guess.training_hours:.2g} of steps, {guess.scoring_hours:.2g} of scoring) and "
+        f"\nAbout {hours:.2g} {unit} ({steps:.2g} of steps, {scoring:.2g} of scoring) and "
         f"{guess.memory / 2**30:.2g} GiB, on {hardware()}."
     )
     if experiment.compute.workers > 1:

@@ -125,7 +125,7 @@ def recipe_names() -> list[str]:
 def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a recipe (a shipped name, or the path of a YAML file) with overrides `key.path=value`.
 
-    An override of a section's `kind` begins that section anew: settings of the former kind are dropped.
+    An override of a section's `kind` keeps the section's settings that the new kind has too, and drops the others.
 
     Raises:
         SettingError: no such recipe, or a setting that is unknown, missing or wrong.
@@ -177,8 +177,8 @@ def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
         SettingError: a setting is unknown, missing or wrong.
     """
     merged = _copy(tree)
-    # kinds first: they decide which settings a section can have
-    for path, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".kind")):
+    # kinds first, outer ones before inner ones: they decide which settings a section can have
+    for path, value in sorted(overrides.items(), key=lambda item: (not item[0].endswith(".kind"), item[0].count("."))):
         *sections, name = path.split(".")
         node = merged
         for depth, section in enumerate(sections):
@@ -186,9 +186,10 @@ def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
             if not isinstance(node, dict):
                 parent = ".".join(sections[: depth + 1])
                 raise SettingError(f"{path}={value}: {parent} is a single setting and has none inside")
-        if name == "kind" and node.get("kind", value) != value:
-            node.clear()
+        before = node.get(name)
         node[name] = value
+        if name == "kind" and before not in (None, value):
+            _keep_known(node, sections, merged)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
@@ -206,6 +207,16 @@ def build_experiment(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
     return experiment
 
 
+def _keep_known(node: dict[str, Any], path: Sequence[str], tree: Mapping[str, Any]) -> None:
+    """Leave of a section, which got another kind, the settings that this kind has too."""
+    try:
+        known = _section(path, tree).model_fields
+    except (KeyError, AttributeError):  # refused in the end, by its name
+        known = {}
+    for key in [key for key in node if key not in known and key != "kind"]:
+        del node[key]
+
+
 def _check_together(experiment: Experiment) -> None:
     """Check what network, objective and workers ask of one another."""
     model, objective, workers = experiment.model, experiment.objective, experiment.compute.workers
@@ -214,6 +225,8 @@ def _check_together(experiment: Experiment) -> None:
             f"objective.kind={objective.kind}: needs a Lipschitz constant, and model.kind={model.kind} has none; must "
             "be worst_case_cross_entropy or worst_case_hinge"
         )
+    if model.kind == "linf_dist_hybrid" and model.net.kind != "linf_dist_conv_net" and model.net.depth < 2:
+        raise SettingError("model.net.depth=1: must be at least 2, as the head takes the place of the last layer")
     sort_net = model.net if model.kind == "linf_dist_hybrid" else model
     if sort_net.kind == "sort_net" and GROUP % workers:
         raise SettingError(
@@ -247,7 +260,8 @@ def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
     if complaint["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = complaint["input"].get("kind") if isinstance(complaint["input"], Mapping) else complaint["input"]
         kinds = [model.model_fields["kind"].default for model in _models(_section(path[:-1], tree), path[-1])]
-        return f"{name}.kind={given}: must be one of {', '.join(kinds)}"
+        what = "missing" if given is None else "unknown"
+        return f"{name}.kind={given}: {what}; must be one of {', '.join(kinds)}".replace("=None", "")
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
     return f"{name}={complaint['input']}: {message}"
 

@@ -94,10 +94,11 @@ class Dataset:
     validation: Split
     test: Split
 
-    def with_validation_in_training(self) -> "Dataset":
-        """The same data, with the validation images among those for training."""
-        indices = torch.cat([self.train.indices, self.validation.indices]).sort().values
-        return replace(self, train=replace(self.train, indices=indices))
+    def training(self, include_validation: bool) -> Split:
+        """What is trained on: the training images, or those and the validation images together."""
+        if not include_validation:
+            return self.train
+        return replace(self.train, indices=torch.cat([self.train.indices, self.validation.indices]).sort().values)
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on a device; on the CPU the memory-mapped arrays themselves."""
@@ -295,7 +296,8 @@ def inventory() -> list[Inventory]:
             continue
         mean, std = measure(data.train.images.numpy(), data.facts.white)
         as_published = all(abs(a - b) < 2e-3 for a, b in zip(mean, data.facts.mean, strict=True))
-        state = "ready" if as_published else f"its mean is not the published {data.facts.mean}: other images?"
+        known = ", with the published mean" if name in FACTS else ""
+        state = f"ready{known}" if as_published else f"its mean is not the published {data.facts.mean}: other images?"
         sizes = len(data.train), len(data.validation), len(data.test)
         found.append(Inventory(name, place, *sizes, data.facts.input_shape, data.facts.classes, mean, std, state))
     return found

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from linflab.models.robustness.attacks import PGDConfig
+from linflab.models.robustness.attacks import PGDConfig, pgd
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset
 from linflab.platform.evaluation import evaluate, recompute_means
@@ -40,8 +40,6 @@ def estimate(experiment: Experiment, dataset: Dataset) -> Estimate:
     Raises:
         SettingError: as `fit`.
     """
-    if experiment.training.include_validation:
-        dataset = dataset.with_validation_in_training()
     trainer = Trainer(experiment, dataset, 0, experiment.compute.workers)
     shuffled = trainer.shuffle(1)
 
@@ -70,9 +68,20 @@ def estimate(experiment: Experiment, dataset: Dataset) -> Estimate:
             means = timed(lambda: recompute_means(trainer.network, dataset.train, size, size))
             epoch += means * max(1, evaluation.mean_images // size)
         scoring = epoch * experiment.training.epochs
-    tested, short = dataset.test.first(evaluation.batch_size), PGDConfig(steps=1, restarts=1)
-    attack = timed(lambda: evaluate(trainer.network, tested, experiment.eps, evaluation.batch_size, short))
-    scoring += attack * len(dataset.test) / len(tested) * evaluation.attack.restarts * evaluation.attack.steps
+    # the attack goes on only with images that are classified rightly: take what the network says for right
+    tested, attack = dataset.test.first(evaluation.batch_size), evaluation.attack
+    images, _ = tested.batch(torch.arange(len(tested), device=trainer.device))
+    network = trainer.network.eval()
+    with torch.no_grad():
+        labels = network(images).argmax(dim=1)
+
+    def attacked(steps: int) -> float:
+        config = PGDConfig(steps=steps, restarts=1, step_size=attack.step_size)
+        return timed(lambda: pgd(network, images, labels, 1e-9, config, torch.Generator()))
+
+    few, more = attacked(1), attacked(3)
+    restart = few + max(0.0, more - few) / 2 * (attack.steps - 1)
+    scoring += restart * attack.restarts * len(dataset.test) / len(tested)
 
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)

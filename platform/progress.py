@@ -60,6 +60,11 @@ class TrainingBar:
                 f"epoch {report.epoch}/{self.epochs}  p {_p(report.at.p)}  {self.last}  {report.seconds:.1f} s",
                 highlight=False,
             )
+        if report.epoch == self.epochs:
+            self.last = "scoring the network on the test images, under attack too ..."
+            self.progress.update(self.task, state=self.last)
+            if not self.console.is_terminal:
+                self.console.print(self.last, highlight=False)
 
 
 class SweepView(Callback):

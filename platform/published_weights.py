@@ -1,4 +1,4 @@
-"""The weights that the authors of l_inf-dist nets and SortNet published, as checkpoints of linflab.
+"""The weights that the authors of l_inf-dist nets and SortNet published, as files of weights of linflab.
 
 Their files are `state_dict`s, possibly under the key `state_dict` and with names that begin with `module.`; those of
 2021 (v1) name layers otherwise than those of 2022 (v2 and SortNet). The learnt scalar that multiplies logits in their
@@ -30,7 +30,7 @@ LEFT_OUT = r"scalar|.*num_batches_tracked"
 
 
 def import_weights(file: Path, experiment: Experiment, output: Path) -> int:
-    """Write a checkpoint of published weights for the network of an experiment; returns the number of tensors read.
+    """Write published weights as those of the network of an experiment; returns the number of tensors read.
 
     Raises:
         SettingError: the file can't be read, or its tensors are not those of the network; names what differs.
@@ -55,8 +55,13 @@ def import_weights(file: Path, experiment: Experiment, output: Path) -> int:
         if not tensor.isfinite().all():
             raise SettingError(f"{file}: {name} holds numbers that are not finite")
         wanted[name].copy_(tensor.view_as(wanted[name]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(output, network, experiment, epoch=experiment.training.epochs)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        save_weights(output, network, experiment, epoch=None)
+    except (OSError, RuntimeError) as error:  # torch's own for files
+        raise SettingError(f"output={output}: can't be written ({error})") from None
     return len(given)
 
 
@@ -66,7 +71,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         state = state.get("state_dict", state)
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # a damaged file can raise nearly anything
-        raise SettingError(f"{file}: can't be read as a state_dict ({' '.join(str(error).split())[:200]})") from None
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise SettingError(f"{file}: can't be read as a state_dict ({reason})") from None
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 

@@ -30,7 +30,7 @@ from linflab.reports.records import sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
 
 METRIC = schema.BEST_VALIDATION_CERTIFIED
-FIXED = ("dataset", "eps", "evaluation", "compute")  # sections that a sweep can't vary
+FIXED = ("dataset", "eps", "evaluation", "compute", "training.include_validation")  # what a sweep can't vary
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plan_sweep(
     check_fits(base, dataset)
     lows = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
     for path, distribution in space.parameters.items():
-        if path.split(".")[0] in FIXED:
+        if path.startswith(FIXED):
             raise SettingError(
                 f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
             )

@@ -98,10 +98,11 @@ def check_fits(experiment: Experiment, dataset: Dataset) -> None:
     Raises:
         SettingError: a batch is larger than the training set.
     """
-    if experiment.training.batch_size > len(dataset.train):
+    images = len(dataset.training(experiment.training.include_validation))
+    if experiment.training.batch_size > images:
         raise SettingError(
-            f"training.batch_size={experiment.training.batch_size}: {dataset.name} has {len(dataset.train)} "
-            "training images; a batch can hold no more"
+            f"training.batch_size={experiment.training.batch_size}: {dataset.name} has {images} training images; a "
+            "batch can hold no more"
         )
 
 
@@ -116,8 +117,9 @@ class Trainer:
         check_fits(experiment, dataset)
         torch.set_num_threads(experiment.compute.cpus_per_worker)
         torch.manual_seed(experiment.seed)
-        self.experiment, self.train, self.rank, self.workers = experiment, dataset.train, rank, workers
-        self.steps_per_epoch = len(dataset.train) // experiment.training.batch_size
+        self.experiment, self.rank, self.workers = experiment, rank, workers
+        self.train = dataset.training(experiment.training.include_validation)
+        self.steps_per_epoch = len(self.train) // experiment.training.batch_size
         self.steps = experiment.training.epochs * self.steps_per_epoch
         facts, self.device = dataset.facts, dataset.train.images.device
         self.network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
@@ -205,8 +207,6 @@ def fit(
     """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     epochs, selects = experiment.training.epochs, not experiment.training.include_validation
-    if not selects:
-        dataset = dataset.with_validation_in_training()
     trainer = Trainer(experiment, dataset, rank, workers)
     network = trainer.network
     at = _Position(1, 0, 0.0, 0.0, torch.zeros(trainer.steps_per_epoch, device=trainer.device), best=None)
@@ -270,7 +270,8 @@ def fit(
         on_epoch(EpochReport(at.epoch, last, mean_loss.item() / workers, validation, best, seconds))
         at.earlier += seconds
         at.epoch, at.batch, at.seconds = at.epoch + 1, 0, 0.0
-        if at.epoch <= epochs and (at.epoch - 1) % experiment.training.checkpoint_epochs == 0:
+        # at the end too: what comes then, the scoring, can be cut as well
+        if at.epoch > epochs or (at.epoch - 1) % experiment.training.checkpoint_epochs == 0:
             save()
     assert at.best is not None  # there is at least one epoch
     return _finished(at.best, trainer, dataset, at.earlier)
@@ -280,7 +281,7 @@ def _finished(best: Trained, trainer: Trainer, dataset: Dataset, seconds: float)
     """The network that is kept; SortNet's with the running means of all training images."""
     validation, experiment = best.validation, trainer.experiment
     if trainer.has_sort_layers:
-        recompute_means(best.network, dataset.train, len(dataset.train), experiment.training.batch_size)
+        recompute_means(best.network, trainer.train, len(trainer.train), experiment.training.batch_size)
         if validation is not None:
             validation = evaluate(best.network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
     return dataclasses.replace(best, validation=validation, seconds=seconds)

@@ -15,8 +15,8 @@ from linflab.platform.datasets import Facts, facts_of
 from linflab.platform.errors import SettingError
 
 
-def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int) -> None:
-    """Write a network's weights; the file is put in place by an atomic rename."""
+def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int | None) -> None:
+    """Write a network's weights, of this epoch of training, if known; the file is put in place by an atomic rename."""
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
     os.replace(write_partial(path, {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}), path)
 

@@ -1,9 +1,8 @@
 """The operator on CPUs in float32: C++ kernels behind custom ops of `torch.library`.
 
 `csrc/kernels.cpp` is compiled once per instruction set when linflab is installed; the widest that this machine has is
-loaded. The ops `linflab::...` have fake kernels and, where they are differentiable, gradients, so that
-`torch.compile` can trace them. They use `torch.get_num_threads()`
-threads; their results do not depend on that number.
+loaded. The ops `linflab::...` have fake kernels and, where they are differentiable, gradients, so that `torch.compile`
+can trace them. They use `torch.get_num_threads()` threads; their results do not depend on that number.
 """
 
 import importlib

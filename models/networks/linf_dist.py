@@ -20,7 +20,10 @@ Depth = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Subsets(NamedTuple):
-    """What chance decides in a pass of SortNet: (G, I) bool for each layer after the first, and samples to a subset."""
+    """What chance decides in a pass of SortNet: (G, I) bool for each layer after the first, and samples to a subset.
+
+    For nets all of whose layers after the first are `SortDistance`, as `SortNetConfig` makes them.
+    """
 
     kept: list[Tensor]
     group: int

@@ -190,5 +190,27 @@ def test_refusals() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.square(images)
 
-    with pytest.raises(TypeError, match="square"):
-        interval_bounds(Squared().eval(), box)
+    class Otherwise(nn.ReLU):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return -super().forward(images)
+
+    class Finite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.distance = LpDistance(36, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.distance(images, 2.0)
+
+    class Twice(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images + images
+
+    class Pair(nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return images, images
+
+    cases = ((Squared, "square"), (Otherwise, "relu"), (Finite, "2.0"), (Twice, "sum"), (Pair, "several outputs"))
+    for make, says in cases:
+        with pytest.raises(TypeError, match=says):
+            interval_bounds(make().eval(), box)

@@ -148,7 +148,7 @@ def test_describe_shows_layers_and_cost(linflab: Command) -> None:
 def test_dry_run_estimates_and_records_nothing(linflab: Command, tmp_path: Path) -> None:
     done = linflab("train", RECIPE, "--dry-run", "--storage", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
-    assert "hours" in done.stdout and "GiB" in done.stdout and done.stdout.count("\n") > 8
+    assert "seconds (" in done.stdout and "GiB" in done.stdout and done.stdout.count("\n") > 8
     assert not (tmp_path / "runs").exists()
 
 

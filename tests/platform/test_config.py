@@ -24,9 +24,18 @@ def test_overrides() -> None:
     assert experiment.settings()["evaluation.attack.steps"] == 100
 
 
-def test_another_kind_begins_its_section_anew() -> None:
+def test_another_kind_keeps_the_settings_that_it_has_too() -> None:
     objective = load_experiment(RECIPE, ["objective.theta=0.3", "objective.kind=hinge"]).objective
     assert (objective.kind, objective.theta) == ("hinge", 0.3)
+    assert load_experiment(RECIPE, ["objective.kind=hinge"]).objective.theta == 0.2  # the recipe's
+    plain, sorted_net = load_experiment(RECIPE).model, load_experiment(RECIPE, ["model.kind=sort_net"]).model
+    assert (sorted_net.depth, sorted_net.width) == (plain.depth, plain.width)
+
+
+def test_kinds_within_kinds_in_any_order() -> None:
+    overrides = ["model.net.kind=sort_net", "model.kind=linf_dist_hybrid", "objective.kind=worst_case_hinge"]
+    for order in (overrides, overrides[::-1]):
+        assert load_experiment(RECIPE, [*order, "objective.eps_train=0.1"]).model.net.kind == "sort_net"
 
 
 def test_recipe_by_path(tmp_path: Path) -> None:
@@ -51,7 +60,8 @@ def test_recipe_by_path(tmp_path: Path) -> None:
         ("p_schedule.end=inf", ["p_schedule.end=inf", "finite"]),
         ("p_schedule.infinity_share=0.95", ["p_schedule", "0.95", "at most 1"]),
         ("objective.kind=squared", ["objective.kind=squared", "hinge"]),
-        ("objective.kind=hinge", ["objective.theta", "missing"]),
+        ("objective.kind=worst_case_hinge", ["objective.eps_train", "missing"]),
+        ("model.kind=linf_dist_hybrid", ["objective.kind=clipped_hinge_cross_entropy", "worst_case_hinge"]),
         ("compute.workers=3", ["training.batch_size=32", "compute.workers=3"]),
         ("model.width", ["model.width", "key=value"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate=-1", "greater than 0"]),

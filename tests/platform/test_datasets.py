@@ -201,7 +201,7 @@ def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(data.facts.std, images.std() / 255, rtol=1e-9)
     states = {entry.name: entry for entry in inventory()}
     assert states["mine"].state == "ready" and states["mine"].train == 45
-    assert states["mnist"].state == "not prepared" and states["digits"].state == "ready"
+    assert states["mnist"].state == "not prepared" and states["digits"].state == "ready, with the published mean"
 
 
 def test_inventory_tells_other_images_from_the_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,3 +65,56 @@ def test_listing_shows_whole_names() -> None:
     assert listed.exit_code == 0
     for name in recipe_names():
         assert name in listed.stdout
+
+
+# Zhang et al. 2021 (first seven), ICLR 2022 and NeurIPS 2022, from their published training scripts: threshold or eps
+# of training, (lambda, start and end) or worst-case weight or share of the maximum, q, learning rate, epochs at which p
+# starts to grow and becomes inf, all epochs
+PUBLISHED = {
+    "mnist_eps0.3_linf_dist_net": (0.45, 0.75, None, 0.02, (50, 350, 400)),
+    "fashion_mnist_eps0.1_linf_dist_net": (0.225, 1, None, 0.02, (50, 350, 400)),
+    "cifar10_eps8_255_linf_dist_net": (0.1568, 0.75, None, 0.02, (100, 750, 800)),
+    "mnist_eps0.3_linf_dist_hybrid": (0.35, 0.5, None, 0.02, (50, 350, 400)),
+    "fashion_mnist_eps0.1_linf_dist_hybrid": (0.11, 0.5, None, 0.02, (50, 350, 400)),
+    "cifar10_eps8_255_linf_dist_hybrid": (0.03451, 1, None, 0.02, (100, 750, 800)),
+    "tiny_imagenet_eps1_255_linf_dist_hybrid": (0.005, 1, None, 0.04, (100, 450, 500)),
+    "mnist_eps0.1_linf_dist_net_v2": (0.3, (0.05, 0.0002), None, 0.03, (25, 400, 450)),
+    "mnist_eps0.3_linf_dist_net_v2": (0.45, (0.05, 0.0002), None, 0.03, (25, 400, 450)),
+    "cifar10_eps2_255_linf_dist_net_v2": (0.03922, (0.05, 0.002), None, 0.03, (100, 1250, 1300)),
+    "cifar10_eps8_255_linf_dist_net_v2": (0.09411, (0.1, 0.0005), None, 0.03, (100, 1250, 1300)),
+    "cifar10_eps16_255_linf_dist_net_v2": (0.15685, (0.1, 0.0002), None, 0.03, (100, 1250, 1300)),
+    "mnist_eps0.1_sort_net": (0.3, (0.1, 0.001), 0.70, 0.02, (100, 1450, 1500)),
+    "mnist_eps0.3_sort_net": (0.45, (0.02, 0.0002), 0.75, 0.02, (100, 1450, 1500)),
+    "cifar10_eps2_255_sort_net": (0.03137, (1.0, 0.01), 0.75, 0.02, (200, 2950, 3000)),
+    "cifar10_eps8_255_sort_net": (0.09411, (0.2, 0.002), 0.85, 0.02, (200, 2950, 3000)),
+    "cifar10_eps2_255_sort_net_hybrid": (0.008627, (1.0, 0.01), 0.70, 0.02, (200, 2950, 3000)),
+    "cifar10_eps8_255_sort_net_hybrid": (0.03451, (1.0, 0.01), 0.60, 0.02, (200, 2950, 3000)),
+    "tiny_imagenet_eps1_255_sort_net_hybrid": (0.00431, (1.0, 0.01), 0.70, 0.02, (100, 980, 1000)),
+}
+RAMPS = {"mnist": 50, "fashion_mnist": 50, "cifar10": 100, "tiny_imagenet": 200}  # epochs, of the hybrids of 2021
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_FLOPS))
+def test_settings_are_the_published_ones(name: str) -> None:
+    length, weights, q, rate, (start, end, epochs) = PUBLISHED[name]
+    settings = load_experiment(name).settings()
+    assert settings.get("objective.theta", settings.get("objective.eps_train")) == length
+    kept = ("objective.lambda_start", "objective.lambda_end")
+    single = settings.get("objective.max_weight", settings.get("objective.worst_case_weight"))
+    assert (tuple(settings[key] for key in kept) if kept[0] in settings else single) == weights
+    assert settings.get("model.q", settings.get("model.net.q")) == q
+    assert settings["optimizer.learning_rate"] == rate and settings["training.epochs"] == epochs
+    assert settings["p_schedule.warmup_share"] * epochs == pytest.approx(start)
+    assert (1 - settings["p_schedule.infinity_share"]) * epochs == pytest.approx(end)
+    assert settings["training.batch_size"] == 512
+    of_2021 = not isinstance(weights, tuple)
+    assert settings["optimizer.lp_weight_decay"] == (0.005 if of_2021 else 0)
+    assert settings["optimizer.weight_decay"] == (0.02 if q else 0)
+    assert settings["optimizer.hold_share"] * epochs == pytest.approx(start if of_2021 else 0)
+    ramp, shape = settings["eps_ramp.share"] * epochs, settings["eps_ramp.shape"]
+    if "hybrid" not in name:
+        assert ramp == 0
+    elif q:
+        assert (ramp, shape) == (pytest.approx(500), "smooth")
+    else:
+        assert (ramp, shape) == (pytest.approx(RAMPS[settings["dataset"]]), "linear")

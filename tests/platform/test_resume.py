@@ -61,6 +61,16 @@ def test_cut_again_and_again_it_comes_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(tensor, trained.network.state_dict()[name]), name
 
 
+def test_cut_while_it_is_scored_it_goes_on_from_its_end(tmp_path: Path) -> None:
+    checkpoints, data = Checkpoints(tmp_path / "run"), load_dataset("digits", experiment().augmentation)
+    settings = ["training.checkpoint_epochs=100"]
+    whole, steps = fit(experiment(*settings), data, checkpoints=checkpoints), []
+    again = fit(experiment(*settings), data, on_step=steps.append, checkpoints=checkpoints)
+    assert not steps and (again.epoch, again.validation) == (whole.epoch, whole.validation)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name]), name
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run")
     until(checkpoints, 50, experiment())

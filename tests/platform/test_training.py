@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     assert not checkpoints.exist()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "SortNet"])
+@pytest.mark.parametrize("kind", ["mlp", "SortNet hybrid"])
 def test_two_workers_have_the_losses_of_one(kind: str, tmp_path: Path) -> None:
     """Over the first 50 steps at the same global batch, with crops, mean shift and decay: within 1e-4, relatively."""
     settings = ["augmentation.padding=1", "augmentation.flip=true", "optimizer.lp_weight_decay=0.005"]

@@ -213,8 +213,9 @@ void sort_tile(Term term, const float* w, int64_t n, const Order& order, float* 
     }
 }
 
-// Calls f(s, rank) for N candidates at a time, from s on: ROUNDER plus how many candidates are larger. Of equal ones the
-// first is larger: the first input where POSITIONS are known, else the first candidate.
+// Calls f(s, rank, lanes) for N candidates at a time, from s on: ROUNDER plus how many candidates are larger, in the
+// lanes that hold one; in others it means nothing. Of equal candidates the first is larger: the first input where
+// POSITIONS are known, else the first candidate.
 template <bool POSITIONS, class F>
 inline void with_ranks(const Candidates& found, F f) {
     constexpr int VECTORS = (MOST_FOUND + N - 1) / N;
@@ -239,7 +240,7 @@ inline void with_ranks(const Candidates& found, F f) {
                 ranks[s / N] = ranks[s / N] + Vec::keep(larger | (no_smaller & later), Vec::all(1.0f));
             }
         }
-        f(s, ranks[s / N]);
+        f(s, ranks[s / N], first_lanes(found.count - s));
     }
 }
 
@@ -262,8 +263,9 @@ void sort_block(Term term, const float* w, float* y, Shape s, const Order& order
             constexpr int TB = decltype(nb)::value, TO = decltype(no)::value;
             const auto use = [&](int pair, const Candidates& found) {
                 Vec total = Vec::all(0.0f);
-                with_ranks<false>(found, [&](int at, Vec rank) {
-                    const Vec c = Vec::keep(Vec::at_least(last, rank), Vec::lookup(order.coefficient, rank));
+                with_ranks<false>(found, [&](int at, Vec rank, uint32_t lanes) {
+                    const uint32_t counted = lanes & Vec::at_least(last, rank);
+                    const Vec c = Vec::keep(counted, Vec::lookup(order.coefficient, rank));
                     total = Vec::fma(c, Vec::load(found.values + at), total);
                 });
                 y[(tb + pair / TO) * s.outputs + to + pair % TO] = sum(total);
@@ -312,10 +314,10 @@ void sort_backward(const Gradients& q, const Order& order, int threads) {
                         const int64_t b = tb + pair / TO, of = to + pair % TO;
                         const float *x = q.x + b * n, *w = q.w + of * n, grad_y = q.grad_y[b * s.outputs + of];
                         int32_t at[MOST_FOUND + N];  // by rank
-                        with_ranks<true>(found, [&](int first, Vec rank) {
+                        with_ranks<true>(found, [&](int first, Vec rank, uint32_t lanes) {
                             float ranks[N];
                             (rank - Vec::all(ROUNDER)).store(ranks);
-                            for (int lane = 0; lane < std::min(N, found.count - first); ++lane)
+                            for (int lane = 0; lanes >> lane; ++lane)
                                 at[(int)ranks[lane]] = (int32_t)found.where[first + lane];
                         });
                         Slope* out = slopes_of(b, of);

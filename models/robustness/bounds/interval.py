@@ -37,6 +37,8 @@ from linflab.models.networks.layers import (
 from linflab.models.robustness.bounds.rounding import TINY, gamma, unit_roundoff, upper_float
 from linflab.models.robustness.objectives import wrong_class_margins
 
+LARGEST_TABLE = 2**24  # numbers that are held together when rows are compared
+
 
 class Box(NamedTuple):
     """All x with lower <= x <= upper, elementwise."""
@@ -104,7 +106,13 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
     """
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
     weight = weight_of(layer)
-    spread = torch.einsum("bki,bi->bk", (weight - weight[labels][:, None]).abs(), radius)
+    samples = max(1, LARGEST_TABLE // weight.numel())
+    spread = torch.cat(
+        [
+            torch.einsum("bki,bi->bk", (weight - weight[y][:, None]).abs(), r)
+            for y, r in zip(labels.split(samples), radius.split(samples), strict=True)
+        ]
+    )
     margins = wrong_class_margins(layer(centre), labels) + spread
     if not sound:
         return margins
@@ -151,7 +159,8 @@ def _tanh(layer: nn.Tanh, box: Box, sound: bool = False) -> Box:
     return Box(lower - share * lower.abs() - TINY, upper + share * upper.abs() + TINY)
 
 
-@layer_bounds.register
+@layer_bounds.register(nn.Linear)
+@layer_bounds.register(ScaledLinear)
 def _linear(layer: nn.Linear, box: Box, sound: bool = False) -> Box:
     """To be sound: centre, spread and the layer's own sum are off by gamma(I + 1) each, their inputs and sums by u."""
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
@@ -193,18 +202,28 @@ def _distance_convolution(layer: LpDistanceConv2d, box: Box, sound: bool = False
     return _flushed(maps) if sound else maps
 
 
+def _shifted(box: Box, constant: Tensor | float) -> Box:
+    if not isinstance(box, Box) or isinstance(constant, Box):
+        raise TypeError("interval bounds: there is no rule for this sum; a layer's output plus a constant has one")
+    return Box(box.lower + constant, box.upper + constant)
+
+
 FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Box]] = {
     operator.neg: lambda box: Box(-box.upper, -box.lower),
-    operator.add: lambda box, constant: Box(box.lower + constant, box.upper + constant),
-    "flatten": lambda box, start: Box(box.lower.flatten(start), box.upper.flatten(start)),
+    operator.add: _shifted,
+    "flatten": lambda box, start=0: Box(box.lower.flatten(start), box.upper.flatten(start)),
 }
+
+
+def _has_rule(layer: nn.Module) -> bool:
+    """Whether a rule was made for this very class, and not for one whose forward it replaces."""
+    made_for = next((kind for kind in type(layer).__mro__ if kind in layer_bounds.registry), object)
+    return made_for is not object and type(layer).forward is getattr(made_for, "forward", None)
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return layer_bounds.dispatch(type(module)) is not layer_bounds.dispatch(object) or super().is_leaf_module(
-            module, name
-        )
+        return _has_rule(module) or super().is_leaf_module(module, name)
 
 
 class _OfImages(nn.Module):
@@ -227,6 +246,24 @@ class _Interpreter:
         self.root, self.sound = _OfImages(network), sound
         self.nodes = list(_Tracer().trace(self.root).nodes)
         (self.output,) = (node.args[0] for node in self.nodes if node.op == "output")
+        if not isinstance(self.output, fx.Node):
+            raise TypeError(f"interval bounds: {type(network).__name__} has several outputs; there is a rule for one")
+        for node in self.nodes:
+            self._check(node)
+
+    def _check(self, node: fx.Node) -> None:
+        """That there is a rule for a node: none may be left out silently."""
+        if node.op == "call_module":
+            layer = self.root.get_submodule(str(node.target))
+            if not _has_rule(layer):
+                raise TypeError(f"interval bounds: there is no rule for layers of type {type(layer).__name__}")
+            others = [*node.args[1:], *node.kwargs.values()]
+            if any(other is not None and other != math.inf for other in others):  # p = inf is what the rules are for
+                raise TypeError(
+                    f"interval bounds: {type(layer).__name__} is called with {others}; the rule is for none"
+                )
+        elif node.op in ("call_function", "call_method") and (node.target not in FUNCTIONS or node.kwargs):
+            raise TypeError(f"interval bounds: there is no rule for the operation {node.target} {node.kwargs or ''}")
 
     @property
     def last_layer(self) -> nn.Module | None:
@@ -250,7 +287,5 @@ class _Interpreter:
             elif node.op == "call_module":
                 values[node] = layer_bounds(self.root.get_submodule(node.target), value(node.args[0]), self.sound)
             elif node.op in ("call_function", "call_method"):
-                if node.target not in FUNCTIONS:
-                    raise TypeError(f"interval bounds: there is no rule for the operation {node.target}")
                 values[node] = FUNCTIONS[node.target](*map(value, node.args))
         return values[self.output]
