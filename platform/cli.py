@@ -375,7 +375,7 @@ def _estimate(experiment: Experiment, dataset: Dataset) -> None:
     unit, per_hour = ("hours", 1) if whole > 0.1 else ("seconds", 3600)
     hours, steps, scoring = (part * per_hour for part in (whole, guess.training_hours, guess.scoring_hours))
     console.print(
-        f"\nAbout {hours:.2g} {unit} ({steps:.2g} of steps, {scoring:.2g} of scoring) and "
+        f"\nAbout {hours:.3g} {unit} ({steps:.3g} of steps, {scoring:.3g} of scoring) and "
         f"{guess.memory / 2**30:.2g} GiB, on {hardware()}."
     )
     if experiment.compute.workers > 1:
