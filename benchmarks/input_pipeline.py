@@ -16,10 +16,10 @@ Private (Private_Clean + Private_Dirty, what would be free again if that process
 what the allocator keeps of the batches) and Rss, which counts the file in full for every process, ten times over. All
 code is loaded, and has run once, before the first measurement.
 
-Measured on 2 cores of an AMD Zen 4 with AVX-512: 3.1 % of a step at p = 8 (1.3 of 41 ms), 1.8 % at p = 64, 4.8 % at
-p = inf (1.3 of 27 ms); 9 to 14 MB for each process on Fashion-MNIST (a file of 47 MB), 24 to 30 MB on CIFAR-10 (154 MB,
-of which a tenth is charged). Both hold, at p = inf and on CIFAR-10 barely. Where others use the cores too, every
-parallel region waits for them, and the shares mean little: measure alone.
+Measured on 2 cores of an AMD Zen 4 with AVX-512: 2.6 % of a step at p = 8 (1.3 of 48 ms), 1.5 % at p = 64, 3.5 % at
+p = inf (0.9 of 26 ms); 11 to 14 MB for each process on Fashion-MNIST (a file of 47 MB), 24 to 30 MB on CIFAR-10 (154
+MB, of which a tenth is charged). Both hold, on CIFAR-10 barely. Where others use the cores too, every parallel region
+waits for them, and the shares mean little: measure alone.
 """
 
 import argparse
