@@ -5,6 +5,7 @@ Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing was starte
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -272,12 +273,13 @@ def evaluate(
     from linflab.platform.scoring import record_scores, score, weights_of_run
 
     path, place = Path(what), None
-    if not path.is_file():
+    if "/" in what or what.endswith(".pt"):
+        if not path.is_file():
+            raise SettingError(f"{what}: there is no such file")
+    else:
         place = Storage.with_records(storage)
         path = weights_of_run(place, what)
     scores = score(path, radii, certifier, sound, attack == "pgd", console)
-    if place is not None:
-        record_scores(place, what, scores)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(scores)))
     else:
@@ -286,12 +288,13 @@ def evaluate(
         for row in rows:
             row |= {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in columns[1:]}
         _print_rows(rows, columns, as_json=False)
-        console.print(f"\n{scores.notes}")
+        console.print(f"\nIn percent. {scores.notes}")
+    if place is not None:
+        record_scores(place, what, scores)
     broken = sum(row.certified_but_broken or 0 for row in scores.rows)
     if broken:
-        raise TrainingError(
-            f"the attack broke {broken} certified samples: certifier {scores.certifier} is not sound here"
-        )
+        hint = "" if sound else "; --sound accounts for rounding"
+        raise TrainingError(f"the attack broke {broken} samples that {scores.certifier} had certified{hint}")
 
 
 def _radii(text: str) -> list[float]:
@@ -299,7 +302,7 @@ def _radii(text: str) -> list[float]:
         radii = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         radii = [-1.0]
-    if not all(0 <= radius <= 1 for radius in radii):
+    if not all(0 <= radius <= 1 for radius in radii) or (text and not radii):
         raise SettingError(f"eps={text}: must be numbers from 0 to 1, separated by commas, as in 0.05,0.1")
     return radii
 
@@ -317,6 +320,8 @@ def certify(
     from linflab.platform.scoring import certify_images
 
     rows = [dataclasses.asdict(one) for one in certify_images(checkpoint, images, certifier)]
+    if not as_json:  # never more than what is proven
+        rows = [{**row, "radius": f"{math.floor(1e4 * row['radius']) / 1e4:.4f}"} for row in rows]
     _print_rows(rows, ["image", "prediction", "radius", "certifier"], as_json)
 
 

@@ -211,7 +211,7 @@ def _keep_known(node: dict[str, Any], path: Sequence[str], tree: Mapping[str, An
     """Leave of a section, which got another kind, the settings that this kind has too."""
     try:
         known = _section(path, tree).model_fields
-    except (KeyError, AttributeError):  # refused in the end, by its name
+    except (KeyError, AttributeError, IndexError):  # refused in the end, by its name
         known = {}
     for key in [key for key in node if key not in known and key != "kind"]:
         del node[key]

@@ -1,5 +1,6 @@
 """Trained weights scored after the training: on a test set, at many eps, or on images of one's own."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,14 @@ import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from linflab.models.robustness.certification import Certifier, certified_radius, certifier_of
 from linflab.platform.datasets import facts_of, load_dataset
-from linflab.platform.errors import SettingError
+from linflab.platform.errors import SettingError, TrainingError
 from linflab.platform.evaluation import evaluate_at
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run
@@ -65,10 +66,12 @@ def score(path: Path, eps: Sequence[float], certifier: str, sound: bool, attacke
     """
     experiment, network = load_network(path)
     name = _certifier(certifier, network)
-    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
-    torch.set_num_threads(experiment.compute.cpus_per_worker)
+    # where there is no CUDA device, weights that were trained on one are scored on the CPU
+    device = device_of(experiment) if torch.cuda.is_available() else torch.device("cpu")
+    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device)
+    torch.set_num_threads(min(experiment.compute.cpus_per_worker, os.cpu_count() or 1))
     attack = experiment.evaluation.attack if attacked else None
-    radii = list(eps) or [experiment.eps]
+    radii = list(dict.fromkeys(eps)) or [experiment.eps]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("test images", total=len(dataset.test))
         accuracies = evaluate_at(
@@ -88,7 +91,7 @@ def score(path: Path, eps: Sequence[float], certifier: str, sound: bool, attacke
     ]
     ran = "" if attack is None else f"PGD, {attack.steps} steps of {attack.step_size:g} eps, {attack.restarts} restarts"
     proof = "float32 rounding included" if sound else "of exact arithmetic"
-    notes = f"In percent, on {len(dataset.test)} test images. Certified: by {name}, {proof}."
+    notes = f"On {len(dataset.test)} test images. Certified: by {name}, {proof}."
     return Scores(rows, name, sound, ran, f"{notes} Robust: {ran}." if ran else notes)
 
 
@@ -113,11 +116,15 @@ def certify_images(path: Path, images: Sequence[Path], certifier: str) -> list[C
 
 def _read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     channels, height, width = shape
+    if channels not in (1, 3):
+        raise SettingError(f"{path}: the network sees {channels} channels, and image files have 1 or 3")
     try:
         with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "RGB"):  # others would be cut or stretched to 8 bits
+                raise ValueError(f"its mode is {image.mode}; 8 bits of grey or RGB without transparency will do")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise SettingError(f"{path}: can't be read as an image ({error})") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise SettingError(f"{path}: can't be read as an image ({' '.join(str(error).split())})") from None
     if pixels.shape[:2] != (height, width):
         raise SettingError(
             f"{path}: has {pixels.shape[0]} x {pixels.shape[1]} pixels, and the network sees {height} x {width}"
@@ -156,7 +163,10 @@ def record_scores(storage: Storage, run: str, scores: Scores) -> None:
     kind = f"{scores.certifier}{'-sound' if scores.sound else ''}"
     metrics = {}
     for row in scores.rows:
-        metrics[f"{schema.TEST_CERTIFIED}/{kind}/eps-{row.eps:g}"] = row.certified
+        metrics[f"{schema.TEST_CERTIFIED}/{kind}/eps-{row.eps!r}"] = row.certified
         if row.robust is not None:
-            metrics[f"{schema.TEST_ROBUST}/eps-{row.eps:g}"] = row.robust
-    Run(MlflowClient(storage.tracking_uri), run).log_metrics(metrics)
+            metrics[f"{schema.TEST_ROBUST}/eps-{row.eps!r}"] = row.robust
+    try:
+        Run(MlflowClient(storage.tracking_uri), run).log_metrics(metrics)
+    except MlflowException as error:  # deleted meanwhile, say
+        raise TrainingError(f"the scores could not be added to run {run} ({' '.join(str(error).split())})") from None

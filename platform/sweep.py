@@ -92,7 +92,7 @@ def plan_sweep(
     check_fits(base, dataset)
     lows = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
     for path, distribution in space.parameters.items():
-        if path.startswith(FIXED):
+        if any(path == fixed or path.startswith(f"{fixed}.") for fixed in FIXED):
             raise SettingError(
                 f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
             )

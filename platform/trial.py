@@ -15,7 +15,7 @@ from linflab.models.networks.cost import count_flops, count_parameters
 from linflab.models.robustness.certification import certifier_of
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import SettingError
+from linflab.platform.errors import Interrupted, SettingError
 from linflab.platform.evaluation import evaluate
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run, checkpoints_of
@@ -119,6 +119,8 @@ def run_trial(
         dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
         with stop_signals() if checkpointed else nullcontext(lambda: False) as should_stop:
             trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
+            if should_stop():
+                raise Interrupted("stopped before the test images were scored")
         evaluation = experiment.evaluation
         test = evaluate(
             trained.network, dataset.test, experiment.eps, evaluation.batch_size, evaluation.attack, experiment.seed

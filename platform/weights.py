@@ -32,6 +32,12 @@ def load_network(path: Path) -> tuple[Experiment, nn.Module]:
         experiment = build_experiment(yaml.safe_load(saved["experiment"]), {})
         network = network_of(experiment)
         network.load_state_dict(saved["network"])
+        if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+            raise ValueError("it holds numbers that are not finite")
+        if not network.features.normalize.std > 0:
+            raise ValueError("its standard deviation is not positive")
+    except SettingError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split())[:200]
         raise SettingError(f"{path}: can't be read as weights of a linflab network ({reason})") from None

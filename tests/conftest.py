@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from linflab.platform.cli import main
 from linflab.platform.config import Experiment, load_experiment
 from linflab.platform.datasets import Dataset, load_dataset
 from linflab.platform.training import Trained, fit
@@ -52,6 +53,32 @@ def linflab() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ran in this process: a new one would spend seconds on imports."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    def run(*arguments: str, **environment: str) -> Done:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.argv", ["linflab", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Done(ended.value.code or 0, said.out, said.err)
+
+    return run
+
+
+Here = Callable[..., Done]
 
 
 @dataclass(frozen=True)

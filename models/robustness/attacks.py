@@ -50,7 +50,7 @@ def pgd(
         if len(alive) == 0:
             break
         clean, target = images[alive], labels[alive]
-        low, high = (clean - eps).clamp(min=0), (clean + eps).clamp(max=1)
+        low, high = (_within(clean, shift).clamp(0, 1) for shift in (-eps, eps))
         noise = torch.rand(clean.shape, generator=generator).to(clean)
         attacked = low + (high - low) * noise
         broken = torch.zeros_like(target, dtype=torch.bool)
@@ -69,3 +69,11 @@ def pgd(
             attacked = torch.clamp(attacked, min=low, max=high)
         robust[alive[broken]] = False
     return robust
+
+
+def _within(images: Tensor, shift: float) -> Tensor:
+    """images + shift, rounded towards the images: no further from them than |shift|, exactly."""
+    exact = images.double() + shift
+    nearest = exact.to(images.dtype)
+    beyond = (nearest.double() - exact) * shift > 0
+    return torch.where(beyond, torch.nextafter(nearest, images), nearest)

@@ -27,7 +27,7 @@ def certifier_of(network: nn.Module) -> Certifier:
 def certified(
     network: nn.Module, images: Tensor, labels: Tensor, eps: float, certifier: Certifier, sound: bool = False
 ) -> Tensor:
-    """Which images keep their right class at every perturbation up to eps: the certified radius is strictly above eps.
+    """Which images keep their right class at every image within eps: the certified radius is strictly above eps.
 
     Args:
         network: in evaluation mode.
@@ -42,10 +42,12 @@ def certified(
 
     Raises:
         TypeError: `lipschitz`, and the network has no constant by construction; `interval`, and a layer has no rule.
-        ValueError: the network is in training mode, where outputs depend on the batch.
+        ValueError: the network is in training mode, where outputs depend on the batch; sound certificates of what is
+            no image in [0, 1], or with matrix products of reduced precision.
     """
     if certifier == "lipschitz":
         return lipschitz_radius(network, images, labels, sound).double() > eps
+    _check_images(images, sound)
     with torch.no_grad():
         return interval_margins(network, pixel_box(images, eps), labels, sound).amax(dim=1) < 0
 
@@ -59,6 +61,7 @@ def certified_radius(
     """
     if certifier == "lipschitz":
         return lipschitz_radius(network, images, labels, sound)
+    _check_images(images, sound)
     inside = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     outside = torch.ones_like(inside)
     with torch.no_grad():
@@ -78,8 +81,8 @@ def lipschitz_radius(network: nn.Module, images: Tensor, labels: Tensor, sound: 
     perturbation up to the radius makes another class win. An image counts as certified at eps when its radius is
     strictly greater than eps. Source: Zhang et al. 2021, Section 3.
 
-    To be sound, 4 E is taken off the margin: two logits, each computed at two images, are off by at most E
-    (`logit_error`); and the margin and its quotient are rounded.
+    To be sound, 4 E is taken off the margin: two logits, each computed at two images in [0, 1], are off by at most E
+    (`logit_error`). The margin and what is made of it are rounded six times: 8 u of either is more.
 
     Args:
         network: in evaluation mode, with an attribute `lipschitz_constant` (per pixel, l_inf norm).
@@ -103,7 +106,15 @@ def lipschitz_radius(network: nn.Module, images: Tensor, labels: Tensor, sound: 
         margins = margin(network(images), labels)
         if not sound:
             return margins / (2 * lipschitz_constant)
-        if not isinstance(network, LinfDistNet):
+        _check_images(images, sound)
+        if type(network) is not LinfDistNet:
             raise TypeError(f"no bound on the roundings of {type(network).__name__} is known: sound=True can't be had")
-        kept = (margins.double() - 4 * logit_error(network)) / (2 * lipschitz_constant * lipschitz_excess(network))
-        return kept - 4 * unit_roundoff(margins.dtype) * kept.abs()
+        rounded = 8 * unit_roundoff(margins.dtype)
+        kept = margins.double() - rounded * margins.abs().double() - 4 * logit_error(network)
+        radius = kept / (2 * lipschitz_constant * lipschitz_excess(network))
+        return radius - rounded * radius.abs()
+
+
+def _check_images(images: Tensor, sound: bool) -> None:
+    if sound and not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError("sound certificates are for images in [0, 1]; some pixels are outside")

@@ -1,5 +1,6 @@
 """Sound certificates hold for networks as they are computed, in float32: no violation, at any point that was tried."""
 
+import copy
 import math
 
 import numpy as np
@@ -10,9 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, ScaledLinear, SortDistance
-from linflab.models.networks.linf_dist import LinfDistNet
+from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet
 from linflab.models.networks.sort_net import draw_subsets
-from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, layer_bounds, pixel_box
+from linflab.models.robustness.bounds.interval import (
+    Box,
+    interval_bounds,
+    interval_margins,
+    layer_bounds,
+    linear_margins,
+    pixel_box,
+)
 from linflab.models.robustness.bounds.rounding import gamma, logit_error, upper_float
 from linflab.models.robustness.certification import certified, certified_radius, certifier_of, lipschitz_radius
 from linflab.models.robustness.objectives import margin, wrong_class_margins
@@ -55,7 +63,10 @@ def points(box: Box, count: int) -> torch.Tensor:
 def test_layers_compute_nothing_outside_their_boxes(layer: nn.Module, scale: float) -> None:
     """Also near the smallest floats, where differences may be flushed to zero. Boxes so narrow that roundings count."""
     torch.manual_seed(1)
-    layer = layer.eval()
+    layer = copy.deepcopy(layer).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter *= scale
     shape = (8, *SHAPE) if isinstance(layer, LpDistanceConv2d) else (8, 36)
     lower = torch.randn(shape) * scale
     for width in (0.0, 1e-7, 1e-3, 1.0):
@@ -123,6 +134,44 @@ def test_rounding_error_of_a_net_is_bounded(kind: str) -> None:
             computed, exact = net(images).double(), net.double()(images.double())
         error = (computed - exact).abs().max().item()
         assert 0 < error <= logit_error(net.float()) < 1e-3 * scale
+
+
+def test_rounding_error_by_hand() -> None:
+    """Two layers: normalisation, distance, shift, distance, bias; every rounding relative to what it rounds."""
+    net = LinfDistMLPConfig(depth=2, width=3, initialization="normal").build((1, 1, 2), 2, (0.25,), 0.5).eval()
+    assert isinstance(net, LinfDistNet)
+    with torch.no_grad():
+        net.features.distances[0].weight.copy_(torch.tensor([[1.0, -4.0], [0.0, 2.0], [3.0, 0.5]]))
+        net.features.shifts[0].running_mean.copy_(torch.tensor([1.0, -2.0, 5.0]))
+        net.last.weight.copy_(torch.tensor([[1.0, 7.0, -1.0], [0.0, 0.0, 2.0]]))
+        net.bias.copy_(torch.tensor([0.5, -3.0]))
+    pixels = 0.75 / 0.5  # largest normalised pixel
+    first, shifted = pixels + 4, pixels + 4 + 5
+    second, logits = shifted + 7, shifted + 7 + 3
+    assert logit_error(net) == pytest.approx(1.2 * 2**-24 * (2 * pixels + first + shifted + second + logits))
+
+
+def test_underflow_is_accounted_for() -> None:
+    """Weights of the smallest float: their products vanish, and so would a bound that is relative to them."""
+    least = 2.0**-149
+    layer = nn.Linear(64, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.stack([torch.full((64,), least), torch.zeros(64)]))
+        layer.bias.copy_(torch.tensor([0.0, 10 * least]))
+        box = Box(torch.full((1, 64), 0.499), torch.full((1, 64), 0.505))
+        bounds, computed = layer_bounds(layer, box, True), layer(box.lower)
+        assert (computed >= bounds.lower).all() and (computed <= bounds.upper).all()
+        assert linear_margins(layer, box, torch.tensor([0]), sound=True)[0, 1] > 0
+
+
+def test_what_sound_certificates_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images, labels = network("mlp"), torch.rand(2, *SHAPE), torch.tensor([0, 1])
+    for certifier in ("lipschitz", "interval"):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            certified(net, images + 1, labels, 0.1, certifier, sound=True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with pytest.raises(ValueError, match="highest"):
+        certified(network("hybrid"), images, labels, 0.1, "interval", sound=True)
 
 
 def test_radii_of_two_certifiers() -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import QUICK, RECIPE, FinishedSweep
+from tests.conftest import QUICK, RECIPE, Done, FinishedSweep, Here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 # no way out to a network, also where there is one
 OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
 
 
-def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+def refused(done: subprocess.CompletedProcess[str] | Done, *says: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("linflab: ")
@@ -29,21 +29,21 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     ("override", "says"),
     [("model.widht=3", "did you mean width?"), ("model.width=wide", "integer"), ("eps=-1", "eps=-1")],
 )
-def test_wrong_settings(linflab: Command, tmp_path: Path, command: list[str], override: str, says: str) -> None:
-    refused(linflab(*command, override, "--storage", str(tmp_path / "runs")), override, says)
+def test_wrong_settings(here: Here, tmp_path: Path, command: list[str], override: str, says: str) -> None:
+    refused(here(*command, override, "--storage", str(tmp_path / "runs")), override, says)
     assert not (tmp_path / "runs").exists()
 
 
-def test_p_start_above_p_end(linflab: Command, tmp_path: Path) -> None:
-    refused(linflab("train", RECIPE, "p_schedule.start=100", "p_schedule.end=10"), "start=100", "end=10")
+def test_p_start_above_p_end(here: Here, tmp_path: Path) -> None:
+    refused(here("train", RECIPE, "p_schedule.start=100", "p_schedule.end=10"), "start=100", "end=10")
 
 
 def test_unknown_recipe(linflab: Command) -> None:
     refused(linflab("train", "digits_eps0.1"), "recipe=digits_eps0.1", RECIPE)
 
 
-def test_missing_data_without_network(linflab: Command, tmp_path: Path) -> None:
-    done = linflab(
+def test_missing_data_without_network(here: Here, tmp_path: Path) -> None:
+    done = here(
         "train",
         RECIPE,
         "dataset=fashion_mnist",
@@ -56,19 +56,19 @@ def test_missing_data_without_network(linflab: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["train", RECIPE], ["sweep", RECIPE, "demo"]])
-def test_unwritable_storage(linflab: Command, tmp_path: Path, command: list[str]) -> None:
+def test_unwritable_storage(here: Here, tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "file").touch()  # a file where a folder is needed: not even root can write below it
-    refused(linflab(*command, "--storage", str(tmp_path / "file" / "runs")), str(tmp_path / "file"), "--storage")
+    refused(here(*command, "--storage", str(tmp_path / "file" / "runs")), str(tmp_path / "file"), "--storage")
 
 
 @pytest.mark.parametrize("storage", ["q?x", "p%41x", "garbage", "folder"])
-def test_storage_that_is_none(linflab: Command, tmp_path: Path, storage: str) -> None:
+def test_storage_that_is_none(here: Here, tmp_path: Path, storage: str) -> None:
     if storage in ("garbage", "folder"):
         (tmp_path / storage).mkdir()
         database = tmp_path / storage / "mlflow.db"
         database.write_bytes(b"no database" * 100) if storage == "garbage" else database.mkdir()
     for command in (["train", RECIPE], ["report", "sweep", "any"]):
-        refused(linflab(*command, "--storage", str(tmp_path / storage)), storage)
+        refused(here(*command, "--storage", str(tmp_path / storage)), storage)
 
 
 def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> None:
@@ -89,9 +89,11 @@ def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> 
         (["SPACE", "training.batch_size"], "training.batch_size=5000"),
         (["SPACE", "eps"], "eps can't be searched"),
         (["SPACE", "compute.workers"], "compute.workers can't be searched"),
+        (["SPACE", "training.include_validation"], "training.include_validation can't be searched"),
+        (["SPACE", "eps_ramp.share"], "eps_ramp.share=5000"),  # may be searched, and has an end
     ],
 )
-def test_wrong_sweeps(linflab: Command, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_wrong_sweeps(here: Here, tmp_path: Path, arguments: list[str], says: str) -> None:
     typed = arguments
     if arguments[0] == "SPACE":
         space = tmp_path / "space.yaml"
@@ -99,25 +101,23 @@ def test_wrong_sweeps(linflab: Command, tmp_path: Path, arguments: list[str], sa
             f"description: x\nparameters:\n  {arguments[1]}: {{distribution: integer, low: 1, high: 5000}}\n"
         )
         typed = [str(space)]
-    refused(linflab("sweep", RECIPE, *typed, "--storage", str(tmp_path / "runs")), says)
+    refused(here("sweep", RECIPE, *typed, "--storage", str(tmp_path / "runs")), says)
 
 
-def test_report_of_an_unknown_sweep(linflab: Command, tmp_path: Path, finished_sweep: FinishedSweep) -> None:
-    refused(
-        linflab("report", "sweep", "nothing", "--storage", str(tmp_path / "no")), str(tmp_path / "no"), "no records"
-    )
-    refused(linflab("ui", "--storage", str(tmp_path / "no")), "no records")
+def test_report_of_an_unknown_sweep(here: Here, tmp_path: Path, finished_sweep: FinishedSweep) -> None:
+    refused(here("report", "sweep", "nothing", "--storage", str(tmp_path / "no")), str(tmp_path / "no"), "no records")
+    refused(here("ui", "--storage", str(tmp_path / "no")), "no records")
     assert not (tmp_path / "no").exists()
-    refused(linflab("report", "sweep", "nothing", "--storage", str(finished_sweep.storage)), "sweep=nothing", "three")
+    refused(here("report", "sweep", "nothing", "--storage", str(finished_sweep.storage)), "sweep=nothing", "three")
 
 
-def test_listings(linflab: Command) -> None:
-    recipes = json.loads(linflab("recipes", "--json").stdout)
+def test_listings(here: Here) -> None:
+    recipes = json.loads(here("recipes", "--json").stdout)
     assert RECIPE in [recipe["recipe"] for recipe in recipes]
-    spaces = json.loads(linflab("space", "list", "--json").stdout)
+    spaces = json.loads(here("space", "list", "--json").stdout)
     assert "demo" in [space["space"] for space in spaces]
-    assert "p_schedule.start" in linflab("space", "show", "demo").stdout
-    described = json.loads(linflab("describe", RECIPE, "model.width=10", "--json").stdout)
+    assert "p_schedule.start" in here("space", "show", "demo").stdout
+    described = json.loads(here("describe", RECIPE, "model.width=10", "--json").stdout)
     assert described["flops"] == 64 * 10 + 10 * 10 + 10 * 10
     assert described["settings"]["model.width"] == 10
 
@@ -128,8 +128,8 @@ def test_train_prints_progress_and_result(linflab: Command, tmp_path: Path) -> N
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
     assert "p inf" in lines[2] and "certified" in lines[2]
-    assert lines[3].startswith("Test: clean ")
-    assert f"linflab ui --storage {tmp_path}" in lines[4]
+    assert lines[3].startswith("scoring") and lines[4].startswith("Test: clean ")
+    assert f"linflab ui --storage {tmp_path}" in lines[5]
 
 
 def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:
@@ -138,28 +138,28 @@ def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("linflab: the loss became")
 
 
-def test_describe_shows_layers_and_cost(linflab: Command) -> None:
-    done = linflab("describe", "mnist_eps0.3_linf_dist_hybrid")
+def test_describe_shows_layers_and_cost(here: Here) -> None:
+    done = here("describe", "mnist_eps0.3_linf_dist_hybrid")
     assert done.returncode == 0
     for words in ("features.distances.0", "ScaledLinear", "4,014,080", "85,283,840 FLOPs", "A step on 512 images"):
         assert words in done.stdout
 
 
-def test_dry_run_estimates_and_records_nothing(linflab: Command, tmp_path: Path) -> None:
-    done = linflab("train", RECIPE, "--dry-run", "--storage", str(tmp_path / "runs"))
+def test_dry_run_estimates_and_records_nothing(here: Here, tmp_path: Path) -> None:
+    done = here("train", RECIPE, "--dry-run", "--storage", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
     assert "seconds (" in done.stdout and "GiB" in done.stdout and done.stdout.count("\n") > 8
     assert not (tmp_path / "runs").exists()
 
 
-def test_hybrids_name_their_certifier(linflab: Command, tmp_path: Path) -> None:
+def test_hybrids_name_their_certifier(here: Here, tmp_path: Path) -> None:
     settings = ["model.kind=linf_dist_hybrid", "model.net.kind=linf_dist_mlp", "model.net.width=32", "model.hidden=16"]
     settings += [
         "objective.kind=worst_case_cross_entropy",
         "objective.eps_train=0.1",
         "training.include_validation=true",
     ]
-    done = linflab("train", RECIPE, *QUICK, *settings, "--storage", str(tmp_path / "runs"))
+    done = here("train", RECIPE, *QUICK, *settings, "--storage", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
     assert "certified (interval)" in done.stdout and "trained on training and validation images" in done.stdout
     (run,) = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_runs(["1"])
@@ -170,6 +170,6 @@ def test_hybrids_name_their_certifier(linflab: Command, tmp_path: Path) -> None:
     assert run.data.metrics["test/certified_but_broken"] == 0
 
 
-def test_sweeps_need_validation_images(linflab: Command, tmp_path: Path) -> None:
-    done = linflab("sweep", RECIPE, "demo", "training.include_validation=true", "--storage", str(tmp_path / "runs"))
+def test_sweeps_need_validation_images(here: Here, tmp_path: Path) -> None:
+    done = here("sweep", RECIPE, "demo", "training.include_validation=true", "--storage", str(tmp_path / "runs"))
     refused(done, "training.include_validation=true")

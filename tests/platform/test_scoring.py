@@ -14,36 +14,13 @@ from PIL import Image
 
 from linflab.models.robustness.attacks import PGDConfig
 from linflab.models.robustness.certification import certified_radius
-from linflab.platform.cli import main
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.evaluation import Accuracy, evaluate, evaluate_at
 from linflab.platform.weights import load_network, network_of, save_weights
-from tests.conftest import QUICK, RECIPE, TrainedOnDigits
+from tests.conftest import QUICK, RECIPE, Here, TrainedOnDigits
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-Here = Callable[..., "Done"]
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that ran in this process: a new one would spend seconds on imports."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr("sys.argv", ["linflab", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Done(ended.value.code or 0, said.out, said.err)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,10 @@ def test_many_eps_and_certifiers(run: FinishedRun, here: Here) -> None:
 def test_what_is_printed(run: FinishedRun, here: Here) -> None:
     done = here("evaluate", str(run.weights), "--eps", "0.05,0.1", "--sound")
     assert done.returncode == 0, done.stderr
-    assert "Certified: by lipschitz, float32 rounding included." in done.stdout and "PGD, 10 steps" in done.stdout
+    assert (
+        "In percent. On 360 test images. Certified: by lipschitz, float32 rounding included." in done.stdout
+        and "PGD, 10 steps" in done.stdout
+    )
     assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["eps", "0.05", "0.1"]
 
 
@@ -114,7 +94,7 @@ def test_certified_samples_that_are_broken_end_it_loudly(
     broken = [Accuracy(0.9, 0.8, 0.7, certified_but_broken=3)]
     monkeypatch.setattr("linflab.platform.scoring.evaluate_at", lambda *arguments: broken)
     done = here("evaluate", str(run.weights))
-    assert done.returncode == 1 and "broke 3 certified samples" in done.stderr
+    assert done.returncode == 1 and "broke 3 samples that lipschitz had certified" in done.stderr
 
 
 def test_images_of_ones_own(run: FinishedRun, here: Here, tmp_path: Path) -> None:
@@ -138,9 +118,17 @@ def test_wrong_input(run: FinishedRun, here: Here, tmp_path: Path) -> None:
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
     (tmp_path / "text.png").write_text("no image")
     Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((8, 8), 10000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    experiment, network = load_network(run.weights)
+    network.features.normalize.std.neg_()
+    save_weights(tmp_path / "negative.pt", network, experiment, 0)
     storage = ["--storage", str(run.storage)]
     for arguments, says in (
         (["evaluate", "nothing", *storage], "neither a file nor a run"),
+        (["evaluate", str(tmp_path / "nothing.pt")], "no such file"),
+        (["evaluate", str(run.weights), "--eps", ","], "eps=,"),
+        (["evaluate", str(tmp_path / "negative.pt")], "standard deviation"),
+        (["certify", str(run.weights), str(tmp_path / "deep.png")], "its mode is I;16"),
         (["evaluate", str(tmp_path / "damaged.pt")], "can't be read as weights"),
         (["evaluate", str(run.weights), "--eps", "0.1,x"], "eps=0.1,x"),
         (["evaluate", str(run.weights), "--certifier", "magic"], "certifier=magic"),

@@ -94,7 +94,10 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
     if isinstance(last, nn.Linear):
         return linear_margins(last, interpreter.run(box, last_layer=False), labels, sound)
     lower, upper = interpreter.run(box)
-    return (upper - lower.gather(1, labels[:, None])).scatter(1, labels[:, None], -math.inf)
+    margins = upper - lower.gather(1, labels[:, None])
+    if sound:  # the difference is rounded
+        margins = torch.nextafter(margins, torch.full_like(margins, math.inf))
+    return margins.scatter(1, labels[:, None], -math.inf)
 
 
 def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = False) -> Tensor:
@@ -102,7 +105,8 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
 
     To be sound they are widened for both logits. Of the sums of magnitudes of a logit's terms, at the largest inputs of
     the box, its own computation is off by gamma(I + 1), the centre, the spread and their inputs by as much each, and
-    differences of weights and of logits by a few u: 8 gamma(I + 4) is more than all of it.
+    differences of weights and of logits by a few u: 8 gamma(I + 4) is more than all of it, and TINY for every term more
+    than underflow adds.
     """
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
     weight = weight_of(layer)
@@ -116,7 +120,7 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
     margins = wrong_class_margins(layer(centre), labels) + spread
     if not sound:
         return margins
-    error = 8 * gamma(layer.in_features + 4, margins.dtype) * _magnitudes(layer, box)
+    error = 8 * (gamma(layer.in_features + 4, margins.dtype) * _magnitudes(layer, box) + layer.in_features * TINY)
     return margins + error + error.gather(1, labels[:, None])
 
 
@@ -162,11 +166,15 @@ def _tanh(layer: nn.Tanh, box: Box, sound: bool = False) -> Box:
 @layer_bounds.register(nn.Linear)
 @layer_bounds.register(ScaledLinear)
 def _linear(layer: nn.Linear, box: Box, sound: bool = False) -> Box:
-    """To be sound: centre, spread and the layer's own sum are off by gamma(I + 1) each, their inputs and sums by u."""
+    """To be sound: centre, spread and the layer's own sum are off by gamma(I + 1) each, their inputs and sums by u.
+
+    Underflow adds less than TINY for every term.
+    """
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
     middle, spread = layer(centre), functional.linear(radius, weight_of(layer).abs())
     if sound:
-        spread = spread + 5 * gamma(layer.in_features + 4, spread.dtype) * _magnitudes(layer, box)
+        share = gamma(layer.in_features + 4, spread.dtype)
+        spread = spread + 5 * (share * _magnitudes(layer, box) + layer.in_features * TINY)
     return Box(middle - spread, middle + spread)
 
 
@@ -211,12 +219,14 @@ def _shifted(box: Box, constant: Tensor | float) -> Box:
 FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Box]] = {
     operator.neg: lambda box: Box(-box.upper, -box.lower),
     operator.add: _shifted,
-    "flatten": lambda box, start=0: Box(box.lower.flatten(start), box.upper.flatten(start)),
+    "flatten": lambda box, *dims: Box(box.lower.flatten(*dims), box.upper.flatten(*dims)),
 }
 
 
 def _has_rule(layer: nn.Module) -> bool:
-    """Whether a rule was made for this very class, and not for one whose forward it replaces."""
+    """Whether a rule was made for this very class, and not for one whose forward it replaces, as hooks do too."""
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
     made_for = next((kind for kind in type(layer).__mro__ if kind in layer_bounds.registry), object)
     return made_for is not object and type(layer).forward is getattr(made_for, "forward", None)
 
@@ -243,6 +253,11 @@ class _Interpreter:
     def __init__(self, network: nn.Module, sound: bool) -> None:
         if any(module.training for module in network.modules()):
             raise ValueError("interval bounds need the network in evaluation mode: call network.eval() first")
+        if sound and torch.get_float32_matmul_precision() != "highest":
+            raise ValueError(
+                f"sound bounds need torch.set_float32_matmul_precision('highest'), it is "
+                f"{torch.get_float32_matmul_precision()!r}: matrix products of fewer bits are not accounted for"
+            )
         self.root, self.sound = _OfImages(network), sound
         self.nodes = list(_Tracer().trace(self.root).nodes)
         (self.output,) = (node.args[0] for node in self.nodes if node.op == "output")

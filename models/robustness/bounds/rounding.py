@@ -3,8 +3,8 @@
 The model of arithmetic is IEEE 754 with rounding to nearest: a + b, a - b, a b, a / b and a fused a b + c are the exact
 result times 1 + d with |d| <= u, the unit roundoff; a sum of n products, in any order and fused or not, is off by at
 most gamma(n) times the sum of the products' magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
-Lemma 8.4). Matrix products in TF32 or by transforms do not keep to it. That results below the normal floats may be
-flushed to zero is accounted for by TINY.
+Lemma 8.4), where nothing underflows. TINY is more than a difference or a product loses where it does, or where results
+below the normal floats are flushed to zero. Matrix products in TF32 or by transforms do not keep to this model.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linflab.models.networks.layers import DistanceLayer, SortDistance
 from linflab.models.networks.linf_dist import LinfDistNet
 
-TINY = 2.0**-120  # more than flushing can change a difference of floats in float32
+TINY = 2.0**-120
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -44,7 +44,7 @@ def logit_error(network: LinfDistNet) -> float:
     rounded difference |x_i - w_i|, a mean shift one more difference. SortNet's sum adds gamma of its terms.
 
     The bound does not depend on the image. In the final sum a fifth is added for what is left out: squares of u, and
-    the roundings of this sum itself.
+    the roundings of this sum itself; what underflow adds is far less than that.
     """
     u = unit_roundoff(network.bias.dtype)
     normalize = network.features.normalize
@@ -61,7 +61,7 @@ def logit_error(network: LinfDistNet) -> float:
         assert isinstance(shift, Tensor)
         size = distance + shift.abs().max().item()
         error += u * size
-    return 1.2 * error + TINY
+    return 1.2 * error
 
 
 def lipschitz_excess(network: nn.Module) -> float:
