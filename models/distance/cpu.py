@@ -1,4 +1,4 @@
-"""The operator on CPUs in float32: C++ kernels behind custom ops of `torch.library`.
+"""The operator on CPUs in float32: C++ kernels behind custom ops.
 
 `csrc/kernels.cpp` is compiled once per instruction set when linflab is installed; the widest that this machine has is
 loaded. The ops `linflab::...` have fake kernels and, where they are differentiable, gradients, so that `torch.compile`
@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from linflab.models.distance.reference import sort_coefficients
 
@@ -39,25 +39,25 @@ KERNELS = _load_kernels()
 MOST_SORTED = 2**24  # inputs whose positions the sorting kernels can tell apart: they hold them as floats
 
 
-torch.library.define("linflab::lp_distance", "(Tensor x, Tensor weight, float p) -> Tensor")
-torch.library.define(
+library.define("linflab::lp_distance", "(Tensor x, Tensor weight, float p) -> Tensor")
+library.define(
     "linflab::lp_distance_backward",
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor y, float p) -> (Tensor, Tensor)",
 )
-torch.library.define("linflab::linf_distance_bounds", "(Tensor lower, Tensor upper, Tensor weight) -> (Tensor, Tensor)")
-torch.library.define(
+library.define("linflab::linf_distance_bounds", "(Tensor lower, Tensor upper, Tensor weight) -> (Tensor, Tensor)")
+library.define(
     "linflab::lp_distance_on_subsets", "(Tensor x, Tensor weight, float p, Tensor kept, int group) -> Tensor"
 )
-torch.library.define(
+library.define(
     "linflab::lp_distance_on_subsets_backward",
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor y, float p, Tensor kept, int group) -> (Tensor, Tensor)",
 )
-torch.library.define("linflab::sort_distance", "(Tensor x, Tensor weight, float q, int terms) -> Tensor")
-torch.library.define(
+library.define("linflab::sort_distance", "(Tensor x, Tensor weight, float q, int terms) -> Tensor")
+library.define(
     "linflab::sort_distance_backward",
     "(Tensor grad_y, Tensor x, Tensor weight, float q, int terms) -> (Tensor, Tensor)",
 )
-torch.library.define(
+library.define(
     "linflab::sort_distance_bounds",
     "(Tensor lower, Tensor upper, Tensor weight, float q, int terms) -> (Tensor, Tensor)",
 )
@@ -72,7 +72,7 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return x.shape[0], weight.shape[0], x.shape[1]
 
 
-@torch.library.impl("linflab::lp_distance", "CPU")
+@library.impl("linflab::lp_distance", "CPU")
 def _forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -81,7 +81,7 @@ def _forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
     return y
 
 
-@torch.library.impl("linflab::lp_distance_backward", "CPU")
+@library.impl("linflab::lp_distance_backward", "CPU")
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
     grad_y, x, weight, y = grad_y.contiguous(), x.contiguous(), weight.contiguous(), y.contiguous()
     grad_x, grad_weight, scratch = x.new_zeros(x.shape), weight.new_zeros(weight.shape), torch.empty_like(y)
@@ -91,7 +91,7 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) ->
     return grad_x, grad_weight
 
 
-@torch.library.impl("linflab::linf_distance_bounds", "CPU")
+@library.impl("linflab::linf_distance_bounds", "CPU")
 def _bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     lower, upper, weight = lower.contiguous(), upper.contiguous(), weight.contiguous()
     low = lower.new_empty(lower.shape[0], weight.shape[0])
@@ -101,7 +101,7 @@ def _bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return low, high
 
 
-@torch.library.impl("linflab::lp_distance_on_subsets", "CPU")
+@library.impl("linflab::lp_distance_on_subsets", "CPU")
 def _forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
     x, weight, kept = x.contiguous(), weight.contiguous(), kept.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -110,7 +110,7 @@ def _forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group
     return y
 
 
-@torch.library.impl("linflab::lp_distance_on_subsets_backward", "CPU")
+@library.impl("linflab::lp_distance_on_subsets_backward", "CPU")
 def _backward_on_subsets(
     grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, kept: Tensor, group: int
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _coefficients(x: Tensor, q: float, terms: int) -> Tensor:
     return torch.tensor(sort_coefficients(q, terms, x.shape[1]), dtype=torch.float32)
 
 
-@torch.library.impl("linflab::sort_distance", "CPU")
+@library.impl("linflab::sort_distance", "CPU")
 def _sort_forward(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
     x, weight, coefficients = x.contiguous(), weight.contiguous(), _coefficients(x, q, terms)
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -135,7 +135,7 @@ def _sort_forward(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
     return y
 
 
-@torch.library.impl("linflab::sort_distance_backward", "CPU")
+@library.impl("linflab::sort_distance_backward", "CPU")
 def _sort_backward(grad_y: Tensor, x: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
     grad_y, x, weight, coefficients = (
         grad_y.contiguous(),
@@ -149,7 +149,7 @@ def _sort_backward(grad_y: Tensor, x: Tensor, weight: Tensor, q: float, terms: i
     return grad_x, grad_weight
 
 
-@torch.library.impl("linflab::sort_distance_bounds", "CPU")
+@library.impl("linflab::sort_distance_bounds", "CPU")
 def _sort_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
     lower, upper, weight = lower.contiguous(), upper.contiguous(), weight.contiguous()
     low = lower.new_empty(lower.shape[0], weight.shape[0])
@@ -159,45 +159,45 @@ def _sort_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: 
     return low, high
 
 
-@torch.library.register_fake("linflab::lp_distance")
+@library.register_fake("linflab::lp_distance")
 def _fake_forward(x: Tensor, weight: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("linflab::lp_distance_backward")
+@library.register_fake("linflab::lp_distance_backward")
 def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("linflab::linf_distance_bounds")
+@library.register_fake("linflab::linf_distance_bounds")
 def _fake_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     low = lower.new_empty(lower.shape[0], weight.shape[0])
     return low, torch.empty_like(low)
 
 
-@torch.library.register_fake("linflab::lp_distance_on_subsets")
+@library.register_fake("linflab::lp_distance_on_subsets")
 def _fake_forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("linflab::lp_distance_on_subsets_backward")
+@library.register_fake("linflab::lp_distance_on_subsets_backward")
 def _fake_backward_on_subsets(
     grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, kept: Tensor, group: int
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("linflab::sort_distance")
+@library.register_fake("linflab::sort_distance")
 def _fake_sort_forward(x: Tensor, weight: Tensor, q: float, terms: int) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("linflab::sort_distance_backward")
+@library.register_fake("linflab::sort_distance_backward")
 def _fake_sort_backward(grad_y: Tensor, x: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("linflab::sort_distance_bounds")
+@library.register_fake("linflab::sort_distance_bounds")
 def _fake_sort_bounds(lower: Tensor, upper: Tensor, weight: Tensor, q: float, terms: int) -> tuple[Tensor, Tensor]:
     low = lower.new_empty(lower.shape[0], weight.shape[0])
     return low, torch.empty_like(low)
@@ -239,14 +239,14 @@ def _no_second_gradients(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("distances are differentiable once; gradients of their gradients are not implemented")
 
 
-torch.library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
-torch.library.register_autograd("linflab::lp_distance_backward", _no_second_gradients)
-torch.library.register_autograd(
+library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
+library.register_autograd("linflab::lp_distance_backward", _no_second_gradients)
+library.register_autograd(
     "linflab::lp_distance_on_subsets", _gradients_on_subsets, setup_context=_save_for_backward_on_subsets
 )
-torch.library.register_autograd("linflab::lp_distance_on_subsets_backward", _no_second_gradients)
-torch.library.register_autograd("linflab::sort_distance", _sort_gradients, setup_context=_save_for_sort_backward)
-torch.library.register_autograd("linflab::sort_distance_backward", _no_second_gradients)
+library.register_autograd("linflab::lp_distance_on_subsets_backward", _no_second_gradients)
+library.register_autograd("linflab::sort_distance", _sort_gradients, setup_context=_save_for_sort_backward)
+library.register_autograd("linflab::sort_distance_backward", _no_second_gradients)
 
 
 def serves(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ inputs that its neurons see. Certificates hold in evaluation mode at p = inf.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -88,9 +89,9 @@ class DistanceNetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @abstractmethod
     def layers(self, input_shape: Sequence[int], classes: int) -> list[DistanceLayer]:
         """The distance layers, the last one with an output for every class."""
-        raise NotImplementedError
 
     def build(
         self, input_shape: Sequence[int], classes: int, mean: Sequence[float] = (0.0,), std: float = 1.0

@@ -1,35 +1,29 @@
 """The l_p-distance operator against its definition in float64 numpy: every implementation that this machine can run."""
 
-import importlib
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linflab.models.distance import (
     convolution,
-    cpu,
     linf_distance_bounds,
     lp_distance,
     lp_distance_conv2d,
     reference,
 )
+from tests.models.implementations import everywhere, using
 
 EXPONENTS = st.one_of(
     st.sampled_from([1.0, 2.0, 8.0, 9.7, 100.5, 1000.0, 2000.0, math.inf]), st.floats(min_value=1, max_value=2000)
 )
-
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-IMPLEMENTATIONS = ["reference", *cpu.MODULES.get(CAPABILITY, ("portable",))]
-everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 class Largest(TorchDispatchMode):
@@ -43,18 +37,6 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return result
-
-
-@contextmanager
-def using(implementation: str) -> Iterator[None]:
-    """Makes lp_distance use one implementation, for float32 on the CPU."""
-    before = cpu.KERNELS
-    compiled = implementation != "reference"
-    cpu.KERNELS = importlib.import_module(f"linflab.models.distance._kernels_{implementation}") if compiled else None
-    try:
-        yield
-    finally:
-        cpu.KERNELS = before
 
 
 def by_definition(x: np.ndarray, weight: np.ndarray, p: float) -> np.ndarray:
@@ -341,12 +323,12 @@ def test_wrong_convolutions(shape: tuple[int, ...], weight: tuple[int, ...], opt
 def test_custom_ops_keep_the_rules_of_torch_library() -> None:
     x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     for p in (8.0, 9.7, math.inf):
-        torch.library.opcheck(torch.ops.linflab.lp_distance.default, (x, weight, p))
+        library.opcheck(torch.ops.linflab.lp_distance.default, (x, weight, p))
     box = (x.detach(), x.detach() + 1, weight.detach())
-    torch.library.opcheck(torch.ops.linflab.linf_distance_bounds.default, box)
+    library.opcheck(torch.ops.linflab.linf_distance_bounds.default, box)
     y = lp_distance(*box[::2], 8.0)
     transposed = torch.randn(7, 5).t()
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.linflab.lp_distance_backward.default,
         (torch.randn(5, 3), transposed, weight.detach(), y, 8.0),
         test_utils=("test_schema", "test_faketensor"),

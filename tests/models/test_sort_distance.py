@@ -1,44 +1,26 @@
 """SortNet's operators against their definitions in float64: every implementation that this machine can run."""
 
-import importlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from linflab.models.distance import (
-    cpu,
     linf_distance_bounds,
     lp_distance,
     lp_distance_on_subsets,
     sort_distance,
     sort_distance_bounds,
 )
-
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
-IMPLEMENTATIONS = ["reference", *cpu.MODULES.get(CAPABILITY, ("portable",))]
-everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+from tests.models.implementations import everywhere, using
 
 SIZES = [1, 2, 3, 4, 5, 8, 12, 16, 17, 70]
 ORDERS = st.tuples(st.sampled_from([0.02, 0.3, 0.9]), st.integers(1, 16))
 EXPONENTS = st.one_of(st.sampled_from([1.0, 2.0, 8.0, 24.0, 100.5, math.inf]), st.floats(min_value=1, max_value=1000))
-
-
-@contextmanager
-def using(implementation: str) -> Iterator[None]:
-    """Makes the operators use one implementation, for float32 on the CPU."""
-    before = cpu.KERNELS
-    compiled = implementation != "reference"
-    cpu.KERNELS = importlib.import_module(f"linflab.models.distance._kernels_{implementation}") if compiled else None
-    try:
-        yield
-    finally:
-        cpu.KERNELS = before
 
 
 def coefficients(q: float, terms: int, inputs: int) -> torch.Tensor:
@@ -325,15 +307,15 @@ def test_custom_ops_keep_the_rules_of_torch_library(q: float, p: float) -> None:
     x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     kept, upstream = torch.rand(3, 7) < 0.5, torch.randn(5, 3)
     ops, box = torch.ops.linflab, (x.detach(), x.detach() + 1, weight.detach())
-    torch.library.opcheck(ops.sort_distance.default, (x, weight, q, 4))
-    torch.library.opcheck(ops.lp_distance_on_subsets.default, (x, weight, p, kept, 2))
-    torch.library.opcheck(ops.sort_distance_bounds.default, (*box, q, 4))
+    library.opcheck(ops.sort_distance.default, (x, weight, q, 4))
+    library.opcheck(ops.lp_distance_on_subsets.default, (x, weight, p, kept, 2))
+    library.opcheck(ops.sort_distance_bounds.default, (*box, q, 4))
     only = ("test_schema", "test_faketensor")
     x, weight = x.detach().t().contiguous().t(), weight.detach()
-    torch.library.opcheck(ops.sort_distance_backward.default, (upstream, x, weight, q, 4), test_utils=only)
+    library.opcheck(ops.sort_distance_backward.default, (upstream, x, weight, q, 4), test_utils=only)
     y = lp_distance_on_subsets(x, weight, p, kept, 2)
     arguments = (upstream, x, weight, y, p, kept, 2)
-    torch.library.opcheck(ops.lp_distance_on_subsets_backward.default, arguments, test_utils=only)
+    library.opcheck(ops.lp_distance_on_subsets_backward.default, arguments, test_utils=only)
 
 
 def test_second_gradients_are_refused() -> None:
