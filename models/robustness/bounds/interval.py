@@ -15,14 +15,13 @@ but for numbers that are flushed to zero. Sums are widened by their error bounds
 """
 
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.distance import linf_distance_bounds, sort_distance_bounds
 from linflab.models.distance.convolution import output_size, patches_of, sample_chunks
@@ -34,7 +33,9 @@ from linflab.models.networks.layers import (
     ScaledLinear,
     SortDistance,
 )
-from linflab.models.robustness.bounds.rounding import TINY, gamma, unit_roundoff, upper_float
+from linflab.models.robustness.bounds.affine import affine_of
+from linflab.models.robustness.bounds.rounding import TINY, check_arithmetic, gamma, unit_roundoff, upper_float
+from linflab.models.robustness.bounds.tracing import Concatenation, Negation, Shift, Sum, Trace, trace
 from linflab.models.robustness.objectives import wrong_class_margins
 
 LARGEST_TABLE = 2**24  # numbers that are held together when rows are compared
@@ -71,7 +72,8 @@ def interval_bounds(network: nn.Module, box: Box, sound: bool = False) -> Box:
         ValueError: the network is in training mode.
         TypeError: a layer or operation of the network has no rule; names it.
     """
-    return _Interpreter(network, sound).run(box)
+    traced = trace_layers(network, sound)
+    return propagate(traced, box, sound)[traced.output]
 
 
 def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool = False) -> Tensor:
@@ -89,11 +91,12 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
     Raises:
         ValueError, TypeError: as `interval_bounds`.
     """
-    interpreter = _Interpreter(network, sound)
-    last = interpreter.last_layer
-    if isinstance(last, nn.Linear):
-        return linear_margins(last, interpreter.run(box, last_layer=False), labels, sound)
-    lower, upper = interpreter.run(box)
+    traced = trace_layers(network, sound)
+    boxes = propagate(traced, box, sound)
+    last = next((step for step in traced.steps if step.output == traced.output), None)
+    if last is not None and isinstance(last.layer, nn.Linear):
+        return linear_margins(last.layer, boxes[last.inputs[0]], labels, sound)
+    lower, upper = boxes[traced.output]
     margins = upper - lower.gather(1, labels[:, None])
     if sound:  # the difference is rounded
         margins = torch.nextafter(margins, torch.full_like(margins, math.inf))
@@ -103,13 +106,14 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
 def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = False) -> Tensor:
     """Upper bounds M (B, K) of z_j - z_y for the logits z of a linear layer over a box of its inputs (B, I).
 
-    To be sound they are widened for both logits. Of the sums of magnitudes of a logit's terms, at the largest inputs of
-    the box, its own computation is off by gamma(I + 1), the centre, the spread and their inputs by as much each, and
-    differences of weights and of logits by a few u: 8 gamma(I + 4) is more than all of it, and TINY for every term more
-    than underflow adds.
+    To be sound they are widened for both logits. The rounding of a logit (`Affine.rounding`) is gamma(I + 4) of the sum
+    of magnitudes of its terms, at the largest inputs of the box: its own computation is off by less, the centre, the
+    spread and their inputs by as much each, and differences of weights and of logits by a few u; 8 times is more than
+    all of it.
     """
-    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    weight = weight_of(layer)
+    affine = affine_of(layer, box.lower.shape[1:])
+    assert affine is not None
+    centre, radius, weight = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2, affine.weight
     samples = max(1, LARGEST_TABLE // weight.numel())
     spread = torch.cat(
         [
@@ -120,37 +124,57 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
     margins = wrong_class_margins(layer(centre), labels) + spread
     if not sound:
         return margins
-    error = 8 * (gamma(layer.in_features + 4, margins.dtype) * _magnitudes(layer, box) + layer.in_features * TINY)
+    error = 8 * affine.rounding(largest(box), margins.dtype)
     return margins + error + error.gather(1, labels[:, None])
 
 
-def weight_of(layer: nn.Linear) -> Tensor:
-    """The matrix (O, I) that a linear layer multiplies by."""
-    return layer.scaled_weight if isinstance(layer, ScaledLinear) else layer.weight
-
-
-def _magnitudes(layer: nn.Linear, box: Box) -> Tensor:
-    """For each output the sum of the magnitudes of its terms, at the largest inputs of a box."""
-    largest = torch.maximum(box.lower.abs(), box.upper.abs())
-    return functional.linear(largest, weight_of(layer).abs(), None if layer.bias is None else layer.bias.abs())
+def largest(box: Box) -> Tensor:
+    """The largest magnitudes in a box."""
+    return torch.maximum(box.lower.abs(), box.upper.abs())
 
 
 @singledispatch
-def layer_bounds(layer: nn.Module, box: Box, sound: bool = False) -> Box:
+def layer_bounds(layer: nn.Module, box: Box | Sequence[Box], sound: bool = False) -> Box:
     """The box that holds what a layer makes of a box, or if sound what it computes; for distance layers at p = inf.
+
+    A layer of several inputs has a box for each of them.
 
     Raises:
         TypeError: there is no rule for such a layer.
     """
-    raise TypeError(f"interval bounds: there is no rule for layers of type {type(layer).__name__}")
+    raise TypeError(f"bounds: there is no rule for layers of type {type(layer).__name__}")
 
 
 @layer_bounds.register(Normalize)
 @layer_bounds.register(MeanShift)
-@layer_bounds.register(nn.Flatten)
+@layer_bounds.register(Shift)
 @layer_bounds.register(nn.ReLU)
+@layer_bounds.register(nn.MaxPool2d)
+@layer_bounds.register(nn.Identity)
+@layer_bounds.register(nn.Dropout)
 def _monotone(layer: nn.Module, box: Box, sound: bool = False) -> Box:
     return Box(layer(box.lower), layer(box.upper))
+
+
+@layer_bounds.register
+def _negation(layer: Negation, box: Box, sound: bool = False) -> Box:
+    return Box(-box.upper, -box.lower)
+
+
+@layer_bounds.register
+def _flatten(layer: nn.Flatten, box: Box, sound: bool = False) -> Box:
+    if layer.start_dim < 1:
+        raise TypeError(f"bounds: there is no rule for Flatten from dimension {layer.start_dim}; from 1 there is")
+    return Box(layer(box.lower), layer(box.upper))
+
+
+@layer_bounds.register(Sum)
+@layer_bounds.register(Concatenation)
+def _joined(layer: nn.Module, boxes: Sequence[Box], sound: bool = False) -> Box:
+    """Monotone in all inputs."""
+    if isinstance(layer, Concatenation) and layer.dim < 1:
+        raise TypeError(f"bounds: there is no rule for concatenation along dimension {layer.dim}; from 1 on there is")
+    return Box(layer(*(box.lower for box in boxes)), layer(*(box.upper for box in boxes)))
 
 
 @layer_bounds.register
@@ -165,16 +189,17 @@ def _tanh(layer: nn.Tanh, box: Box, sound: bool = False) -> Box:
 
 @layer_bounds.register(nn.Linear)
 @layer_bounds.register(ScaledLinear)
-def _linear(layer: nn.Linear, box: Box, sound: bool = False) -> Box:
-    """To be sound: centre, spread and the layer's own sum are off by gamma(I + 1) each, their inputs and sums by u.
-
-    Underflow adds less than TINY for every term.
-    """
+@layer_bounds.register(nn.Conv2d)
+@layer_bounds.register(nn.AvgPool2d)
+@layer_bounds.register(_BatchNorm)
+def _affine(layer: nn.Module, box: Box, sound: bool = False) -> Box:
+    """To be sound: the layer's own sum, centre, spread and their inputs are off by its rounding at most, each."""
+    affine = affine_of(layer, box.lower.shape[1:])
+    assert affine is not None
     centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    middle, spread = layer(centre), functional.linear(radius, weight_of(layer).abs())
+    middle, spread = layer(centre), affine.apply(radius, affine.weight.abs().to(radius))
     if sound:
-        share = gamma(layer.in_features + 4, spread.dtype)
-        spread = spread + 5 * (share * _magnitudes(layer, box) + layer.in_features * TINY)
+        spread = spread + 5 * affine.rounding(largest(box), spread.dtype)
     return Box(middle - spread, middle + spread)
 
 
@@ -210,20 +235,7 @@ def _distance_convolution(layer: LpDistanceConv2d, box: Box, sound: bool = False
     return _flushed(maps) if sound else maps
 
 
-def _shifted(box: Box, constant: Tensor | float) -> Box:
-    if not isinstance(box, Box) or isinstance(constant, Box):
-        raise TypeError("interval bounds: there is no rule for this sum; a layer's output plus a constant has one")
-    return Box(box.lower + constant, box.upper + constant)
-
-
-FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Box]] = {
-    operator.neg: lambda box: Box(-box.upper, -box.lower),
-    operator.add: _shifted,
-    "flatten": lambda box, *dims: Box(box.lower.flatten(*dims), box.upper.flatten(*dims)),
-}
-
-
-def _has_rule(layer: nn.Module) -> bool:
+def has_rule(layer: nn.Module) -> bool:
     """Whether a rule was made for this very class, and not for one whose forward it replaces, as hooks do too."""
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False
@@ -231,76 +243,22 @@ def _has_rule(layer: nn.Module) -> bool:
     return made_for is not object and type(layer).forward is getattr(made_for, "forward", None)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return _has_rule(module) or super().is_leaf_module(module, name)
+def trace_layers(network: nn.Module, sound: bool) -> Trace:
+    """The steps of a network that layers have rules for.
+
+    Raises:
+        ValueError: the network is in training mode; or sound bounds, and torch may compute with other roundings.
+        TypeError: a layer or operation has no rule; names it.
+    """
+    if sound:
+        check_arithmetic(network)
+    return trace(network, has_rule)
 
 
-class _OfImages(nn.Module):
-    """A network as a function of images alone: its other arguments are those by default, p = inf."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-
-class _Interpreter:
-    """A traced network, run on boxes."""
-
-    def __init__(self, network: nn.Module, sound: bool) -> None:
-        if any(module.training for module in network.modules()):
-            raise ValueError("interval bounds need the network in evaluation mode: call network.eval() first")
-        if sound and torch.get_float32_matmul_precision() != "highest":
-            raise ValueError(
-                f"sound bounds need torch.set_float32_matmul_precision('highest'), it is "
-                f"{torch.get_float32_matmul_precision()!r}: matrix products of fewer bits are not accounted for"
-            )
-        self.root, self.sound = _OfImages(network), sound
-        self.nodes = list(_Tracer().trace(self.root).nodes)
-        (self.output,) = (node.args[0] for node in self.nodes if node.op == "output")
-        if not isinstance(self.output, fx.Node):
-            raise TypeError(f"interval bounds: {type(network).__name__} has several outputs; there is a rule for one")
-        for node in self.nodes:
-            self._check(node)
-
-    def _check(self, node: fx.Node) -> None:
-        """That there is a rule for a node: none may be left out silently."""
-        if node.op == "call_module":
-            layer = self.root.get_submodule(str(node.target))
-            if not _has_rule(layer):
-                raise TypeError(f"interval bounds: there is no rule for layers of type {type(layer).__name__}")
-            others = [*node.args[1:], *node.kwargs.values()]
-            if any(other is not None and other != math.inf for other in others):  # p = inf is what the rules are for
-                raise TypeError(
-                    f"interval bounds: {type(layer).__name__} is called with {others}; the rule is for none"
-                )
-        elif node.op in ("call_function", "call_method") and (node.target not in FUNCTIONS or node.kwargs):
-            raise TypeError(f"interval bounds: there is no rule for the operation {node.target} {node.kwargs or ''}")
-
-    @property
-    def last_layer(self) -> nn.Module | None:
-        """The layer whose output is the network's, if it is a layer's."""
-        return self.root.get_submodule(self.output.target) if self.output.op == "call_module" else None
-
-    def run(self, box: Box, last_layer: bool = True) -> Box:
-        """The box of outputs; or of what goes into the last layer."""
-        values: dict[fx.Node, Any] = {}
-
-        def value(argument: Any) -> Any:
-            return values[argument] if isinstance(argument, fx.Node) else argument
-
-        for node in self.nodes:
-            if node is self.output and not last_layer:
-                return value(node.args[0])
-            if node.op == "placeholder":
-                values[node] = box
-            elif node.op == "get_attr":
-                values[node] = operator.attrgetter(node.target)(self.root)
-            elif node.op == "call_module":
-                values[node] = layer_bounds(self.root.get_submodule(node.target), value(node.args[0]), self.sound)
-            elif node.op in ("call_function", "call_method"):
-                values[node] = FUNCTIONS[node.target](*map(value, node.args))
-        return values[self.output]
+def propagate(traced: Trace, box: Box, sound: bool = False) -> dict[str, Box]:
+    """The boxes of all values of a network, by name, over a box of inputs."""
+    boxes = {traced.input: box}
+    for step in traced.steps:
+        inputs = [boxes[name] for name in step.inputs]
+        boxes[step.output] = layer_bounds(step.layer, inputs[0] if len(inputs) == 1 else inputs, sound)
+    return boxes

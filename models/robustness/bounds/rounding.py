@@ -4,10 +4,13 @@ The model of arithmetic is IEEE 754 with rounding to nearest: a + b, a - b, a b,
 result times 1 + d with |d| <= u, the unit roundoff; a sum of n products, in any order and fused or not, is off by at
 most gamma(n) times the sum of the products' magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
 Lemma 8.4), where nothing underflows. TINY is more than a difference or a product loses where it does, or where results
-below the normal floats are flushed to zero. Matrix products in TF32 or by transforms do not keep to this model.
+below the normal floats are flushed to zero. Matrix products in TF32 and convolutions by transforms do not keep to this
+model; `exact_products` turns them off.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,45 @@ TINY = 2.0**-120
 def unit_roundoff(dtype: torch.dtype) -> float:
     """u: half the distance from 1 to the next larger number."""
     return torch.finfo(dtype).eps / 2
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute matrix products and convolutions as sums of products of floats: no TF32, bfloat16 or fast transforms.
+
+    oneDNN's convolutions, the usual ones on CPUs, are such sums; cuDNN and NNPACK may choose others, and are not used.
+    """
+    precision, backends = torch.get_float32_matmul_precision(), torch.backends
+    convolution = backends.mkldnn.conv.fp32_precision
+    with backends.cudnn.flags(enabled=False), backends.nnpack.flags(enabled=False):
+        torch.set_float32_matmul_precision("highest")
+        backends.mkldnn.conv.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            backends.mkldnn.conv.fp32_precision = convolution
+            torch.set_float32_matmul_precision(precision)
+
+
+def check_arithmetic(network: nn.Module) -> None:
+    """That a network's matrix products and convolutions, and those of its bounds, keep to the model of arithmetic.
+
+    Raises:
+        ValueError: torch may compute them otherwise.
+    """
+    wrong = []
+    if torch.get_float32_matmul_precision() != "highest":
+        wrong.append(f"float32_matmul_precision is {torch.get_float32_matmul_precision()!r}")
+    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        device = next(network.parameters()).device.type
+        if device == "cuda" and torch.backends.cudnn.enabled:
+            wrong.append("cuDNN may use TF32 and fast algorithms")
+        if device == "cpu" and torch._C._get_nnpack_enabled():
+            wrong.append("NNPACK may use fast algorithms")
+        if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
+            wrong.append(f"oneDNN's convolutions are in {torch.backends.mkldnn.conv.fp32_precision}")
+    if wrong:
+        raise ValueError(f"sound bounds need exact_products(): {'; '.join(wrong)}, which they do not account for")
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
