@@ -1,21 +1,24 @@
 """Certificates: for how large a perturbation the prediction is proven not to change.
 
-Two certifiers, each by its name: `lipschitz`, one forward pass of a network that is Lipschitz by construction, and
-`interval`, bounds through every layer on the box of images, cut to [0, 1], which is tighter. By default both are those
-of exact arithmetic. Asked to be `sound` they hold for the network as it is computed, with all its roundings.
+Certifiers, each by its name: `lipschitz`, one forward pass of a network that is Lipschitz by construction; `interval`,
+bounds through every layer on the box of images, cut to [0, 1], which are tighter; `crown`, linear bounds through ReLU
+and tanh layers, tighter still for most networks that have them. By default all are those of exact arithmetic. Asked to
+be `sound` they hold for the network as it is computed, with all its roundings.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from linflab.models.networks.linf_dist import LinfDistNet
-from linflab.models.robustness.bounds.interval import interval_margins, pixel_box
+from linflab.models.robustness.bounds.crown import crown_margins
+from linflab.models.robustness.bounds.interval import Box, interval_margins, pixel_box
 from linflab.models.robustness.bounds.rounding import lipschitz_excess, logit_error, unit_roundoff
 from linflab.models.robustness.objectives import margin
 
-Certifier = Literal["lipschitz", "interval"]
+Certifier = Literal["lipschitz", "interval", "crown"]
+CERTIFIERS: tuple[Certifier, ...] = get_args(Certifier)
 BISECTIONS = 20  # radii by `interval` are too small by 2^-20 at most
 
 
@@ -41,15 +44,22 @@ def certified(
         (B) bool.
 
     Raises:
-        TypeError: `lipschitz`, and the network has no constant by construction; `interval`, and a layer has no rule.
+        TypeError: `lipschitz`, and the network has no constant by construction; `interval` or `crown`, and a layer has
+            no rule; `crown`, and there is no ReLU or tanh.
         ValueError: the network is in training mode, where outputs depend on the batch; sound certificates of what is
-            no image in [0, 1], or with matrix products of reduced precision.
+            no image in [0, 1], or where torch may compute with other roundings (see `exact_products`).
     """
     if certifier == "lipschitz":
         return lipschitz_radius(network, images, labels, sound).double() > eps
     _check_images(images, sound)
     with torch.no_grad():
-        return interval_margins(network, pixel_box(images, eps), labels, sound).amax(dim=1) < 0
+        return _proven(network, pixel_box(images, eps), labels, certifier, sound)
+
+
+def _proven(network: nn.Module, box: Box, labels: Tensor, certifier: Certifier, sound: bool) -> Tensor:
+    """For which boxes (B) no image in them is given another class than its right one."""
+    margins = interval_margins if certifier == "interval" else crown_margins
+    return margins(network, box, labels, sound=sound).amax(dim=1) < 0
 
 
 def certified_radius(
@@ -57,7 +67,7 @@ def certified_radius(
 ) -> Tensor:
     """The certified l_inf radius of each image (B), in pixels; zero or negative where it is not classified rightly.
 
-    Args, raises: as `certified`. By `interval` it is found by bisection of [0, 1], and is proven itself.
+    Args, raises: as `certified`. But for `lipschitz` it is found by bisection of [0, 1], and is proven itself.
     """
     if certifier == "lipschitz":
         return lipschitz_radius(network, images, labels, sound)
@@ -65,11 +75,11 @@ def certified_radius(
     inside = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     outside = torch.ones_like(inside)
     with torch.no_grad():
-        right = certified(network, images, labels, 0.0, "interval", sound)
+        right = certified(network, images, labels, 0.0, certifier, sound)
         for _ in range(BISECTIONS):
             middle = (inside + outside) / 2
             box = pixel_box(images, middle.view(-1, 1, 1, 1))
-            proven = interval_margins(network, box, labels, sound).amax(dim=1) < 0
+            proven = _proven(network, box, labels, certifier, sound)
             inside, outside = torch.where(proven, middle, inside), torch.where(proven, outside, middle)
     return torch.where(right, inside, -1.0)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, ScaledLinear, SortDistance
 from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet
 from linflab.models.networks.sort_net import draw_subsets
+from linflab.models.robustness.bounds.crown import crown_bounds, crown_margins
 from linflab.models.robustness.bounds.interval import (
     Box,
     interval_bounds,
@@ -21,14 +23,52 @@ from linflab.models.robustness.bounds.interval import (
     linear_margins,
     pixel_box,
 )
-from linflab.models.robustness.bounds.rounding import gamma, logit_error, upper_float
-from linflab.models.robustness.certification import certified, certified_radius, certifier_of, lipschitz_radius
+from linflab.models.robustness.bounds.rounding import (
+    check_arithmetic,
+    exact_products,
+    gamma,
+    logit_error,
+    upper_float,
+)
+from linflab.models.robustness.bounds.tracing import Negation
+from linflab.models.robustness.certification import (
+    Certifier,
+    certified,
+    certified_radius,
+    certifier_of,
+    lipschitz_radius,
+)
 from linflab.models.robustness.objectives import margin, wrong_class_margins
-from tests.models.test_bounds import CLASSES, NETS, SHAPE, every_net
+from tests.models.relu_networks import RELU_NETS, Residual, relu_network
+from tests.models.test_bounds import CLASSES, NETS
+
+SHAPE = (1, 6, 6)
+every_net = pytest.mark.parametrize("kind", [*sorted(NETS), *sorted(RELU_NETS)])
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    with exact_products():
+        yield
+
+
+def shape_of(kind: str) -> tuple[int, ...]:
+    return (2, 6, 6) if kind in RELU_NETS else SHAPE
+
+
+def certifiers_of(net: nn.Module) -> list[Certifier]:
+    has_lines = any(isinstance(module, nn.ReLU | nn.Tanh | Residual) for module in net.modules())
+    return [*(["lipschitz"] if certifier_of(net) == "lipschitz" else []), "interval", *(["crown"] if has_lines else [])]
 
 
 def network(kind: str, seed: int = 0, scale: float = 1.0) -> nn.Module:
     """In float32 and evaluation mode, with running means of random images; weights may be large."""
+    if kind in RELU_NETS:
+        net = relu_network(kind, seed)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter *= scale
+        return net
     torch.manual_seed(seed)
     net = NETS[kind].build(SHAPE, CLASSES, (0.4,), 0.37)
     with torch.no_grad():
@@ -57,6 +97,10 @@ def points(box: Box, count: int) -> torch.Tensor:
         ScaledLinear(36, 9),
         nn.Linear(36, 9),
         nn.Tanh(),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.AvgPool2d(2),
+        nn.BatchNorm2d(1),
+        Negation(),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -67,7 +111,11 @@ def test_layers_compute_nothing_outside_their_boxes(layer: nn.Module, scale: flo
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter *= scale
-    shape = (8, *SHAPE) if isinstance(layer, LpDistanceConv2d) else (8, 36)
+    if isinstance(layer, nn.BatchNorm2d):
+        layer.running_mean.fill_(0.3 * scale)
+        layer.running_var.fill_(1e-3)
+    of_maps = isinstance(layer, LpDistanceConv2d | nn.Conv2d | nn.AvgPool2d | nn.BatchNorm2d)
+    shape = (8, *SHAPE) if of_maps else (8, 36)
     lower = torch.randn(shape) * scale
     for width in (0.0, 1e-7, 1e-3, 1.0):
         box = Box(lower, lower + width * scale * torch.rand(shape))
@@ -77,35 +125,72 @@ def test_layers_compute_nothing_outside_their_boxes(layer: nn.Module, scale: flo
         assert (computed >= bounds.lower).all() and (computed <= bounds.upper).all()
 
 
+def test_bounds_hold_in_any_order_of_summation() -> None:
+    """The order of a dense layer's inputs changes nothing but the order in which they are summed."""
+    torch.manual_seed(2)
+    layer = nn.Linear(1000, 9)
+    lower = torch.rand(8, 1000)
+    box = Box(lower, torch.nextafter(lower, lower + 1))
+    sound, plain, outside = layer_bounds(layer, box, True), layer_bounds(layer, box), 0
+    for _ in range(200):
+        order = torch.randperm(1000)
+        computed = nn.functional.linear(points(box, 1)[0][:, order], layer.weight[:, order], layer.bias)
+        assert (computed >= sound.lower).all() and (computed <= sound.upper).all()
+        outside += int(((computed < plain.lower) | (computed > plain.upper)).sum())
+    assert outside > 0  # else nothing is tested
+
+
+@pytest.mark.parametrize("kind", ["hybrid", *sorted(RELU_NETS)])
+def test_plain_bounds_of_a_point_do_not_hold_in_float32(kind: str) -> None:
+    """What the sound ones are for: bounds of a box of one image, and what is computed of the image in another batch."""
+    outside = dict.fromkeys(("interval", "crown"), 0)
+    for seed in range(10):
+        net = network(kind, seed)
+        images = torch.rand(33, *shape_of(kind))
+        with torch.no_grad():
+            logits = torch.cat([net(images[k : k + 1]) for k in range(len(images))])
+            for name, bounds in (("interval", interval_bounds), ("crown", crown_bounds)):
+                for sound in (False, True):
+                    lower, upper = bounds(net, pixel_box(images, 0), sound=sound)
+                    violations = int(((logits < lower) | (logits > upper)).sum())
+                    assert not (sound and violations)
+                    outside[name] += violations
+    assert all(outside.values()), outside
+
+
 @every_net
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-6, 1e-3, 0.1])
 def test_sound_bounds_hold_in_float32(kind: str, scale: float, eps: float) -> None:
     """Two thousand points of eight boxes, some so narrow that only roundings remain, in batches of any size."""
     net = network(kind, 3, scale)
-    images, labels = torch.rand(8, *SHAPE), torch.randint(CLASSES, (8,))
+    images, labels = torch.rand(8, *shape_of(kind)), torch.randint(CLASSES, (8,))
     box = pixel_box(images, eps)
     with torch.no_grad():
-        outputs = interval_bounds(net, box, sound=True)
-        margins = interval_margins(net, box, labels, sound=True)
-        exact = interval_margins(net, box, labels)
-        assert (margins >= exact - 1e-6 * scale).all()
+        found = [(interval_bounds(net, box, sound=True), interval_margins(net, box, labels, sound=True))]
+        plain = [interval_margins(net, box, labels)]
+        for intermediate in ("crown", "interval") if "crown" in certifiers_of(net) else ():
+            bounds = crown_bounds(net, box, intermediate, sound=True)
+            found.append((bounds, crown_margins(net, box, labels, intermediate, sound=True)))
+            plain.append(crown_margins(net, box, labels, intermediate))
+        for (_, sound), exact in zip(found, plain, strict=True):
+            size = exact[exact > -math.inf].abs().max()
+            assert (sound >= exact - 1e-5 * size).all() and (sound <= exact + 1e-2 * size).all()
         for part in points(box, 256).split([1, 127, 128]):
-            logits = net(part.flatten(0, 1)).unflatten(0, (len(part), 8))
-            assert (logits >= outputs.lower).all() and (logits <= outputs.upper).all()
-            for z in logits:
-                ahead = wrong_class_margins(z.double(), labels)  # of computed logits, exactly
-                assert (ahead <= margins.double()).all()
+            logits = net(part.flatten(0, 1)).unflatten(0, (len(part), 8)).double()
+            for bounds, margins in found:
+                assert (logits >= bounds.lower.double()).all() and (logits <= bounds.upper.double()).all()
+                for z in logits:
+                    assert (wrong_class_margins(z, labels) <= margins.double()).all()  # of computed logits, exactly
 
 
 @every_net
 def test_no_float_at_a_sound_radius_changes_the_class(kind: str) -> None:
     """Thousands of points in the box of each certified radius: random, corners, and signs of gradients."""
     net = network(kind, 4)
-    images = torch.rand(32, *SHAPE)
+    images = torch.rand(32, *shape_of(kind))
     labels = net(images).argmax(dim=1)
-    kinds = ["interval", "lipschitz"] if certifier_of(net) == "lipschitz" else ["interval"]
-    for certifier in kinds:
+    for certifier in certifiers_of(net):
         radius = certified_radius(net, images, labels, certifier, sound=True)
         assert (radius > 0).sum() > 16
         plain = certified_radius(net, images, labels, certifier)
@@ -164,14 +249,20 @@ def test_underflow_is_accounted_for() -> None:
         assert linear_margins(layer, box, torch.tensor([0]), sound=True)[0, 1] > 0
 
 
-def test_what_sound_certificates_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_sound_certificates_are_not_for() -> None:
     net, images, labels = network("mlp"), torch.rand(2, *SHAPE), torch.tensor([0, 1])
     for certifier in ("lipschitz", "interval"):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             certified(net, images + 1, labels, 0.1, certifier, sound=True)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    with pytest.raises(ValueError, match="highest"):
+    torch.set_float32_matmul_precision("high")
+    for certifier in ("interval", "crown"):
+        with pytest.raises(ValueError, match="float32_matmul_precision is 'high'"):
+            certified(network("hybrid"), images, labels, 0.1, certifier, sound=True)
+    with exact_products():
         certified(network("hybrid"), images, labels, 0.1, "interval", sound=True)
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.nnpack.flags(enabled=True), pytest.raises(ValueError, match="NNPACK"):
+        check_arithmetic(network("residual"))
 
 
 def test_radii_of_two_certifiers() -> None:

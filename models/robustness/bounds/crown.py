@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.robustness.bounds.affine import affine_of
-from linflab.models.robustness.bounds.interval import Box, largest, layer_bounds, trace_layers
+from linflab.models.robustness.bounds.interval import Box, largest, layer_bounds, propagate, trace_layers
 from linflab.models.robustness.bounds.rounding import TINY, gamma, unit_roundoff, upper_float
 from linflab.models.robustness.bounds.tracing import VIEWS, Concatenation, Step, Sum
 
@@ -66,8 +66,20 @@ def crown_margins(
 
     Where all M_j < 0, no image of the box is given another class. Args, raises: as `crown_bounds`; labels (B).
     """
-    crown = _Crown(network, box, intermediate, sound)
-    identity = torch.eye(crown.boxes[crown.output].lower.shape[1], dtype=crown.dtype, device=box.lower.device)
+    sizes = [
+        value.lower.numel() for value in propagate(trace_layers(network, sound), Box(*(x[:1] for x in box))).values()
+    ]
+    samples = max(1, LARGEST_ROWS // (max(sizes) * sizes[-1]))  # as many as fit at once
+    return torch.cat(
+        [
+            _margins(_Crown(network, Box(lower, upper), intermediate, sound), y)
+            for lower, upper, y in zip(*(x.split(samples) for x in (*box, labels)), strict=True)
+        ]
+    )
+
+
+def _margins(crown: "_Crown", labels: Tensor) -> Tensor:
+    identity = torch.eye(crown.boxes[crown.output].lower.shape[1], dtype=crown.dtype, device=labels.device)
     ahead = identity[labels][:, None] - identity  # of row j: z_y - z_j
     return (-crown.lower(crown.output, ahead)).scatter(1, labels[:, None], -math.inf)
 
@@ -166,8 +178,9 @@ class _Crown:
         """The box of a value (B, *shape), by CROWN."""
         shape = self.boxes[name].lower.shape[1:]
         size = max(box.lower[0].numel() for box in self.boxes.values())
+        samples = len(self.boxes[name].lower) if self.lines else 1  # up to the first lines they share coefficients
         parts = []
-        for rows in torch.arange(shape.numel()).split(max(1, LARGEST_ROWS // (size * len(self.boxes[name].lower)))):
+        for rows in torch.arange(shape.numel()).split(max(1, LARGEST_ROWS // (size * samples))):
             units = torch.zeros(1, len(rows), shape.numel(), dtype=self.dtype, device=self.boxes[name].lower.device)
             units[0, torch.arange(len(rows)), rows] = 1
             units = units.unflatten(2, shape)
