@@ -75,7 +75,7 @@ def train(
         return
     place = Storage.open(storage)
 
-    from linflab.models.robustness.certification import certifier_of
+    from linflab.platform.evaluation import scoring_of
     from linflab.platform.progress import TrainingBar
     from linflab.platform.tracking import end_open_runs, run_to_resume
     from linflab.platform.training import check_fits
@@ -114,12 +114,12 @@ def train(
         raise Interrupted(f"{what}; what was logged is kept, and {how}") from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
-    certifier = certifier_of(_network_without_weights(experiment)[0])
+    certificate = scoring_of(experiment, _network_without_weights(experiment)[0], attacked=True).certificate
     clean, robust, certified = (
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
     console.print(
-        f"Test: clean {clean}, robust (PGD) {robust}, certified ({certifier}) {certified} at eps = {experiment.eps:g}, "
+        f"Test: clean {clean}, robust {robust}, certified ({certificate}) {certified} at eps = {experiment.eps:g}, "
         f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}: {selection(experiment)}."
     )
     console.print(f"Recorded in {place.root}. Browse it: {_ui_command(place)}")
@@ -255,22 +255,37 @@ def data_prepare(
 @app.command()
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run's id, or the path of its weights")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings of evaluation to change, such as evaluation.attack.steps=100")
+    ] = None,
     eps: Annotated[str, typer.Option(help="radii in pixels, separated by commas; by default the recipe's")] = "",
-    certifier: Annotated[str, typer.Option(help="lipschitz or interval; by default that of the network's kind")] = "",
+    certifier: Annotated[str, typer.Option(help="lipschitz, interval or crown; by default the recipe's")] = "",
     sound: Annotated[bool, typer.Option("--sound", help="certificates that account for float32 rounding")] = False,
-    attack: Annotated[str, typer.Option(help="pgd (the recipe's), or none")] = "pgd",
+    attack: Annotated[
+        str,
+        typer.Option(
+            help="pgd, surrogate_pgd, apgd, targeted_apgd, square, several separated by commas, or none; by default "
+            "the recipe's"
+        ),
+    ] = "",
+    radii: Annotated[
+        Path | None,
+        typer.Option(help="folder for the certified radius of every image, the curve over eps and a histogram"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers that share the images; 0: none")] = 0,
     storage: StorageFolder = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Score trained weights on the whole test set: clean, robust and certified accuracy, at one or many eps."""
-    radii = _radii(eps)
-    for name, value, known in (
-        ("certifier", certifier, ["lipschitz", "interval"]),
-        ("attack", attack, ["pgd", "none"]),
-    ):
-        if value not in known and (value or name == "attack"):
-            raise SettingError(f"{name}={value}: must be one of {', '.join(known)}")
-    from linflab.platform.scoring import record_scores, score, weights_of_run
+    """Score trained weights on the whole test set: clean, robust and certified accuracy, at one or many eps.
+
+    Robust is what withstands every attack that ran.
+    """
+    bounds = _radii(eps)
+    settings = [*(overrides or [])]
+    settings += [f"evaluation.certifier={certifier}"] if certifier else []
+    settings += ["evaluation.sound=true"] if sound else []
+    settings += [f"evaluation.attack.kinds=[{attack}]"] if attack not in ("", "none") else []
+    from linflab.platform.scoring import as_plain_data, record_scores, score, weights_of_run, write_scores
 
     path, place = Path(what), None
     if "/" in what or what.endswith(".pt"):
@@ -279,22 +294,28 @@ def evaluate(
     else:
         place = Storage.with_records(storage)
         path = weights_of_run(place, what)
-    scores = score(path, radii, certifier, sound, attack == "pgd", console)
+    scores = score(path, settings, bounds, attack != "none", radii is not None, workers, console)
+    files = write_scores(radii, scores) if radii is not None else []
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(scores)))
+        typer.echo(json.dumps(as_plain_data(scores)))
     else:
-        columns = ["eps", "clean", "robust", "certified"]
-        rows = [{name: row[name] for name in columns} for row in map(dataclasses.asdict, scores.rows)]
-        for row in rows:
-            row |= {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in columns[1:]}
-        _print_rows(rows, columns, as_json=False)
+        shown = ["clean", "robust", "certified"]
+        rows = [dataclasses.asdict(row) for row in scores.rows]
+        cells = [
+            {"eps": f"{row['eps']:.4g}"}
+            | {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in shown}
+            for row in rows
+        ]
+        _print_rows(cells, ["eps", *shown], as_json=False)
         console.print(f"\nIn percent. {scores.notes}")
+        for file in files:
+            console.print(f"  {file}")
     if place is not None:
         record_scores(place, what, scores)
     broken = sum(row.certified_but_broken or 0 for row in scores.rows)
     if broken:
-        hint = "" if sound else "; --sound accounts for rounding"
-        raise TrainingError(f"the attack broke {broken} samples that {scores.certifier} had certified{hint}")
+        hint = "" if scores.sound else "; --sound accounts for rounding"
+        raise TrainingError(f"attacks broke {broken} samples that {scores.certifier} had certified{hint}")
 
 
 def _radii(text: str) -> list[float]:
@@ -311,12 +332,10 @@ def _radii(text: str) -> list[float]:
 def certify(
     checkpoint: Annotated[Path, typer.Argument(help="the path of trained weights")],
     images: Annotated[list[Path], typer.Argument(help="image files, of the size that the network sees")],
-    certifier: Annotated[str, typer.Option(help="lipschitz or interval; by default that of the network's kind")] = "",
+    certifier: Annotated[str, typer.Option(help="lipschitz, interval, crown; auto: by the network's kind")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Classify images of one's own, with the radius up to which the class is proven, float32 rounding included."""
-    if certifier not in ("", "lipschitz", "interval"):
-        raise SettingError(f"certifier={certifier}: must be one of lipschitz, interval")
     from linflab.platform.scoring import certify_images
 
     rows = [dataclasses.asdict(one) for one in certify_images(checkpoint, images, certifier)]

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from linflab.models.networks.hybrid import LinfDistHybridConfig
 from linflab.models.networks.linf_dist import LinfDistConvNetConfig, LinfDistMLPConfig
 from linflab.models.networks.sort_net import GROUP, SortNetConfig
-from linflab.models.robustness.attacks import PGDConfig
+from linflab.models.robustness.attacks.suite import AttackConfig
+from linflab.models.robustness.certification import Certifier
 from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.augmentation import AugmentationConfig
 from linflab.platform.errors import SettingError
@@ -63,7 +64,11 @@ class TrainingConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    attack: PGDConfig = PGDConfig()
+    certifier: Certifier | Literal["auto"] = Field(
+        "auto", description="auto: lipschitz for networks with a Lipschitz constant, else interval"
+    )
+    sound: bool = Field(False, description="certificates account for float32 rounding")
+    attack: AttackConfig = AttackConfig()
     batch_size: int = Field(1000, ge=1, description="samples that are scored together")
     mean_images: int = Field(
         5000,
@@ -227,6 +232,12 @@ def _check_together(experiment: Experiment) -> None:
         )
     if model.kind == "linf_dist_hybrid" and model.net.kind != "linf_dist_conv_net" and model.net.depth < 2:
         raise SettingError("model.net.depth=1: must be at least 2, as the head takes the place of the last layer")
+    certifier = experiment.evaluation.certifier
+    if (certifier == "lipschitz" and model.kind == "linf_dist_hybrid") or (
+        certifier == "crown" and model.kind != "linf_dist_hybrid"
+    ):
+        lacks = "no Lipschitz constant" if certifier == "lipschitz" else "no ReLU or tanh to bound by lines"
+        raise SettingError(f"evaluation.certifier={certifier}: model.kind={model.kind} has {lacks}; interval will do")
     sort_net = model.net if model.kind == "linf_dist_hybrid" else model
     if sort_net.kind == "sort_net" and GROUP % workers:
         raise SettingError(

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from linflab.models.robustness.attacks import PGDConfig, pgd
+from linflab.models.robustness.attacks.suite import Attack, withstands
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset
-from linflab.platform.evaluation import evaluate, recompute_means
+from linflab.platform.evaluation import evaluate, recompute_means, scoring_of
 from linflab.platform.training import Trainer
 
 POINTS = 8  # of the schedule at which steps are timed: what one costs depends on p
@@ -57,11 +57,11 @@ def estimate(experiment: Experiment, dataset: Dataset) -> Estimate:
         steps.append((trainer.scheduled(step).p, timed(partial(trainer.step, step, *shuffled))))
     training = trainer.steps * sum(seconds for _, seconds in steps) / len(steps)
 
-    evaluation = experiment.evaluation
+    evaluation, by = experiment.evaluation, scoring_of(experiment, trainer.network, attacked=False)
     scoring = 0.0
     if not experiment.training.include_validation:
         batch = dataset.validation.first(evaluation.batch_size)
-        epoch = timed(lambda: evaluate(trainer.network, batch, experiment.eps, evaluation.batch_size))
+        epoch = timed(lambda: evaluate(trainer.network, batch, by, evaluation.batch_size))
         epoch *= len(dataset.validation) / len(batch)
         if trainer.has_sort_layers:
             size = experiment.training.batch_size
@@ -75,13 +75,22 @@ def estimate(experiment: Experiment, dataset: Dataset) -> Estimate:
     with torch.no_grad():
         labels = network(images).argmax(dim=1)
 
-    def attacked(steps: int) -> float:
-        config = PGDConfig(steps=steps, restarts=1, step_size=attack.step_size)
-        return timed(lambda: pgd(network, images, labels, 1e-9, config, torch.Generator()))
+    by_gradients = tuple(kind for kind in attack.kinds if kind != "square")
+    by_search = tuple(kind for kind in attack.kinds if kind == "square")
+    for kinds, amount, restarts in (
+        (by_gradients, attack.steps, attack.restarts),
+        (by_search, attack.queries, 1),
+    ):
+        if not kinds:
+            continue
 
-    few, more = attacked(1), attacked(3)
-    restart = few + max(0.0, more - few) / 2 * (attack.steps - 1)
-    scoring += restart * attack.restarts * len(dataset.test) / len(tested)
+        def attacked(amount: int, kinds: tuple[Attack, ...] = kinds) -> float:
+            short = attack.model_copy(update={"kinds": kinds, "steps": amount, "queries": amount, "restarts": 1})
+            return timed(lambda: withstands(network, images, labels, 1e-9, short, torch.Generator()))
+
+        few, more = attacked(1), attacked(3)
+        restart = few + max(0.0, more - few) / 2 * (amount - 1)
+        scoring += restart * restarts * len(dataset.test) / len(tested)
 
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)

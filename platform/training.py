@@ -28,7 +28,7 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import Accuracy, evaluate, recompute_means
+from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of
 from linflab.platform.schedules import cosine_after, exponential
 
 
@@ -209,6 +209,7 @@ def fit(
     epochs, selects = experiment.training.epochs, not experiment.training.include_validation
     trainer = Trainer(experiment, dataset, rank, workers)
     network = trainer.network
+    scoring = scoring_of(experiment, network, attacked=False)
     at = _Position(1, 0, 0.0, 0.0, torch.zeros(trainer.steps_per_epoch, device=trainer.device), best=None)
     if checkpoints is not None and checkpoints.exist():
         at = _restore(checkpoints.load(), trainer)
@@ -258,7 +259,7 @@ def fit(
                 recompute_means(
                     network, dataset.train, experiment.evaluation.mean_images, experiment.training.batch_size
                 )
-            validation = evaluate(network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
+            (validation,) = evaluate(network, dataset.validation, scoring, experiment.evaluation.batch_size)
             before = at.best.validation if at.best is not None else None
             if before is None or validation.certified >= before.certified:
                 at.best = Trained(copy.deepcopy(network).eval(), at.epoch, validation, at.earlier + at.seconds)
@@ -283,7 +284,8 @@ def _finished(best: Trained, trainer: Trainer, dataset: Dataset, seconds: float)
     if trainer.has_sort_layers:
         recompute_means(best.network, trainer.train, len(trainer.train), experiment.training.batch_size)
         if validation is not None:
-            validation = evaluate(best.network, dataset.validation, experiment.eps, experiment.evaluation.batch_size)
+            scoring = scoring_of(experiment, best.network, attacked=False)
+            (validation,) = evaluate(best.network, dataset.validation, scoring, experiment.evaluation.batch_size)
     return dataclasses.replace(best, validation=validation, seconds=seconds)
 
 

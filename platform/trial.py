@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 
 from linflab.models.networks.cost import count_flops, count_parameters
-from linflab.models.robustness.certification import certifier_of
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Interrupted, SettingError
-from linflab.platform.evaluation import evaluate
+from linflab.platform.evaluation import evaluate, scoring_of
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run, checkpoints_of
 from linflab.platform.training import EpochReport, StepReport, fit
@@ -121,10 +120,8 @@ def run_trial(
             trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
             if should_stop():
                 raise Interrupted("stopped before the test images were scored")
-        evaluation = experiment.evaluation
-        test = evaluate(
-            trained.network, dataset.test, experiment.eps, evaluation.batch_size, evaluation.attack, experiment.seed
-        )
+        scoring = scoring_of(experiment, trained.network, attacked=True)
+        (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
         assert test.robust is not None and test.certified_but_broken is not None
         metrics = {
             schema.BEST_EPOCH: trained.epoch,
@@ -139,7 +136,15 @@ def run_trial(
         if trained.validation is not None:
             metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
             metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
-        run.log_tags({schema.CERTIFIER: certifier_of(trained.network), schema.SELECTION: selection(experiment)})
+        if test.certified_exact is not None:
+            metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
+        run.log_tags(
+            {
+                schema.CERTIFIER: scoring.certificate,
+                schema.ATTACK: experiment.evaluation.attack.describe(),
+                schema.SELECTION: selection(experiment),
+            }
+        )
         run.log_metrics(metrics)
         run.log_weights(trained, experiment)
         if checkpoints is not None:

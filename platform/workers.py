@@ -1,24 +1,29 @@
-"""Ray Train around the training loop: several workers for one trial, on CPUs over gloo or on CUDA devices over nccl."""
+"""Ray around one trial: several workers that train it, on CPUs over gloo or on CUDA devices over nccl, or score it."""
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from threading import Thread
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
+from ray.util.actor_pool import ActorPool
 from ray.util.queue import Queue
+from torch import Tensor, nn
 
 from linflab.platform.config import Experiment
-from linflab.platform.datasets import data_folder
+from linflab.platform.datasets import data_folder, load_dataset
 from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.evaluation import BatchScore, Scoring, score_batch
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, StepReport
-from linflab.platform.trial import run_trial
+from linflab.platform.trial import device_of, run_trial
+from linflab.platform.weights import network_of
 from linflab.reports import schema
 
 SECONDS_BETWEEN_STEP_REPORTS = 0.5  # each one is a message between processes
@@ -164,3 +169,47 @@ def _listen(
             on_epoch(report)
         elif isinstance(report, StepReport) and on_step is not None:
             on_step(report)
+
+
+def scores_by_workers(
+    experiment: Experiment, network: nn.Module, scoring: Scoring, batches: Sequence[Tensor], workers: int
+) -> Iterator[BatchScore]:
+    """The scores of batches of test images, as they come from so many Ray workers; starts Ray where it does not run.
+
+    A worker takes the experiment's CPUs, fewer where there are not enough, and a CUDA device where there are any.
+
+    Raises:
+        SettingError: the cluster is too small.
+        TrainingError: a worker failed; carries its reason.
+    """
+    start_ray()
+    there, gpus = ray.cluster_resources(), int(uses_gpus(experiment))
+    cpus = min(experiment.compute.cpus_per_worker, int(there.get("CPU", 0)) // workers)
+    if not cpus or gpus * workers > there.get("GPU", 0):
+        raise SettingError(
+            f"workers={workers}: need a CPU each, and a GPU where there are any; there are {there.get('CPU', 0):g} "
+            f"CPUs and {there.get('GPU', 0):g} GPUs"
+        )
+    state = ray.put({name: tensor.cpu() for name, tensor in network.state_dict().items()})
+    scorer = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Scorer)
+    pool = ActorPool([scorer.remote(experiment, state, scoring, cpus) for _ in range(workers)])
+    try:
+        yield from pool.map_unordered(lambda scorer, batch: scorer.score.remote(batch), batches)
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"a worker failed while scoring: {' '.join(str(error).split())[-500:]}") from None
+
+
+class _Scorer:
+    """A worker with the network and the test images."""
+
+    def __init__(self, experiment: Experiment, state: dict[str, Tensor], scoring: Scoring, threads: int) -> None:
+        torch.set_num_threads(threads)
+        device = device_of(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        self.network = network_of(experiment)
+        self.network.load_state_dict(state)
+        self.network.to(device).eval()
+        self.test = load_dataset(experiment.dataset, experiment.augmentation).to(device).test
+        self.scoring = scoring
+
+    def score(self, positions: Tensor) -> BatchScore:
+        return score_batch(self.network, self.test, positions.to(self.test.indices.device), self.scoring)

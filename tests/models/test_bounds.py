@@ -13,7 +13,7 @@ from linflab.models.networks.hybrid import LinfDistHybrid, LinfDistHybridConfig
 from linflab.models.networks.layers import LpDistance, ScaledLinear
 from linflab.models.networks.linf_dist import DistanceNetConfig, LinfDistConvNetConfig, LinfDistMLPConfig
 from linflab.models.networks.sort_net import SortNetConfig, draw_subsets
-from linflab.models.robustness.attacks import PGDConfig, pgd
+from linflab.models.robustness.attacks.suite import AttackConfig, withstands
 from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, layer_bounds, pixel_box
 from linflab.models.robustness.bounds.worst_case import logits_and_worst_margins
 from linflab.models.robustness.certification import certified, certifier_of, lipschitz_radius
@@ -169,8 +169,8 @@ def test_certified_images_withstand_attacks(kind: str, share: float) -> None:
     eps = share * margins.median().item()
     safe = certified(net, images, labels, eps, "interval")
     assert safe.any() or share > 0.05, "none certified: nothing is tested"
-    withstands = pgd(net, images, labels, eps, PGDConfig(steps=30, restarts=4), torch.Generator().manual_seed(0))
-    assert withstands[safe].all()
+    attack = AttackConfig(steps=30, restarts=2)
+    assert withstands(net, images, labels, eps, attack, torch.Generator().manual_seed(0))[safe].all()
     if certifier_of(net) == "lipschitz":  # intervals are at least as tight
         assert safe[lipschitz_radius(net, images, labels) > eps].all()
     else:

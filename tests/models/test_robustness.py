@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet, Subsets
-from linflab.models.robustness.attacks import PGDConfig, pgd
+from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet
 from linflab.models.robustness.certification import lipschitz_radius
 from linflab.models.robustness.objectives import (
     ClippedHingeCrossEntropyConfig,
@@ -117,39 +116,6 @@ def test_radius_is_in_pixels(std: float) -> None:
     assert radius.item() == pytest.approx(0.2, rel=1e-6)
 
 
-def test_pgd_breaks_what_can_be_broken_and_nothing_else() -> None:
-    images = torch.linspace(0, 0.49, 50).double().view(-1, 1, 1, 1)
-    labels = torch.zeros(50, dtype=torch.int64)
-    net = one_pixel_net(1.0)  # centres outside of the pixels: no plateau between them, where gradients are zero
-    radius = 0.5 - images.flatten()
-    for restarts in (1, 2):  # cross entropy; and the margin too
-        robust = pgd(net, images, labels, 0.205, PGDConfig(steps=20, restarts=restarts), torch.Generator())
-        assert torch.equal(robust, radius > 0.205)
-
-
-def test_pgd_keeps_to_the_ball_and_to_pixels() -> None:
-    seen: list[torch.Tensor] = []
-
-    class Recorder(LinfDistNet):
-        def forward(
-            self, images: torch.Tensor, p: float = float("inf"), subsets: Subsets | None = None
-        ) -> torch.Tensor:
-            seen.append(images.detach())
-            return super().forward(images, p, subsets)
-
-    torch.manual_seed(0)
-    layers = LinfDistMLPConfig(depth=2, width=8, initialization="normal").layers((1, 4, 4), 3)
-    net = Recorder(layers, (0.0,), 1.0).eval()
-    images = torch.rand(1, 1, 4, 4)
-    label = net(images).argmax(dim=1)
-    seen.clear()
-    pgd(net, images, label, 0.02, PGDConfig(steps=10, restarts=4), torch.Generator())
-    assert len(seen) == 1 + 4 * 11
-    for attacked in seen[1:]:
-        assert attacked.min() >= 0 and attacked.max() <= 1
-        assert (attacked.double() - images.double()).abs().max() <= 0.02  # exactly
-
-
 def test_certified_images_keep_their_class(digits_net: TrainedOnDigits) -> None:
     """Moved by 0.999 of the certified radius towards any sign pattern, in float32 as users run it."""
     network = digits_net.trained.network
@@ -180,5 +146,3 @@ def test_refusals(digits_net: TrainedOnDigits) -> None:
     training = digits_net.experiment.model.build((1, 8, 8), 10).train()
     with pytest.raises(ValueError, match="evaluation mode"):
         lipschitz_radius(training, images, labels)
-    with pytest.raises(ValueError, match="evaluation mode"):
-        pgd(training, images, labels, 0.1, PGDConfig(), torch.Generator())

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from linflab.platform.config import build_experiment
 from linflab.platform.datasets import data_folder, load_dataset
-from linflab.platform.evaluation import evaluate
+from linflab.platform.evaluation import Scoring, evaluate
 from linflab.platform.storage import Storage
 from linflab.reports import schema
 from linflab.reports.records import read_trials
@@ -56,7 +56,7 @@ def test_weights_and_experiment_reproduce_the_scores(finished_sweep: FinishedSwe
     experiment = build_experiment(yaml.safe_load(recorded), {})
     network = experiment.model.build((1, 8, 8), 10)
     network.load_state_dict(saved["network"])
-    accuracy = evaluate(network, load_dataset("digits").test, experiment.eps, 1000)
+    accuracy = evaluate(network, load_dataset("digits").test, Scoring((experiment.eps,), "lipschitz"), 1000)[0]
     assert accuracy.clean == trial[schema.TEST_CLEAN] and accuracy.certified == trial[schema.TEST_CERTIFIED]
 
 

@@ -12,13 +12,15 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import evaluate
+from linflab.platform.evaluation import Scoring, evaluate
 from linflab.platform.training import EpochReport, StepReport, Trainer, fit
 from tests.conftest import QUICK, RECIPE, TrainedOnDigits
 
+LIPSCHITZ = Scoring((0.1,), "lipschitz")
+
 
 def test_learns_digits(digits_net: TrainedOnDigits) -> None:
-    accuracy = evaluate(digits_net.trained.network, digits_net.dataset.test, 0.1, 100)
+    accuracy = evaluate(digits_net.trained.network, digits_net.dataset.test, LIPSCHITZ, 100)[0]
     assert accuracy.clean > 0.85 and accuracy.certified > 0.7  # 20 of the recipe's 50 epochs
 
 
@@ -49,7 +51,7 @@ def test_reports_follow_the_schedules() -> None:
     # the network kept is the latest of those that certify most validation images
     best = max(epochs, key=lambda report: (report.validation.certified, report.epoch))
     assert trained.epoch == best.epoch and trained.validation == best.validation
-    assert evaluate(trained.network, load_dataset("digits").validation, 0.1, 1000) == best.validation
+    assert evaluate(trained.network, load_dataset("digits").validation, LIPSCHITZ, 1000) == [best.validation]
 
 
 KINDS = {
@@ -87,7 +89,7 @@ def test_every_kind_of_network_learns_and_repeats_its_bits(kind: str, tmp_path: 
     data = load_dataset("digits")
     trained = fit(experiment, data)
     assert trained.validation is not None and trained.validation.clean > 0.5
-    scored = evaluate(trained.network, data.validation, 0.1, 100)
+    scored = evaluate(trained.network, data.validation, LIPSCHITZ, 100)[0]
     assert scored == trained.validation
 
     checkpoints, steps = Checkpoints(tmp_path / "run"), 0

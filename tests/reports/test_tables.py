@@ -17,9 +17,6 @@ from linflab.reports.tables import Table, sweep_table
 SETTINGS = {
     "dataset": "digits",
     "eps": "0.1",
-    "evaluation.attack.steps": "20",
-    "evaluation.attack.restarts": "1",
-    "evaluation.attack.step_size": "0.25",
     "compute.workers": "1",
     "compute.cpus_per_worker": "1",
 }
@@ -35,6 +32,7 @@ def record(client: MlflowClient, number: int, validation: float | None, width: i
         schema.SEARCHED: "model.width,p_schedule.start",
         schema.HARDWARE: "2 CPU cores",
         schema.CERTIFIER: "lipschitz",
+        schema.ATTACK: "PGD (20 steps of 0.25 eps, 1 restart)",
     }
     run = client.create_run("0", tags=tags)
     for name, value in {**SETTINGS, "model.width": str(width), "p_schedule.start": "8.123456"}.items():

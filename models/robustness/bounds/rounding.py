@@ -11,6 +11,7 @@ model; `exact_products` turns them off.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ def exact_products() -> Iterator[None]:
 
     oneDNN's convolutions, the usual ones on CPUs, are such sums; cuDNN and NNPACK may choose others, and are not used.
     """
-    precision, backends = torch.get_float32_matmul_precision(), torch.backends
-    convolution = backends.mkldnn.conv.fp32_precision
+    backends: Any = torch.backends
+    precision, convolution = torch.get_float32_matmul_precision(), backends.mkldnn.conv.fp32_precision
     with backends.cudnn.flags(enabled=False), backends.nnpack.flags(enabled=False):
         torch.set_float32_matmul_precision("highest")
         backends.mkldnn.conv.fp32_precision = "ieee"
@@ -50,17 +51,18 @@ def check_arithmetic(network: nn.Module) -> None:
     Raises:
         ValueError: torch may compute them otherwise.
     """
+    backends: Any = torch.backends
     wrong = []
     if torch.get_float32_matmul_precision() != "highest":
         wrong.append(f"float32_matmul_precision is {torch.get_float32_matmul_precision()!r}")
     if any(isinstance(module, nn.Conv2d) for module in network.modules()):
         device = next(network.parameters()).device.type
-        if device == "cuda" and torch.backends.cudnn.enabled:
+        if device == "cuda" and backends.cudnn.enabled:
             wrong.append("cuDNN may use TF32 and fast algorithms")
         if device == "cpu" and torch._C._get_nnpack_enabled():
             wrong.append("NNPACK may use fast algorithms")
-        if torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
-            wrong.append(f"oneDNN's convolutions are in {torch.backends.mkldnn.conv.fp32_precision}")
+        if backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
+            wrong.append(f"oneDNN's convolutions are in {backends.mkldnn.conv.fp32_precision}")
     if wrong:
         raise ValueError(f"sound bounds need exact_products(): {'; '.join(wrong)}, which they do not account for")
 
