@@ -64,7 +64,7 @@ class TrainingConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    certifier: Certifier | Literal["auto"] = Field(
+    certifier: Literal[Certifier, "auto"] = Field(
         "auto", description="auto: lipschitz for networks with a Lipschitz constant, else interval"
     )
     sound: bool = Field(False, description="certificates account for float32 rounding")

@@ -148,9 +148,9 @@ def test_apgd_breaks_what_long_pgd_breaks() -> None:
     net.eval()
     long = AttackConfig(kinds=("pgd",), steps=100, restarts=10, step_size=0.1)
     least = int(withstands(net, images, labels, 0.1, long, generator()).sum())
-    for kind, more in (("apgd", 5), ("targeted_apgd", 1)):
-        found = int(withstands(net, images, labels, 0.1, AttackConfig(kinds=(kind,)), generator()).sum())
-        assert 50 < least <= found <= least + more < 200
+    for kind in ("apgd", "targeted_apgd"):
+        found = int(withstands(net, images, labels, 0.1, AttackConfig(kinds=(kind,), steps=20), generator()).sum())
+        assert 50 < found <= least + 2 and least < 200  # targeted, it breaks one more
 
 
 def test_steps_of_apgd_shrink() -> None:

@@ -1,5 +1,6 @@
 """Trained weights scored by the command: what it prints, what it records, and what it refuses."""
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Callable
@@ -7,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from linflab.models.robustness.attacks import PGDConfig
+from linflab.models.robustness.attacks.suite import AttackConfig
 from linflab.models.robustness.certification import certified_radius
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.evaluation import Accuracy, evaluate, evaluate_at
+from linflab.platform.evaluation import Accuracy, Scoring, evaluate
 from linflab.platform.weights import load_network, network_of, save_weights
 from tests.conftest import QUICK, RECIPE, Here, TrainedOnDigits
 
@@ -49,7 +51,11 @@ def test_a_run_is_scored_as_it_was_after_training(run: FinishedRun, linflab: Com
     for name in ("clean", "certified", "robust"):
         assert row[name] == metrics[f"test/{name}_accuracy"]
     assert metrics["test/certified_accuracy/lipschitz/eps-0.1"] == row["certified"]
-    assert metrics["test/robust_accuracy/eps-0.1"] == row["robust"]
+    assert metrics["test/robust_accuracy/pgd-surrogate_pgd/eps-0.1"] == row["robust"]
+    (artifact,) = client.list_artifacts(run.id, "scores/lipschitz")
+    assert artifact.path == "scores/lipschitz/scores.json"
+    written = json.loads(Path(client.download_artifacts(run.id, artifact.path)).read_text())
+    assert written["rows"] == [row] and written["experiment"]["evaluation.attack.steps"] == 10
 
 
 def test_many_eps_and_certifiers(run: FinishedRun, here: Here) -> None:
@@ -62,6 +68,8 @@ def test_many_eps_and_certifiers(run: FinishedRun, here: Here) -> None:
             scores = json.loads(done.stdout)
             assert (scores["certifier"], scores["sound"]) == (certifier, bool(sound))
             results[certifier, bool(sound)] = [row["certified"] for row in scores["rows"]]
+            if sound:
+                assert [row["certified_exact"] for row in scores["rows"]] == results[certifier, False]
             assert all(row["robust"] is None for row in scores["rows"])
     for values in results.values():
         assert values == sorted(values, reverse=True) and values[0] > values[2]
@@ -75,26 +83,74 @@ def test_what_is_printed(run: FinishedRun, here: Here) -> None:
     assert done.returncode == 0, done.stderr
     assert (
         "In percent. On 360 test images. Certified: by lipschitz, float32 rounding included." in done.stdout
-        and "PGD, 10 steps" in done.stdout
+        and "PGD (10 steps of 0.25 eps, 1 restart); PGD by gradients at p = 32" in done.stdout
+        and "Accounting for rounding costs 0, 0 certificates." in done.stdout
     )
     assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["eps", "0.05", "0.1"]
 
 
 def test_several_eps_are_scored_as_one_by_one(digits_net: TrainedOnDigits) -> None:
     network, split = digits_net.trained.network, digits_net.dataset.test
-    attack, seen = PGDConfig(steps=3), []
-    together = evaluate_at(network, split, [0.05, 0.1], 100, "lipschitz", False, attack, 5, seen.append)
-    assert together == [evaluate(network, split, eps, 100, attack, 5) for eps in (0.05, 0.1)]
-    assert seen == [100, 200, 300, 360]
+    attack, seen = AttackConfig(steps=3), []
+    both = Scoring((0.05, 0.1), "lipschitz", attack=attack, seed=5)
+    together = evaluate(network, split, both, 100, seen.append)
+    alone = [evaluate(network, split, dataclasses.replace(both, eps=(eps,)), 100) for eps in both.eps]
+    assert [[one] for one in together] == alone and together[0].robust > together[1].robust
+    assert [len(batch.positions) for batch in seen] == [100, 100, 100, 60]
 
 
 def test_certified_samples_that_are_broken_end_it_loudly(
     run: FinishedRun, monkeypatch: pytest.MonkeyPatch, here: Here
 ) -> None:
-    broken = [Accuracy(0.9, 0.8, 0.7, certified_but_broken=3)]
-    monkeypatch.setattr("linflab.platform.scoring.evaluate_at", lambda *arguments: broken)
+    broken = [Accuracy(0.9, 0.8, robust=0.7, certified_but_broken=3)]
+    monkeypatch.setattr("linflab.platform.scoring.accuracies", lambda *arguments: broken)
     done = here("evaluate", str(run.weights))
-    assert done.returncode == 1 and "broke 3 samples that lipschitz had certified" in done.stderr
+    assert done.returncode == 1 and "attacks broke 3 samples that lipschitz had certified" in done.stderr
+
+
+def test_broken_certificates_are_counted_sample_by_sample(digits_net: TrainedOnDigits) -> None:
+    """A certifier that lies: all that it certifies at too large an eps, and the attack breaks, is found."""
+    network, split = digits_net.trained.network, digits_net.dataset.test
+    scoring = Scoring((0.3,), "lipschitz", attack=AttackConfig(steps=10))
+    (honest,) = evaluate(network, split, scoring, 100)
+    assert honest.certified_but_broken == 0
+    std = network.features.normalize.std
+    network.features.normalize.std = 10 * std  # what the constant is made of, and nothing else that is computed
+    network.features.normalize.forward = lambda images: (images - network.features.normalize.mean) / std
+    try:
+        (lying,) = evaluate(network, split, scoring, 100)
+    finally:
+        network.features.normalize.std = std
+        del network.features.normalize.forward
+    assert lying.robust == honest.robust and lying.certified > honest.certified
+    assert lying.certified_but_broken >= round(360 * (lying.certified - lying.robust)) > 50
+
+
+def test_workers_find_the_same(run: FinishedRun, here: Here) -> None:
+    arguments = ["evaluate", str(run.weights), "evaluation.batch_size=70", "--eps", "0.05,0.1", "--json"]
+    alone, together = here(*arguments), here(*arguments, "--workers", "2")
+    assert alone.returncode == together.returncode == 0, together.stderr
+    assert json.loads(alone.stdout) == json.loads(together.stdout)
+
+
+def test_radii_as_files(run: FinishedRun, here: Here, tmp_path: Path) -> None:
+    for certifier in ("lipschitz", "interval"):
+        folder = tmp_path / certifier
+        arguments = ["--certifier", certifier, "--attack", "none", "--eps", "0.05,0.1", "--radii", str(folder)]
+        done = here("evaluate", run.id, "--storage", str(run.storage), *arguments)
+        assert done.returncode == 0, done.stderr
+        table = pd.read_csv(folder / "radii.csv")
+        assert table["image"].tolist() == list(range(360))
+        for row in json.loads((folder / "scores.json").read_text())["rows"]:
+            share = (table["certified_radius"] > row["eps"]).mean()
+            assert share == pytest.approx(row["certified"], abs=1 / 360)  # by bisection, one may be off
+        for name in ("certified_accuracy", "radius_histogram"):
+            assert (folder / f"{name}.pdf").stat().st_size > 1000 and f"{folder / name}.png" in done.stdout
+            with Image.open(folder / f"{name}.png") as image:
+                assert len(set(image.convert("L").get_flattened_data())) > 10
+        client = MlflowClient(f"sqlite:///{run.storage}/mlflow.db")
+        logged = {Path(file.path).name for file in client.list_artifacts(run.id, f"scores/{certifier}")}
+        assert logged == {path.name for path in folder.iterdir()}
 
 
 def test_images_of_ones_own(run: FinishedRun, here: Here, tmp_path: Path) -> None:
@@ -132,7 +188,11 @@ def test_wrong_input(run: FinishedRun, here: Here, tmp_path: Path) -> None:
         (["evaluate", str(tmp_path / "damaged.pt")], "can't be read as weights"),
         (["evaluate", str(run.weights), "--eps", "0.1,x"], "eps=0.1,x"),
         (["evaluate", str(run.weights), "--certifier", "magic"], "certifier=magic"),
-        (["evaluate", str(run.weights), "--attack", "magic"], "attack=magic"),
+        (["evaluate", str(run.weights), "--certifier", "crown"], "no ReLU or tanh"),
+        (["evaluate", str(run.weights), "--attack", "magic"], "evaluation.attack.kinds"),
+        (["evaluate", str(run.weights), "model.width=3"], "model.width=3: is part of what was trained"),
+        (["evaluate", str(run.weights), "evaluation.attack.steps=0"], "evaluation.attack.steps=0"),
+        (["evaluate", str(run.weights), "--workers", "99"], "workers=99"),
         (["certify", str(run.weights), str(tmp_path / "text.png")], "can't be read as an image"),
         (["certify", str(run.weights), str(tmp_path / "wide.png")], "8 x 9 pixels"),
         (["certify", str(run.weights), str(tmp_path / "none.png")], "none.png"),
@@ -147,5 +207,11 @@ def test_hybrids_have_no_lipschitz_certificate(here: Here, tmp_path: Path) -> No
     settings += ["objective.kind=worst_case_cross_entropy", "objective.eps_train=0.1"]
     experiment = load_experiment(RECIPE, settings)
     save_weights(tmp_path / "w.pt", network_of(experiment), experiment, 0)
+    found = {}
+    for certifier in ("interval", "crown"):
+        done = here("evaluate", str(tmp_path / "w.pt"), "--eps", "0.001", "--certifier", certifier, "--json", "--sound")
+        assert done.returncode == 0, done.stderr
+        found[certifier] = json.loads(done.stdout)["rows"][0]["certified"]
+    assert 0 < found["interval"] <= found["crown"]
     done = here("evaluate", str(tmp_path / "w.pt"), "--certifier", "lipschitz")
     assert done.returncode == 2 and "interval will do" in done.stderr
