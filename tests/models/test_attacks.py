@@ -150,7 +150,7 @@ def test_apgd_breaks_what_long_pgd_breaks() -> None:
     least = int(withstands(net, images, labels, 0.1, long, generator()).sum())
     for kind in ("apgd", "targeted_apgd"):
         found = int(withstands(net, images, labels, 0.1, AttackConfig(kinds=(kind,), steps=20), generator()).sum())
-        assert 50 < found <= least + 2 and least < 200  # targeted, it breaks one more
+        assert 50 < found <= least + 2 and least < 200
 
 
 def test_steps_of_apgd_shrink() -> None:

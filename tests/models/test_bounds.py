@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from linflab.models.networks.hybrid import LinfDistHybrid, LinfDistHybridConfig
-from linflab.models.networks.layers import LpDistance, ScaledLinear
+from linflab.models.networks.layers import LpDistance, ScaledLinear, SortDistance
 from linflab.models.networks.linf_dist import DistanceNetConfig, LinfDistConvNetConfig, LinfDistMLPConfig
 from linflab.models.networks.sort_net import SortNetConfig, draw_subsets
 from linflab.models.robustness.attacks.suite import AttackConfig, withstands
@@ -83,20 +83,31 @@ def test_bounds_of_a_point_are_its_outputs(kind: str) -> None:
         torch.testing.assert_close(margins, wrong_class_margins(net(images), labels))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(7, 4), lambda: ScaledLinear(7, 4), lambda: LpDistance(7, 4)])
-def test_single_layers_are_exact(make: Callable[[], nn.Module]) -> None:
-    """All corners of the box, and for distances the nearest points too: the bounds are reached."""
-    torch.manual_seed(0)
-    layer = make().double()
+SINGLE_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(7, 4),
+    "scaled linear": lambda: ScaledLinear(7, 4),
+    "distance": lambda: LpDistance(7, 4),
+    "sort distance": lambda: SortDistance(7, 4, 0.4),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SINGLE_LAYERS))
+@given(seed=st.integers(0, 2**32 - 1), width=st.floats(0, 4))
+def test_single_layers_are_exact_for_each_output(kind: str, seed: int, width: float) -> None:
+    """Brute force over all corners of the box and, coordinate by coordinate, the breakpoints: where x_i is w_i."""
+    torch.manual_seed(seed)
+    layer = SINGLE_LAYERS[kind]().double().eval()
     lower = torch.randn(1, 7, dtype=torch.float64)
-    box = Box(lower, lower + torch.rand_like(lower))
-    bits = torch.arange(3**7)[:, None] // 3 ** torch.arange(7) % 3
-    nearest = layer.weight.detach()[0].clamp(box.lower[0], box.upper[0])
-    points = torch.where(bits == 0, box.lower, torch.where(bits == 1, box.upper, nearest))
+    box = Box(lower, lower + width * torch.rand_like(lower))
+    choices = torch.arange(3**7)[:, None] // 3 ** torch.arange(7) % 3
     with torch.no_grad():
-        outputs, bounds = layer(points), layer_bounds(layer, box)
-    assert outputs[:, 0].min().item() == pytest.approx(bounds.lower[0, 0].item())
-    torch.testing.assert_close(outputs.amax(dim=0), bounds.upper[0])
+        bounds = layer_bounds(layer, box)
+        for output, weight in enumerate(layer.weight):
+            breakpoint_ = weight.clamp(box.lower[0], box.upper[0])
+            points = torch.where(choices == 0, box.lower, torch.where(choices == 1, box.upper, breakpoint_))
+            reached = layer(points)[:, output]
+            torch.testing.assert_close(reached.min(), bounds.lower[0, output])
+            torch.testing.assert_close(reached.max(), bounds.upper[0, output])
 
 
 def test_the_last_linear_layer_is_merged_with_the_margin() -> None:
