@@ -2,8 +2,8 @@
 
 Certifiers, each by its name: `lipschitz`, one forward pass of a network that is Lipschitz by construction; `interval`,
 bounds through every layer on the box of images, cut to [0, 1], which are tighter; `crown`, linear bounds through ReLU
-and tanh layers, tighter for networks that were not trained on intervals. By default all are those of exact arithmetic. Asked to
-be `sound` they hold for the network as it is computed, with all its roundings.
+and tanh layers, tighter for networks that were not trained on intervals. By default all are those of exact arithmetic.
+Asked to be `sound` they hold for the network as it is computed, with all its roundings.
 """
 
 from typing import Literal, get_args

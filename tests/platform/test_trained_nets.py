@@ -46,14 +46,18 @@ def certifiers_of(kind: str) -> list[Certifier]:
 
 @every_kind
 def test_interval_certifies_what_lipschitz_does(kind: str) -> None:
-    """Sample by sample. Hybrids, which are trained on intervals, have crown instead, for about as many."""
+    """Sample by sample. Hybrids have crown instead, for nearly as many while eps is small: they are trained on intervals."""
     net, split = trained(kind)
     images, labels = split.batch(torch.arange(len(split)))
     for eps in EPS:
         for sound in (False, True):
             first, second = (certified(net, images, labels, eps, name, sound) for name in certifiers_of(kind))
             assert first.sum() > (90 if eps <= 0.1 else 0)
-            assert second[first].all() if "hybrid" not in kind else second.sum() > 0.9 * first.sum()
+            assert (
+                second[first].all()
+                if "hybrid" not in kind
+                else second.sum() > (0.95 if eps < 0.1 else 0.3) * first.sum()
+            )
             plain = [certified(net, images, labels, eps, name) for name in certifiers_of(kind)]
             assert all(bool(by[proof].all()) for by, proof in zip(plain, (first, second), strict=True))
 
