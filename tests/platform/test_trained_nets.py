@@ -46,7 +46,7 @@ def certifiers_of(kind: str) -> list[Certifier]:
 
 @every_kind
 def test_interval_certifies_what_lipschitz_does(kind: str) -> None:
-    """Sample by sample. Hybrids have crown instead, for nearly as many while eps is small: they are trained on intervals."""
+    """Sample by sample. Hybrids have crown instead, close while eps is small: they are trained on intervals."""
     net, split = trained(kind)
     images, labels = split.batch(torch.arange(len(split)))
     for eps in EPS:
