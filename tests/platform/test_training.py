@@ -12,7 +12,7 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import Scoring, evaluate
+from linflab.platform.evaluation import Scoring, evaluate, scoring_of
 from linflab.platform.training import EpochReport, StepReport, Trainer, fit
 from tests.conftest import QUICK, RECIPE, TrainedOnDigits
 
@@ -89,8 +89,9 @@ def test_every_kind_of_network_learns_and_repeats_its_bits(kind: str, tmp_path: 
     data = load_dataset("digits")
     trained = fit(experiment, data)
     assert trained.validation is not None and trained.validation.clean > 0.5
-    scored = evaluate(trained.network, data.validation, LIPSCHITZ, 100)[0]
-    assert scored == trained.validation
+    scoring = scoring_of(experiment, trained.network, attacked=False)
+    assert scoring.certifier == ("interval" if "hybrid" in kind else "lipschitz")
+    assert evaluate(trained.network, data.validation, scoring, 100) == [trained.validation]
 
     checkpoints, steps = Checkpoints(tmp_path / "run"), 0
 
