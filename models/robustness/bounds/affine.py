@@ -150,6 +150,6 @@ def _shift(layer: Shift, inputs: torch.Size) -> Affine:
     constant = torch.as_tensor(layer.constant)
     while constant.dim() > len(inputs) and len(constant) == 1:
         constant = constant[0]
-    if constant.dim() > len(inputs):
+    if constant.dim() > len(inputs) or torch.broadcast_shapes(constant.shape, inputs) != inputs:
         raise TypeError(f"bounds: there is no rule for adding a constant of shape {tuple(constant.shape)}")
     return Affine(torch.ones(()), constant, constant.abs(), _product, _product, 1)

@@ -206,7 +206,7 @@ class _Crown:
                 for before, part in zip(step.inputs, passed[0], strict=True):
                     pending[before] = pending[before] + part if before in pending else part
             if self.sound:
-                total = total - self._dot(a.abs(), self._error(value))
+                total = total + self._dot(-a.abs(), self._error(value))
         return total
 
     def _passed(self, step: Step, a: Tensor) -> tuple[Sequence[Tensor], Tensor | float] | None:

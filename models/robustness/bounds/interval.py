@@ -153,6 +153,10 @@ def layer_bounds(layer: nn.Module, box: Box | Sequence[Box], sound: bool = False
 @layer_bounds.register(nn.Identity)
 @layer_bounds.register(nn.Dropout)
 def _monotone(layer: nn.Module, box: Box, sound: bool = False) -> Box:
+    if isinstance(layer, Shift):
+        affine_of(layer, box.lower.shape[1:])  # refuses what makes the value larger
+    if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
+        raise TypeError("bounds: there is no rule for MaxPool2d with return_indices")
     return Box(layer(box.lower), layer(box.upper))
 
 
@@ -172,6 +176,8 @@ def _flatten(layer: nn.Flatten, box: Box, sound: bool = False) -> Box:
 @layer_bounds.register(Concatenation)
 def _joined(layer: nn.Module, boxes: Sequence[Box], sound: bool = False) -> Box:
     """Monotone in all inputs."""
+    if isinstance(layer, Sum) and len({box.lower.shape[1:] for box in boxes}) > 1:
+        raise TypeError(f"bounds: there is no rule for sums of shapes {[tuple(box.lower.shape[1:]) for box in boxes]}")
     if isinstance(layer, Concatenation) and layer.dim < 1:
         raise TypeError(f"bounds: there is no rule for concatenation along dimension {layer.dim}; from 1 on there is")
     return Box(layer(*(box.lower for box in boxes)), layer(*(box.upper for box in boxes)))

@@ -33,16 +33,15 @@ def exact_products() -> Iterator[None]:
 
     oneDNN's convolutions, the usual ones on CPUs, are such sums; cuDNN and NNPACK may choose others, and are not used.
     """
-    backends: Any = torch.backends
-    precision, convolution = torch.get_float32_matmul_precision(), backends.mkldnn.conv.fp32_precision
-    with backends.cudnn.flags(enabled=False), backends.nnpack.flags(enabled=False):
-        torch.set_float32_matmul_precision("highest")
-        backends.mkldnn.conv.fp32_precision = "ieee"
+    before = [(operations, operations.fp32_precision) for operations in _products()]
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        for operations in _products():
+            operations.fp32_precision = "ieee"
         try:
             yield
         finally:
-            backends.mkldnn.conv.fp32_precision = convolution
-            torch.set_float32_matmul_precision(precision)
+            for operations, precision in before:
+                operations.fp32_precision = precision
 
 
 def check_arithmetic(network: nn.Module) -> None:
@@ -51,20 +50,25 @@ def check_arithmetic(network: nn.Module) -> None:
     Raises:
         ValueError: torch may compute them otherwise.
     """
-    backends: Any = torch.backends
-    wrong = []
-    if torch.get_float32_matmul_precision() != "highest":
-        wrong.append(f"float32_matmul_precision is {torch.get_float32_matmul_precision()!r}")
+    precisions = {operations.fp32_precision for operations in _products()} - {"none", "ieee"}
+    wrong = [f"they may be in {precision}" for precision in sorted(precisions)]
     if any(isinstance(module, nn.Conv2d) for module in network.modules()):
         device = next(network.parameters()).device.type
-        if device == "cuda" and backends.cudnn.enabled:
-            wrong.append("cuDNN may use TF32 and fast algorithms")
+        if device == "cuda" and torch.backends.cudnn.enabled:
+            wrong.append("cuDNN may use fast algorithms")
         if device == "cpu" and torch._C._get_nnpack_enabled():
             wrong.append("NNPACK may use fast algorithms")
-        if backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
-            wrong.append(f"oneDNN's convolutions are in {backends.mkldnn.conv.fp32_precision}")
     if wrong:
-        raise ValueError(f"sound bounds need exact_products(): {'; '.join(wrong)}, which they do not account for")
+        raise ValueError(
+            f"sound bounds need matrix products and convolutions as sums of float32 products: {', '.join(wrong)}; "
+            "wrap the call in exact_products()"
+        )
+
+
+def _products() -> list[Any]:
+    """Where torch keeps the precision of matrix products and convolutions."""
+    backends: Any = torch.backends
+    return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul]
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
