@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -223,6 +224,17 @@ def space_show(
     rows = [{"setting": path, "values": str(distribution)} for path, distribution in space.parameters.items()]
     console.print(space.description)
     _print_rows(rows, ["setting", "values"], as_json=False)
+    for point in space.try_first:
+        console.print("first: " + ", ".join(f"{path}={value}" for path, value in point.items()))
+
+
+@app.command("schema")
+def json_schema(what: Annotated[str, typer.Argument(help="experiment, or space")]) -> None:
+    """The JSON schema of recipes or search spaces, for editors that check and complete YAML."""
+    models: dict[str, type[BaseModel]] = {"experiment": Experiment, "space": SearchSpace}
+    if what not in models:
+        raise SettingError(f"schema={what}: must be one of {', '.join(models)}")
+    typer.echo(json.dumps(models[what].model_json_schema(), indent=1))
 
 
 @data_app.command("list")

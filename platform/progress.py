@@ -123,7 +123,7 @@ class SweepView(Callback):
             self.console.print(f"trial {trial.config['trial']}/{self.total} {text}", highlight=False)
 
     def _settings(self, config: dict[str, Any]) -> str:
-        return describe_settings({path: config[path] for path in self.searched})
+        return describe_settings({path: config[path] for path in self.searched if path in config})
 
     def _render(self) -> Group:
         table = Table(expand=True, box=SIMPLE_HEAD)

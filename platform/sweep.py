@@ -90,18 +90,17 @@ def plan_sweep(
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, trials)
     dataset = load_dataset(base.dataset, base.augmentation)
     check_fits(base, dataset)
-    lows = {path: distribution.extremes()[0] for path, distribution in space.parameters.items()}
-    for path, distribution in space.parameters.items():
+    for path in space.parameters:
         if any(path == fixed or path.startswith(f"{fixed}.") for fixed in FIXED):
             raise SettingError(
                 f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
             )
-        # a trial may still meet a combination that is refused: it fails, and the sweep goes on
-        for value in distribution.extremes():
-            try:
-                check_fits(plan.experiment({**lows, path: value}), dataset)
-            except SettingError as error:
-                raise SettingError(f"space={space_name}: {error}") from None
+    # a trial may still meet a combination that is refused: it fails, and the sweep goes on
+    for point in space.probes():
+        try:
+            check_fits(plan.experiment(point), dataset)
+        except SettingError as error:
+            raise SettingError(f"space={space_name}: {error}") from None
     if (storage.ray / name).exists() or name in sweep_names(MlflowClient(storage.tracking_uri)):
         raise SettingError(f"name={name}: this sweep is already in {storage.root}; choose another name")
     return plan
@@ -162,7 +161,13 @@ def _tuner(
         # whole CPUs would leave too few for the workers; one byte of memory is the least that Tune accepts
         {"memory": 1} if several else dict(resources),
     )
-    search = OptunaSearch(partial(_suggest, plan.space), metric=METRIC, mode="max", seed=plan.base.seed % 2**32)
+    search = OptunaSearch(
+        partial(_suggest, plan.space),
+        metric=METRIC,
+        mode="max",
+        points_to_evaluate=list(plan.space.try_first),
+        seed=plan.base.seed % 2**32,
+    )
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

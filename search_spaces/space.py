@@ -6,10 +6,15 @@ A space is a YAML file, shipped beside this module or the user's own:
     include: [width, hinge_threshold]     # other spaces, whose parameters it takes over
     parameters:                           # dotted path of a setting: its distribution
       p_schedule.start: {distribution: log_uniform, low: 4, high: 16}
+      p_schedule.end: {distribution: log_uniform, low: p_schedule.start, high: 2000}         # above what was drawn
+      model.kind: {distribution: categorical, choices: [linf_dist_mlp, sort_net]}
+      model.q: {distribution: uniform, low: 0.5, high: 0.9, when: {model.kind: sort_net}}    # under a choice only
       model.width: {distribution: integer, low: 64, high: 512, step: 64}
-      model.initialization: {distribution: categorical, choices: [normal, identity]}
+    try_first:                            # points before those that are drawn; what one leaves out is drawn
+      - {p_schedule.start: 8, p_schedule.end: 1000, model.kind: linf_dist_mlp}
 
-Parameters given under `parameters` replace included ones of the same path.
+Parameters are drawn in their order, included ones first; what a bound or condition names must come before. Parameters
+given under `parameters` replace included ones of the same path.
 """
 
 from collections.abc import Mapping
@@ -22,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 FOLDER = Path(__file__).parent
 
 Value = bool | int | float | str
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Suggester(Protocol):
@@ -37,19 +43,34 @@ class Suggester(Protocol):
 class _Distribution(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    when: dict[str, Value] = Field({}, description="choices of categorical parameters under which alone this is drawn")
+
+    def applies(self, point: Mapping[str, Value]) -> bool:
+        """Whether this is drawn, after what the point holds."""
+        return all(name in point and point[name] == choice for name, choice in self.when.items())
+
+    def _under(self) -> str:
+        return "".join(f", if {name} is {choice}" for name, choice in self.when.items())
+
 
 class _Range(_Distribution):
-    low: float = Field(allow_inf_nan=False)
-    high: float = Field(allow_inf_nan=False)
+    low: Number | str = Field(description="a number, or the dotted path of a parameter before this one")
+    high: Number | str = Field(description="a number, or the dotted path of a parameter before this one")
 
     @model_validator(mode="after")
     def _low_before_high(self) -> Self:
-        if self.low > self.high:
+        if not isinstance(self.low, str) and not isinstance(self.high, str) and self.low > self.high:
             raise ValueError(f"low={self.low:g} is above high={self.high:g}")
         return self
 
-    def extremes(self) -> tuple[Value, ...]:
-        return self.low, self.high
+    def bounds(self, point: Mapping[str, Value]) -> tuple[Any, Any]:
+        """Low and high, after what the point holds."""
+        low, high = (point[end] if isinstance(end, str) else end for end in (self.low, self.high))
+        return low, high
+
+    def _to(self) -> str:
+        low, high = (end if isinstance(end, str) else f"{end:g}" for end in (self.low, self.high))
+        return f"{low} to {high}"
 
 
 class Uniform(_Range):
@@ -58,39 +79,39 @@ class Uniform(_Range):
     distribution: Literal["uniform"]
     step: float | None = Field(None, gt=0, allow_inf_nan=False)
 
-    def suggest(self, trial: Suggester, name: str) -> Value:
-        return trial.suggest_float(name, self.low, self.high, step=self.step)
+    def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
+        return trial.suggest_float(name, *self.bounds(point), step=self.step)
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}" + (f" in steps of {self.step:g}" if self.step else "")
+        return self._to() + (f" in steps of {self.step:g}" if self.step else "") + self._under()
 
 
 class LogUniform(_Range):
     """Every order of magnitude between low and high alike."""
 
     distribution: Literal["log_uniform"]
-    low: float = Field(gt=0, allow_inf_nan=False)
+    low: Annotated[float, Field(gt=0, allow_inf_nan=False)] | str
 
-    def suggest(self, trial: Suggester, name: str) -> Value:
-        return trial.suggest_float(name, self.low, self.high, log=True)
+    def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
+        return trial.suggest_float(name, *self.bounds(point), log=True)
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}, log-uniform"
+        return f"{self._to()}, log-uniform{self._under()}"
 
 
 class Integer(_Range):
     """low, low + step, ... up to high."""
 
     distribution: Literal["integer"]
-    low: int
-    high: int
+    low: int | str
+    high: int | str
     step: int = Field(1, ge=1)
 
-    def suggest(self, trial: Suggester, name: str) -> Value:
-        return trial.suggest_int(name, self.low, self.high, step=self.step)
+    def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
+        return trial.suggest_int(name, *self.bounds(point), step=self.step)
 
     def __str__(self) -> str:
-        return f"{self.low} to {self.high}" + (f" in steps of {self.step}" if self.step > 1 else "")
+        return self._to() + (f" in steps of {self.step}" if self.step > 1 else "") + self._under()
 
 
 class Categorical(_Distribution):
@@ -99,14 +120,11 @@ class Categorical(_Distribution):
     distribution: Literal["categorical"]
     choices: tuple[Value, ...] = Field(min_length=1)
 
-    def suggest(self, trial: Suggester, name: str) -> Value:
+    def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
         return trial.suggest_categorical(name, self.choices)
 
-    def extremes(self) -> tuple[Value, ...]:
-        return self.choices
-
     def __str__(self) -> str:
-        return "one of " + ", ".join(map(str, self.choices))
+        return "one of " + ", ".join(map(str, self.choices)) + self._under()
 
 
 Distribution = Annotated[Uniform | LogUniform | Integer | Categorical, Field(discriminator="distribution")]
@@ -120,10 +138,113 @@ class SearchSpace(BaseModel):
     description: str
     include: tuple[str, ...] = ()
     parameters: dict[str, Distribution] = {}
+    try_first: tuple[dict[str, Value], ...] = Field((), description="points that are tried before those drawn")
 
     def suggest(self, trial: Suggester) -> dict[str, Value]:
         """One point of the space, drawn by Optuna's trial."""
-        return {path: distribution.suggest(trial, path) for path, distribution in self.parameters.items()}
+        point: dict[str, Value] = {}
+        for path, distribution in self.parameters.items():
+            if distribution.applies(point):
+                point[path] = distribution.suggest(trial, path, point)
+        return point
+
+    def probes(self) -> list[dict[str, Value]]:
+        """Points at the ends: for each parameter one with every choice, or the lowest and highest value.
+
+        Everything else is at its lowest, or first, value, as far as conditions allow.
+        """
+        points = []
+        for path, distribution in self.parameters.items():
+            values = distribution.choices if isinstance(distribution, Categorical) else (None,)
+            for value in values:
+                chosen = self._chosen_for(path) | ({} if value is None else {path: value})
+                points.append(self.suggest(_Ends(chosen, highest="")))
+            if not isinstance(distribution, Categorical):
+                points.append(self.suggest(_Ends(self._chosen_for(path), highest=path)))
+        return points
+
+    def _chosen_for(self, path: str) -> dict[str, Value]:
+        """The choices under which a parameter is drawn."""
+        chosen = dict(self.parameters[path].when)
+        for name in self.parameters[path].when:
+            chosen |= self._chosen_for(name)
+        return chosen
+
+    def check(self) -> None:
+        """That conditions, bounds and points to try first name what there is, and can be met.
+
+        Raises:
+            ValueError: they don't; names the parameter and what would do.
+        """
+        before: dict[str, Any] = {}
+        for path, distribution in self.parameters.items():
+            for name, choice in distribution.when.items():
+                if not isinstance(before.get(name), Categorical) or choice not in before[name].choices:
+                    raise ValueError(f"{path}: when {name} is {choice}: must be a choice of a categorical before it")
+            if isinstance(distribution, _Range):
+                for end in (distribution.low, distribution.high):
+                    self._check_end(path, end, before)
+                highest_low, lowest_high = self._ends(distribution.low)[1], self._ends(distribution.high)[0]
+                if highest_low > lowest_high:
+                    raise ValueError(
+                        f"{path}: low={distribution.low} can be {highest_low:g}, above high={distribution.high}, "
+                        f"which can be {lowest_high:g}"
+                    )
+            before[path] = distribution
+        for point in self.try_first:
+            for path, value in point.items():
+                self._check_value(path, value)
+
+    def _check_end(self, path: str, end: float | str, before: Mapping[str, Any]) -> None:
+        if not isinstance(end, str):
+            return
+        named, distribution = before.get(end), self.parameters[path]
+        if not isinstance(named, _Range) or (isinstance(distribution, Integer) and not isinstance(named, Integer)):
+            kind = "integer" if isinstance(distribution, Integer) else "range"
+            raise ValueError(f"{path}: the bound {end} must be a number or the path of a {kind} before it")
+        if not named.when.items() <= distribution.when.items():
+            raise ValueError(f"{path}: the bound {end} is not always drawn; `when` must be as there")
+        if isinstance(distribution, LogUniform) and self._ends(end)[0] <= 0:
+            raise ValueError(f"{path}: the bound {end} can be {self._ends(end)[0]:g}; log_uniform needs one above 0")
+
+    def _ends(self, end: float | str) -> tuple[float, float]:
+        """The least and the largest value that a bound can have."""
+        if not isinstance(end, str):
+            return end, end
+        named = self.parameters[end]
+        assert isinstance(named, _Range)
+        return self._ends(named.low)[0], self._ends(named.high)[1]
+
+    def _check_value(self, path: str, value: Value) -> None:
+        if path not in self.parameters:
+            raise ValueError(f"try_first: {path}={value}: is no parameter of the space")
+        distribution = self.parameters[path]
+        if isinstance(distribution, Categorical):
+            fits, what = value in distribution.choices, str(distribution)
+        else:
+            low, high = self._ends(distribution.low)[0], self._ends(distribution.high)[1]
+            fits = not isinstance(value, bool | str) and low <= value <= high
+            what = f"from {low:g} to {high:g}"
+        if not fits:
+            raise ValueError(f"try_first: {path}={value}: must be {what}")
+
+
+class _Ends:
+    """A suggester of chosen values, else of first or lowest ones, but for one parameter, the highest."""
+
+    def __init__(self, chosen: Mapping[str, Value], highest: str) -> None:
+        self.chosen, self.highest = chosen, highest
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return high if name == self.highest else low
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return low + (high - low) // step * step if name == self.highest else low
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self.chosen.get(name, choices[0])
 
 
 def space_names() -> list[str]:
@@ -162,9 +283,17 @@ def _load(name: str, folder: Path, including: tuple[Path, ...]) -> SearchSpace:
         place = " / ".join(map(str, complaint["loc"]))
         raise ValueError(f"space={name}: {place}: {complaint['msg']} (got {complaint['input']})") from None
     parameters: dict[str, Any] = {}
+    try_first: tuple[dict[str, Value], ...] = ()
     for other in space.include:
-        parameters |= _load(other, path.parent, (*including, path)).parameters
+        included = _load(other, path.parent, (*including, path))
+        parameters |= included.parameters
+        try_first += included.try_first
     parameters |= space.parameters
     if not parameters:
         raise ValueError(f"space={name}: has no parameters, so there is nothing to search")
-    return SearchSpace(description=space.description, include=space.include, parameters=parameters)
+    space = space.model_copy(update={"parameters": parameters, "try_first": (*try_first, *space.try_first)})
+    try:
+        space.check()
+    except ValueError as error:
+        raise ValueError(f"space={name}: {error}") from None
+    return space

@@ -23,6 +23,7 @@ from linflab.reports import schema
 from linflab.reports.records import read_trials
 from tests.conftest import QUICK, RECIPE, FinishedSweep
 
+SHARES = ("p_schedule.warmup_share", "p_schedule.infinity_share")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -106,6 +107,9 @@ def test_sweep_goes_on_past_failing_trials(tmp_path: Path, linflab: Command) -> 
         "  optimizer.learning_rate: {distribution: categorical, choices: [0.1, 1.0e+30]}\n"
         "  p_schedule.warmup_share: {distribution: categorical, choices: [0.1, 0.8]}\n"
         "  p_schedule.infinity_share: {distribution: categorical, choices: [0.1, 0.7]}\n"
+        "  objective.theta: {distribution: uniform, low: 0.1, high: 0.3, "
+        "when: {p_schedule.warmup_share: 0.1}}\n"
+        "try_first: [{optimizer.learning_rate: 0.1, p_schedule.warmup_share: 0.1, p_schedule.infinity_share: 0.1}]\n"
     )
     done = linflab(
         "sweep", RECIPE, str(space), *QUICK, "training.epochs=1", "--trials", "9", "--name", "some",
@@ -115,6 +119,10 @@ def test_sweep_goes_on_past_failing_trials(tmp_path: Path, linflab: Command) -> 
     refused = trials["p_schedule.warmup_share"].eq("0.8") & trials["p_schedule.infinity_share"].eq("0.7")
     diverged = trials["optimizer.learning_rate"].eq("1e+30") & ~refused
     fine = trials[~refused & ~diverged]
+    first = trials[trials[schema.TRIAL] == "1"].iloc[0]  # as the space says
+    assert [first[path] for path in ("optimizer.learning_rate", *SHARES)] == ["0.1", "0.1", "0.1"]
+    drawn = trials[schema.SEARCHED].str.contains("objective.theta")  # under one of the choices alone
+    assert drawn.equals(trials[SHARES[0]].eq("0.1")) and trials[drawn]["objective.theta"].nunique() == drawn.sum()
     assert len(trials) == 9 and refused.any() and diverged.any() and len(fine)  # the seed draws all three
     assert trials[refused][schema.FAILURE].str.contains("SettingError: p_schedule").all()
     assert trials[diverged][schema.FAILURE].str.contains("TrainingError: the loss became .*learning_rate").all()

@@ -9,6 +9,20 @@ from linflab.search_spaces.space import load_space, space_names
 
 ONE = "description: one\nparameters:\n  model.width: {distribution: integer, low: 8, high: 64, step: 8}\n"
 
+BRANCHES = """
+description: a branch, in it another, and ends that are drawn
+parameters:
+  kind: {distribution: categorical, choices: [net, sort]}
+  start: {distribution: log_uniform, low: 4, high: 16}
+  end: {distribution: log_uniform, low: start, high: 100}
+  q: {distribution: uniform, low: 0.5, high: 0.9, when: {kind: sort}}
+  law: {distribution: categorical, choices: [whole, cut], when: {kind: sort}}
+  half: {distribution: uniform, low: 0.25, high: q, when: {kind: sort, law: cut}}
+try_first:
+  - {kind: net, start: 8, end: 16}
+  - {kind: sort, q: 0.6}
+"""
+
 
 def test_demo_joins_the_three() -> None:
     assert {"p_schedule", "width", "hinge_threshold", "demo"} <= set(space_names())
@@ -24,8 +38,42 @@ def test_points_lie_in_the_space(name: str) -> None:
     for path, distribution in space.parameters.items():
         values = [point[path] for point in points]
         assert len(set(values)) > 1
-        if hasattr(distribution, "low"):
-            assert all(distribution.low <= value <= distribution.high for value in values)
+        for point in points if hasattr(distribution, "low") else []:
+            low, high = distribution.bounds(point)
+            assert low <= point[path] <= high
+
+
+@pytest.mark.parametrize("sampler", [optuna.samplers.TPESampler, optuna.samplers.RandomSampler])
+def test_conditions_and_bounds_that_are_drawn(tmp_path: Path, sampler: type[optuna.samplers.BaseSampler]) -> None:
+    (tmp_path / "own.yaml").write_text(BRANCHES)
+    space = load_space(str(tmp_path / "own.yaml"))
+    study = optuna.create_study(sampler=sampler(seed=1))
+    for first in space.try_first:
+        study.enqueue_trial(first)
+    points = []
+    for k in range(60):
+        trial = study.ask()
+        points.append(space.suggest(trial))
+        study.tell(trial, k % 7)
+    assert points[0] == {"kind": "net", "start": 8.0, "end": 16.0}
+    assert points[1]["kind"] == "sort" and points[1]["q"] == 0.6
+    assert {point["kind"] for point in points} == {"net", "sort"}
+    for point in points:
+        assert 4 <= point["start"] <= 16 and point["start"] <= point["end"] <= 100
+        assert ("q" in point) == (point["kind"] == "sort")
+        assert ("half" in point) == (point.get("law") == "cut")
+        assert "half" not in point or 0.25 <= point["half"] <= point["q"]
+
+
+def test_probes_reach_every_choice_and_both_ends(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(BRANCHES)
+    space = load_space(str(tmp_path / "own.yaml"))
+    probes = space.probes()
+    reached = {(path, value) for point in probes for path, value in point.items()}
+    assert {("kind", "net"), ("kind", "sort"), ("law", "cut"), ("law", "whole"), ("q", 0.5), ("q", 0.9)} <= reached
+    assert {("start", 4.0), ("start", 16.0), ("end", 4.0), ("end", 100.0), ("half", 0.25), ("half", 0.5)} <= reached
+    for point in probes:
+        assert ("q" in point) == (point["kind"] == "sort") and ("half" in point) == (point.get("law") == "cut")
 
 
 def test_own_space_overrides_what_it_includes(tmp_path: Path) -> None:
@@ -45,6 +93,15 @@ def test_own_space_overrides_what_it_includes(tmp_path: Path) -> None:
         ("description: none\n", "no parameters"),
         ("- a\n", "mapping"),
         ("a: [", "YAML"),
+        (BRANCHES.replace("low: start", "low: later"), "end: the bound later must be"),
+        (BRANCHES.replace("low: start", "low: kind"), "end: the bound kind must be"),
+        (BRANCHES.replace("high: 100}", "high: 10}"), "low=start can be 16, above high=10.0"),
+        (BRANCHES.replace("when: {kind: sort}}\n  law", "when: {kind: magic}}\n  law"), "when kind is magic"),
+        (BRANCHES.replace("when: {kind: sort, law: cut}", "when: {law: cut}"), "not always drawn"),
+        (BRANCHES.replace("low: start, high", "low: start, when: {half: 1}, high"), "when half is 1"),
+        (BRANCHES.replace("q: 0.6", "q: 0.4"), "q=0.4: must be from 0.5 to 0.9"),
+        (BRANCHES.replace("kind: net, start", "kind: cnn, start"), "kind=cnn: must be one of net, sort"),
+        (BRANCHES.replace("{kind: sort, q: 0.6}", "{nothing: 1}"), "nothing=1: is no parameter"),
         ("description: self\ninclude: [own.yaml]\n", "includes itself"),
     ],
 )
