@@ -296,7 +296,19 @@ def evaluate(
     settings = [*(overrides or [])]
     settings += [f"evaluation.certifier={certifier}"] if certifier else []
     settings += ["evaluation.sound=true"] if sound else []
-    settings += [f"evaluation.attack.kinds=[{attack}]"] if attack not in ("", "none") else []
+    from linflab.models.robustness.attacks.suite import ATTACKS
+
+    kinds = [kind.strip() for kind in attack.split(",")] if attack else []
+    if kinds and kinds != ["none"] and not set(kinds) <= set(ATTACKS):
+        raise SettingError(f"attack={attack}: must be none, or of {', '.join(ATTACKS)}, separated by commas")
+    if kinds == ["none"] and any(setting.startswith("evaluation.attack.") for setting in settings):
+        raise SettingError("attack=none: no attack runs, so leave out settings of evaluation.attack")
+    settings += [f"evaluation.attack.kinds=[{','.join(kinds)}]"] if kinds not in ([], ["none"]) else []
+    if radii is not None:
+        try:
+            radii.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(f"radii={radii}: can't be a folder for results ({error.strerror})") from None
     from linflab.platform.scoring import as_plain_data, record_scores, score, weights_of_run, write_scores
 
     path, place = Path(what), None
@@ -306,7 +318,7 @@ def evaluate(
     else:
         place = Storage.with_records(storage)
         path = weights_of_run(place, what)
-    scores = score(path, settings, bounds, attack != "none", radii is not None, workers, console)
+    scores = score(path, settings, bounds, kinds != ["none"], radii is not None, workers, console)
     files = write_scores(radii, scores) if radii is not None else []
     if as_json:
         typer.echo(json.dumps(as_plain_data(scores)))

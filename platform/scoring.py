@@ -212,6 +212,8 @@ def weights_of_run(storage: Storage, run: str) -> Path:
 def record_scores(storage: Storage, run: str, scores: Scores) -> None:
     """Add scores to the record of a run: metrics whose names say eps and by what they are, and files of all there is.
 
+    Each scoring has its number in the run: its files are in a folder of that name, and it is the metrics' step.
+
     Raises:
         TrainingError: the run can't be written to any more.
     """
@@ -222,10 +224,11 @@ def record_scores(storage: Storage, run: str, scores: Scores) -> None:
             metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}"] = row.robust
     client = MlflowClient(storage.tracking_uri)
     try:
-        Run(client, run).log_metrics(metrics)
+        number = len(client.list_artifacts(run, schema.SCORES_FOLDER)) + 1
+        Run(client, run).log_metrics(metrics, step=number)
         with tempfile.TemporaryDirectory() as folder:
             write_scores(Path(folder), scores)
-            client.log_artifacts(run, folder, f"{schema.SCORES_FOLDER}/{scores.certificate}")
+            client.log_artifacts(run, folder, f"{schema.SCORES_FOLDER}/{number}")
     except MlflowException as error:  # deleted meanwhile, say
         raise TrainingError(f"the scores could not be added to run {run} ({' '.join(str(error).split())})") from None
 

@@ -183,7 +183,8 @@ def scores_by_workers(
         TrainingError: a worker failed; carries its reason.
     """
     start_ray()
-    there, gpus = ray.cluster_resources(), int(uses_gpus(experiment))
+    there = ray.cluster_resources()
+    gpus = int(uses_gpus(experiment) and there.get("GPU", 0) >= 1)  # where there are none, CPUs do
     cpus = min(experiment.compute.cpus_per_worker, int(there.get("CPU", 0)) // workers)
     if not cpus or gpus * workers > there.get("GPU", 0):
         raise SettingError(

@@ -46,4 +46,4 @@ TRAIN_SECONDS = "train/seconds"
 # artifacts
 EXPERIMENT_FILE = "experiment.yaml"
 WEIGHTS_FILE = "weights.pt"
-SCORES_FOLDER = "scores"  # of each certificate that the network was scored by again: a folder
+SCORES_FOLDER = "scores"  # of every scoring again, by its number: a folder

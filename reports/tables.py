@@ -115,7 +115,7 @@ def _certifiers(trials: pd.DataFrame) -> str:
 
 
 def _attacks(trials: pd.DataFrame) -> str:
-    return " or ".join(sorted(set(trials[schema.ATTACK].dropna()))) or "none, for want of results"
+    return " or ".join(sorted(set(trials[schema.ATTACK].dropna()))) or "not in the record"
 
 
 def _workers(trial: pd.Series) -> str:

@@ -63,8 +63,8 @@ def test_attacks_keep_to_the_ball_and_to_pixels(kind: Attack) -> None:
     net.seen.clear()
     config = AttackConfig(kinds=(kind,), steps=10, restarts=2, targets=2, queries=30)
     withstands(net, images, label, 0.005, config, generator())
-    looked = 2 * 2 * 12 if kind == "targeted_apgd" else {"square": 30, "apgd": 2 * 12}.get(kind, 2 * 11)
-    assert len(net.seen) == 1 + looked  # each APGD looks once more for its target, or for none
+    looked = {"square": 30, "targeted_apgd": 2 * 2 * 12}.get(kind, 2 * 11)
+    assert len(net.seen) == 1 + looked  # targeted, it looks once more for the target
     for attacked in net.seen[1:]:
         assert attacked.min() >= 0 and attacked.max() <= 1
         assert (attacked.double() - images.double()).abs().max() <= 0.005  # exactly

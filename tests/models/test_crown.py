@@ -208,6 +208,7 @@ def test_values_that_are_joined() -> None:
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             x = torch.flatten(images, 1)
+            x = torch.cat([x], 1)
             x = torch.cat([functional.relu(self.first(x) + self.offset), -torch.tanh(self.second(x))], dim=1)
             return self.last(x) + 0.5
 
@@ -252,9 +253,40 @@ def test_refusals() -> None:
             x = images.flatten(1)
             return functional.relu(x, inplace=True) + x
 
-    crown_bounds(InPlace().eval(), box)
-    with pytest.raises(TypeError, match="in place"):
-        interval_bounds(Overwriting().eval(), box)
+    class Added(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = images.flatten(1)
+            y = x + 0.0
+            y += 1.0
+            return functional.relu(x) + y
+
+    class AddedToItsInput(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = images.flatten(1)
+            y = x
+            y += 1.0
+            return functional.relu(x) + y
+
+    class Random(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return functional.relu(images.flatten(1)) + torch.randn(72)
+
+    for works in (InPlace(), Added()):
+        crown_bounds(works.eval(), box)
+    for overwriting in (Overwriting(), AddedToItsInput()):
+        with pytest.raises(TypeError, match="in place"):
+            interval_bounds(overwriting.eval(), box)
+    with pytest.raises(TypeError, match="something else"):
+        interval_bounds(Random().eval(), box)
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(TypeError, match="global forward hooks"):
+            interval_bounds(InPlace().eval(), box)
+    finally:
+        hook.remove()
+    before = [corner.clone() for corner in box]
+    crown_bounds(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(72, 5)).eval(), box)
+    assert all(torch.equal(corner, then) for corner, then in zip(box, before, strict=True))
     for layer in (nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")):
         with pytest.raises(TypeError, match="Conv2d"):
             interval_bounds(nn.Sequential(layer).eval(), box)

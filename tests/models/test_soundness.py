@@ -263,7 +263,16 @@ def test_what_sound_certificates_are_not_for() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     torch.backends.mkldnn.matmul.fp32_precision = "none"
     with torch.backends.nnpack.flags(enabled=True), pytest.raises(ValueError, match="NNPACK"):
-        check_arithmetic(network("residual"))
+        check_arithmetic(network("residual"), images)
+    with torch.backends.nnpack.flags(enabled=True), pytest.raises(ValueError, match="NNPACK"):
+        check_arithmetic(nn.AvgPool2d(2), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="autocast"):
+            certified(network("hybrid"), images, labels, 0.1, "interval", sound=True)
+        with exact_products():
+            certified(network("hybrid"), images, labels, 0.1, "interval", sound=True)
+    with pytest.raises(ValueError, match="float16"):
+        certified(network("hybrid").bfloat16(), images.bfloat16(), labels, 0.1, "interval", sound=True)
 
 
 def test_radii_of_two_certifiers() -> None:
@@ -306,4 +315,5 @@ def test_every_float_within_eps_is_in_the_box(pixel: float, eps: float) -> None:
 
 
 def test_gamma() -> None:
+    assert gamma(300, torch.bfloat16) == math.inf
     assert gamma(1000, torch.float32) == pytest.approx(1000 * 2**-24, rel=1e-3) and gamma(1, torch.float64) < 2e-16

@@ -52,8 +52,8 @@ def test_a_run_is_scored_as_it_was_after_training(run: FinishedRun, linflab: Com
         assert row[name] == metrics[f"test/{name}_accuracy"]
     assert metrics["test/certified_accuracy/lipschitz/eps-0.1"] == row["certified"]
     assert metrics["test/robust_accuracy/pgd-surrogate_pgd/eps-0.1"] == row["robust"]
-    (artifact,) = client.list_artifacts(run.id, "scores/lipschitz")
-    assert artifact.path == "scores/lipschitz/scores.json"
+    (artifact,) = client.list_artifacts(run.id, "scores/1")
+    assert artifact.path == "scores/1/scores.json"
     written = json.loads(Path(client.download_artifacts(run.id, artifact.path)).read_text())
     assert written["rows"] == [row] and written["experiment"]["evaluation.attack.steps"] == 10
 
@@ -149,8 +149,11 @@ def test_radii_as_files(run: FinishedRun, here: Here, tmp_path: Path) -> None:
             with Image.open(folder / f"{name}.png") as image:
                 assert len(set(image.convert("L").get_flattened_data())) > 10
         client = MlflowClient(f"sqlite:///{run.storage}/mlflow.db")
-        logged = {Path(file.path).name for file in client.list_artifacts(run.id, f"scores/{certifier}")}
+        last = max(client.list_artifacts(run.id, "scores"), key=lambda found: int(Path(found.path).name))
+        logged = {Path(file.path).name for file in client.list_artifacts(run.id, last.path)}
         assert logged == {path.name for path in folder.iterdir()}
+        steps = [m.step for m in client.get_metric_history(run.id, f"test/certified_accuracy/{certifier}/eps-0.05")]
+        assert steps == [int(Path(last.path).name)]
 
 
 def test_images_of_ones_own(run: FinishedRun, here: Here, tmp_path: Path) -> None:
@@ -189,7 +192,10 @@ def test_wrong_input(run: FinishedRun, here: Here, tmp_path: Path) -> None:
         (["evaluate", str(run.weights), "--eps", "0.1,x"], "eps=0.1,x"),
         (["evaluate", str(run.weights), "--certifier", "magic"], "certifier=magic"),
         (["evaluate", str(run.weights), "--certifier", "crown"], "no ReLU or tanh"),
-        (["evaluate", str(run.weights), "--attack", "magic"], "evaluation.attack.kinds"),
+        (["evaluate", str(run.weights), "--attack", "magic"], "attack=magic: must be none, or of pgd"),
+        (["evaluate", str(run.weights), "--attack", "none", "evaluation.attack.steps=3"], "attack=none"),
+        (["evaluate", str(run.weights), "--attack", "pgd,pgd"], "each can be named once"),
+        (["evaluate", str(run.weights), "--radii", str(run.weights)], "can't be a folder"),
         (["evaluate", str(run.weights), "model.width=3"], "model.width=3: is part of what was trained"),
         (["evaluate", str(run.weights), "evaluation.attack.steps=0"], "evaluation.attack.steps=0"),
         (["evaluate", str(run.weights), "--workers", "99"], "workers=99"),

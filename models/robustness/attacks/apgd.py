@@ -45,7 +45,7 @@ def apgd(
         x = x.detach().requires_grad_()
         logits = network(x)
         ahead = -margin(logits, labels)
-        broken |= ahead.detach() >= 0
+        broken |= ~(ahead.detach() < 0)  # NaN too
         if targets is not None:
             ahead = logits.gather(1, targets[:, None])[:, 0] - logits.gather(1, labels[:, None])[:, 0]
         (gradient,) = torch.autograd.grad(ahead.sum(), x)

@@ -26,13 +26,13 @@ class Ball(NamedTuple):
 def ball(images: Tensor, eps: float) -> Ball:
     """The images within eps of these, in pixels, cut to [0, 1].
 
-    No pixel is further than eps from where it was, as exact numbers go: ends are rounded towards the images.
+    No pixel is further than eps from where it was: the ends, as float64 has them, are rounded towards the images.
     """
     return Ball(images, *(_moved(images, shift).clamp(0, 1) for shift in (-eps, eps)))
 
 
 def _moved(images: Tensor, shift: float) -> Tensor:
-    """images + shift, rounded towards the images: no further from them than |shift|, exactly."""
+    """images + shift, rounded towards the images: no further from them than float64 says |shift| is."""
     exact = images.double() + shift
     nearest = exact.to(images.dtype)
     beyond = (nearest.double() - exact) * shift > 0

@@ -34,7 +34,7 @@ def pgd(
     for k in range(steps + 1):
         attacked = attacked.detach().requires_grad_()
         logits = network(attacked)
-        broken |= margin(logits.detach(), labels) <= 0
+        broken |= ~(margin(logits.detach(), labels) > 0)  # NaN too
         if k == steps or bool(broken.all()):
             break
         if loss == "cross_entropy":

@@ -47,6 +47,6 @@ def square(network: nn.Module, around: Ball, labels: Tensor, queries: int, gener
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         x = torch.where(inside.to(device), ends(drawn(channels, 1, 1) < 0.5), best_x)[alive]
         found = margin(network(x), labels[alive])
-        better = found < best[alive]
+        better = ~(found >= best[alive])  # NaN too
         best_x[alive[better]], best[alive[better]] = x[better], found[better]
-    return best <= 0
+    return ~(best > 0)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from linflab.models.robustness.attacks.apgd import apgd
@@ -16,6 +16,7 @@ from linflab.models.robustness.attacks.surrogate import dense_gradients
 from linflab.models.robustness.objectives import margin, wrong_class_margins
 
 Attack = Literal["pgd", "surrogate_pgd", "apgd", "targeted_apgd", "square"]
+ATTACKS: tuple[Attack, ...] = get_args(Attack)
 
 
 class AttackConfig(BaseModel):
@@ -35,15 +36,23 @@ class AttackConfig(BaseModel):
     targets: int = Field(9, ge=1, description="classes that targeted_apgd tries one by one, the closest first")
     queries: int = Field(1000, ge=1, description="points that square looks at")
 
+    @field_validator("kinds")
+    @classmethod
+    def _each_once(cls, kinds: tuple[Attack, ...]) -> tuple[Attack, ...]:
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"{', '.join(kinds)}: each can be named once")
+        return kinds
+
     def describe(self) -> str:
         """What runs, in words."""
         starts = f"{self.restarts} restart{'s' * (self.restarts > 1)}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
         ways = {
-            "pgd": f"PGD ({self.steps} steps of {self.step_size:g} eps, {starts})",
-            "surrogate_pgd": f"PGD by gradients at p = {self.surrogate_p:g} ({self.steps} steps of "
+            "pgd": f"PGD ({steps} of {self.step_size:g} eps, {starts})",
+            "surrogate_pgd": f"PGD by gradients at p = {self.surrogate_p:g} ({steps} of "
             f"{self.step_size:g} eps, {starts})",
-            "apgd": f"APGD on the margin ({self.steps} steps, {starts})",
-            "targeted_apgd": f"targeted APGD (up to {self.targets} classes, {self.steps} steps, {starts})",
+            "apgd": f"APGD on the margin ({steps}, {starts})",
+            "targeted_apgd": f"targeted APGD (up to {self.targets} classes, {steps}, {starts})",
             "square": f"Square ({self.queries} queries)",
         }
         return "; ".join(ways[kind] for kind in self.kinds)
@@ -95,11 +104,13 @@ def _starts(
 
     def apgd_to(rank: int | None) -> Callable[[Ball, Tensor], Tensor]:
         def attack(around: Ball, labels: Tensor) -> Tensor:
-            with torch.no_grad():
-                ahead = wrong_class_margins(network(around.centre), labels)
-            if rank is not None and rank >= ahead.shape[1] - 1:  # there are no more wrong classes
-                return torch.zeros_like(labels, dtype=torch.bool)
-            targets = None if rank is None else ahead.argsort(dim=1, descending=True)[:, rank]
+            targets = None
+            if rank is not None:
+                with torch.no_grad():
+                    ahead = wrong_class_margins(network(around.centre), labels)
+                if rank >= ahead.shape[1] - 1:  # there are no more wrong classes
+                    return torch.zeros_like(labels, dtype=torch.bool)
+                targets = ahead.argsort(dim=1, descending=True)[:, rank]
             return apgd(network, around, labels, targets, config.steps, eps, generator)
 
         return attack

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.robustness.bounds.affine import affine_of
-from linflab.models.robustness.bounds.interval import Box, largest, layer_bounds, propagate, trace_layers
+from linflab.models.robustness.bounds.interval import Box, largest, propagate, step_bounds, trace_layers
 from linflab.models.robustness.bounds.rounding import TINY, gamma, unit_roundoff, upper_float
 from linflab.models.robustness.bounds.tracing import VIEWS, Concatenation, Step, Sum
 
@@ -66,9 +66,8 @@ def crown_margins(
 
     Where all M_j < 0, no image of the box is given another class. Args, raises: as `crown_bounds`; labels (B).
     """
-    sizes = [
-        value.lower.numel() for value in propagate(trace_layers(network, sound), Box(*(x[:1] for x in box))).values()
-    ]
+    one = Box(box.lower[:1], box.upper[:1])
+    sizes = [value.lower.numel() for value in propagate(trace_layers(network, one, sound), one).values()]
     samples = max(1, LARGEST_ROWS // (max(sizes) * sizes[-1]))  # as many as fit at once
     return torch.cat(
         [
@@ -147,7 +146,7 @@ class _Crown:
     """The boxes of a network's values, and bounds of linear functions of them."""
 
     def __init__(self, network: nn.Module, box: Box, intermediate: Intermediate, sound: bool) -> None:
-        traced = trace_layers(network, sound)
+        traced = trace_layers(network, box, sound)
         if sound and box.lower.dtype != torch.float32:
             raise ValueError(f"sound bounds by crown are for networks in float32, not {box.lower.dtype}")
         self.sound, self.output = sound, traced.output
@@ -167,8 +166,7 @@ class _Crown:
                 lines = lines_of(step.layer, _in(self.dtype, refined.get(first, self.boxes[first])), sound)
                 assert lines is not None
                 self.lines[step.output] = lines
-            inputs = [self.boxes[name] for name in step.inputs]
-            self.boxes[step.output] = layer_bounds(step.layer, inputs[0] if len(inputs) == 1 else inputs, sound)
+            self.boxes[step.output] = step_bounds(step, self.boxes, sound)
         if not self.lines:
             raise TypeError(
                 f"crown: {type(network).__name__} has no ReLU or tanh that it bounds by lines; use interval"

@@ -15,12 +15,13 @@ but for numbers that are flushed to zero. Sums are widened by their error bounds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.distance import linf_distance_bounds, sort_distance_bounds
@@ -35,7 +36,7 @@ from linflab.models.networks.layers import (
 )
 from linflab.models.robustness.bounds.affine import affine_of
 from linflab.models.robustness.bounds.rounding import TINY, check_arithmetic, gamma, unit_roundoff, upper_float
-from linflab.models.robustness.bounds.tracing import Concatenation, Negation, Shift, Sum, Trace, trace
+from linflab.models.robustness.bounds.tracing import Concatenation, Negation, Shift, Step, Sum, Trace, trace
 from linflab.models.robustness.objectives import wrong_class_margins
 
 LARGEST_TABLE = 2**24  # numbers that are held together when rows are compared
@@ -72,7 +73,7 @@ def interval_bounds(network: nn.Module, box: Box, sound: bool = False) -> Box:
         ValueError: the network is in training mode.
         TypeError: a layer or operation of the network has no rule; names it.
     """
-    traced = trace_layers(network, sound)
+    traced = trace_layers(network, box, sound)
     return propagate(traced, box, sound)[traced.output]
 
 
@@ -91,7 +92,7 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
     Raises:
         ValueError, TypeError: as `interval_bounds`.
     """
-    traced = trace_layers(network, sound)
+    traced = trace_layers(network, box, sound)
     boxes = propagate(traced, box, sound)
     last = next((step for step in traced.steps if step.output == traced.output), None)
     if last is not None and isinstance(last.layer, nn.Linear):
@@ -148,7 +149,6 @@ def layer_bounds(layer: nn.Module, box: Box | Sequence[Box], sound: bool = False
 @layer_bounds.register(Normalize)
 @layer_bounds.register(MeanShift)
 @layer_bounds.register(Shift)
-@layer_bounds.register(nn.ReLU)
 @layer_bounds.register(nn.MaxPool2d)
 @layer_bounds.register(nn.Identity)
 @layer_bounds.register(nn.Dropout)
@@ -158,6 +158,11 @@ def _monotone(layer: nn.Module, box: Box, sound: bool = False) -> Box:
     if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
         raise TypeError("bounds: there is no rule for MaxPool2d with return_indices")
     return Box(layer(box.lower), layer(box.upper))
+
+
+@layer_bounds.register
+def _relu(layer: nn.ReLU, box: Box, sound: bool = False) -> Box:
+    return Box(functional.relu(box.lower), functional.relu(box.upper))  # never in place
 
 
 @layer_bounds.register
@@ -249,22 +254,35 @@ def has_rule(layer: nn.Module) -> bool:
     return made_for is not object and type(layer).forward is getattr(made_for, "forward", None)
 
 
-def trace_layers(network: nn.Module, sound: bool) -> Trace:
-    """The steps of a network that layers have rules for.
+def trace_layers(network: nn.Module, box: Box, sound: bool) -> Trace:
+    """The steps of a network that layers have rules for; they are tried on a corner of a box.
 
     Raises:
-        ValueError: the network is in training mode; or sound bounds, and torch may compute with other roundings.
-        TypeError: a layer or operation has no rule; names it.
+        ValueError: the network is in training mode; or sound bounds, and torch may compute with other roundings than
+            are accounted for.
+        TypeError: a layer or operation has no rule, or the network computes something else than what was traced.
     """
     if sound:
-        check_arithmetic(network)
-    return trace(network, has_rule)
+        check_arithmetic(network, box.lower)
+    traced = trace(network, has_rule)
+    values = {traced.input: box.lower[:1].clone()}
+    with torch.no_grad():
+        for step in traced.steps:
+            values[step.output] = step.layer(*(values[name].clone() for name in step.inputs))
+        if not torch.allclose(network(box.lower[:1].clone()), values[traced.output], rtol=1e-3, equal_nan=True):
+            raise TypeError(f"bounds: {type(network).__name__} computes something else than the layers traced in it")
+    return traced
 
 
 def propagate(traced: Trace, box: Box, sound: bool = False) -> dict[str, Box]:
     """The boxes of all values of a network, by name, over a box of inputs."""
     boxes = {traced.input: box}
     for step in traced.steps:
-        inputs = [boxes[name] for name in step.inputs]
-        boxes[step.output] = layer_bounds(step.layer, inputs[0] if len(inputs) == 1 else inputs, sound)
+        boxes[step.output] = step_bounds(step, boxes, sound)
     return boxes
+
+
+def step_bounds(step: Step, boxes: Mapping[str, Box], sound: bool) -> Box:
+    """The box of what a step makes of the boxes of its inputs."""
+    inputs = [boxes[name] for name in step.inputs]
+    return layer_bounds(step.layer, inputs if isinstance(step.layer, Sum | Concatenation) else inputs[0], sound)

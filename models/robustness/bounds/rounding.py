@@ -33,8 +33,14 @@ def exact_products() -> Iterator[None]:
 
     oneDNN's convolutions, the usual ones on CPUs, are such sums; cuDNN and NNPACK may choose others, and are not used.
     """
-    before = [(operations, operations.fp32_precision) for operations in _products()]
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+    backends: Any = torch.backends
+    before, cudnn = [(operations, operations.fp32_precision) for operations in _products()], backends.cudnn.enabled
+    with (
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        backends.nnpack.flags(enabled=False),
+    ):
+        backends.cudnn.enabled = False
         for operations in _products():
             operations.fp32_precision = "ieee"
         try:
@@ -42,18 +48,25 @@ def exact_products() -> Iterator[None]:
         finally:
             for operations, precision in before:
                 operations.fp32_precision = precision
+            backends.cudnn.enabled = cudnn
 
 
-def check_arithmetic(network: nn.Module) -> None:
-    """That a network's matrix products and convolutions, and those of its bounds, keep to the model of arithmetic.
+def check_arithmetic(network: nn.Module, inputs: Tensor) -> None:
+    """That matrix products and convolutions of a network on inputs, and of its bounds, keep to the model of arithmetic.
 
     Raises:
         ValueError: torch may compute them otherwise.
     """
+    tensors = [inputs, *network.parameters(), *network.buffers()]
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        raise ValueError(f"sound bounds are for networks and images in float32, or both in float64, not {kinds}")
     precisions = {operations.fp32_precision for operations in _products()} - {"none", "ieee"}
     wrong = [f"they may be in {precision}" for precision in sorted(precisions)]
-    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
-        device = next(network.parameters()).device.type
+    device = inputs.device.type
+    if torch.is_autocast_enabled(device):
+        wrong.append("autocast is on")
+    if any(isinstance(module, nn.Conv2d | nn.AvgPool2d) for module in network.modules()):
         if device == "cuda" and torch.backends.cudnn.enabled:
             wrong.append("cuDNN may use fast algorithms")
         if device == "cpu" and torch._C._get_nnpack_enabled():
@@ -74,7 +87,7 @@ def _products() -> list[Any]:
 def gamma(terms: int, dtype: torch.dtype) -> float:
     """The relative error of a sum of so many products, with respect to the sum of their magnitudes."""
     error = terms * unit_roundoff(dtype)
-    return error / (1 - error)
+    return error / (1 - error) if error < 1 else math.inf
 
 
 def upper_float(values: float | Tensor, like: Tensor) -> Tensor:

@@ -106,10 +106,20 @@ OPERATIONS: dict[Callable[..., Any] | str, Callable[..., Relation]] = {
 VIEWS = (nn.Flatten, nn.Identity, nn.Dropout)  # in evaluation their outputs are their inputs, in the same memory
 
 
+class _Value(fx.Proxy):
+    """A value on its way through the network; torch.fx would take x += y for x = x + y."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, has_rule: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.has_rule = has_rule
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return self.has_rule(module) or super().is_leaf_module(module, name)
@@ -139,6 +149,9 @@ def trace(network: nn.Module, has_rule: Callable[[nn.Module], bool]) -> Trace:
     """
     if any(module.training for module in network.modules()):
         raise ValueError("bounds need the network in evaluation mode: call network.eval() first")
+    hooks = torch.nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        raise TypeError("bounds: there is no rule for what global forward hooks do")
     root = _OfImages(network)
     constants: dict[fx.Node, Any] = {}
     names: dict[fx.Node, str] = {}
