@@ -160,6 +160,20 @@ def sweep(
         )
 
 
+@app.command()
+def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
+    """The sweeps, the latest first: their state, how many trials are done, the best on validation."""
+    place = Storage.with_records(storage)
+    from linflab.reports.records import read_sweeps
+
+    found = read_sweeps(place.tracking_uri)
+    rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
+    if not as_json:
+        for row in rows:
+            row["best"] = "-" if row["best"] is None else f"{100 * row['best']:.2f}%"
+    _print_rows([{str(key): value for key, value in row.items()} for row in rows], list(found.columns), as_json)
+
+
 @report_app.command("sweep")
 def report_sweep(name: Annotated[str, typer.Argument(help="the sweep's name")], storage: StorageFolder = RUNS) -> None:
     """The comparison table of a sweep: one row a trial, best first by certified accuracy on validation."""

@@ -125,6 +125,7 @@ def run_sweep(plan: SweepPlan, storage: Storage, console: Console) -> int:
         schema.LAUNCH: launch,
         schema.RECIPE: plan.recipe,
         schema.SEARCHED: ",".join(plan.space.parameters),
+        schema.TRIALS: str(plan.trials),
         "mlflow.note.content": f"{plan.trials} trials over: {plan.space.description}",
     }
     with Run.start(storage, plan.base, plan.name, tags) as parent:

@@ -1,5 +1,7 @@
 """The records of MLflow as a tidy DataFrame: one row a trained network."""
 
+from datetime import datetime
+
 import pandas as pd
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -23,6 +25,36 @@ def read_trials(tracking_uri: str, sweep: str) -> pd.DataFrame:
         raise LookupError(f"sweep={sweep}: there is no such sweep; there are: {', '.join(names) or 'none yet'}")
     runs = _search(client, f"tags.`{schema.SWEEP}` = '{sweep}' AND tags.`{schema.KIND}` = 'trial'")
     return pd.DataFrame([_row(run) for run in runs])
+
+
+def read_sweeps(tracking_uri: str) -> pd.DataFrame:
+    """All sweeps, the latest first, one row each.
+
+    Columns: `sweep`, `recipe`, `started` (in local time), `state` (finished, failed, killed, running), `trials` (asked
+    for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation, a share,
+    or NaN.
+    """
+    client = MlflowClient(tracking_uri)
+    parents = _search(client, f"tags.`{schema.KIND}` = 'sweep'")
+    trials = pd.DataFrame([_row(run) for run in _search(client, f"tags.`{schema.KIND}` = 'trial'")])
+    trials = trials.reindex(columns=trials.columns.union([schema.SWEEP, "status", schema.BEST_VALIDATION_CERTIFIED]))
+    rows = []
+    for parent in parents:
+        tags, mine = parent.data.tags, trials[trials[schema.SWEEP] == parent.data.tags[schema.SWEEP]]
+        rows.append(
+            {
+                "sweep": tags[schema.SWEEP],
+                "recipe": tags.get(schema.RECIPE, ""),
+                "started": datetime.fromtimestamp(parent.info.start_time / 1000).strftime("%Y-%m-%d %H:%M"),
+                "state": parent.info.status.lower(),
+                "trials": int(tags.get(schema.TRIALS, len(mine))),
+                "finished": int((mine["status"] == "FINISHED").sum()),
+                "failed": int((mine["status"] == "FAILED").sum()),
+                "best": float(mine[schema.BEST_VALIDATION_CERTIFIED].max()),
+            }
+        )
+    columns = ["sweep", "recipe", "started", "state", "trials", "finished", "failed", "best"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def sweep_names(client: MlflowClient) -> list[str]:

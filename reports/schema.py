@@ -7,6 +7,7 @@ Parameters are the settings of the experiment by dotted path. Accuracies are sha
 SWEEP = "linflab.sweep"  # name of the sweep: on its parent run and on every trial
 KIND = "linflab.kind"  # "sweep" (a parent run) or "trial" (a trained network)
 LAUNCH = "linflab.launch"  # the same for all runs that one command started
+TRIALS = "linflab.trials"  # of a sweep: how many trials it was asked for
 TRIAL = "linflab.trial"  # number of the trial within its sweep, from 1
 RECIPE = "linflab.recipe"
 METHOD = "linflab.method"

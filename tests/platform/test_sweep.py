@@ -1,5 +1,6 @@
 """Sweeps on real Ray and real MLflow: what they record, that rows repeat, and what a failing trial leaves behind."""
 
+import json
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from linflab.platform.evaluation import Scoring, evaluate
 from linflab.platform.storage import Storage
 from linflab.reports import schema
 from linflab.reports.records import read_trials
-from tests.conftest import QUICK, RECIPE, FinishedSweep
+from tests.conftest import QUICK, RECIPE, FinishedSweep, Here
 
 SHARES = ("p_schedule.warmup_share", "p_schedule.infinity_share")
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -92,6 +93,18 @@ def test_output_of_a_sweep(finished_sweep: FinishedSweep) -> None:
     rows = pd.read_csv(finished_sweep.storage / "reports" / "three.csv")
     assert len(rows) == 3
     assert rows["Val. certified"].is_monotonic_decreasing
+
+
+def test_sweeps_are_listed(finished_sweep: FinishedSweep, here: Here) -> None:
+    done = here("sweeps", "--storage", str(finished_sweep.storage), "--json")
+    (row,) = json.loads(done.stdout)
+    best = trials_of(finished_sweep)[schema.BEST_VALIDATION_CERTIFIED].max()
+    assert row | {"started": ""} == {
+        "sweep": "three", "recipe": RECIPE, "started": "", "state": "finished",
+        "trials": 3, "finished": 3, "failed": 0, "best": best,
+    }  # fmt: skip
+    said = here("sweeps", "--storage", str(finished_sweep.storage)).stdout
+    assert f"{100 * best:.2f}%" in said and "three" in said
 
 
 def test_name_is_taken(finished_sweep: FinishedSweep, linflab: Command) -> None:
