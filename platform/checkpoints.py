@@ -7,26 +7,55 @@
 import fcntl
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linflab.platform.errors import SettingError
+from linflab.platform.errors import SettingError, TrainingError
 
 
 def write_partial(path: Path, state: dict[str, Any]) -> Path:
     """Write tensors and plain data beside `path`, safe on the disk; an atomic rename then puts the file in place."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     with partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is put in place."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def exclusive_lock(path: Path, patience: float = 0) -> Iterator[bool]:
+    """A lock on a file, made where it is missing, that goes with the process that holds it: whether it was to be had.
+
+    Args:
+        patience: seconds to wait for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                yield False
+                return
+            yield True
+            return
 
 
 @dataclass(frozen=True)
@@ -47,26 +76,39 @@ class Checkpoints:
         return self.latest.exists() or self.previous.exists()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """While it lasts, no other process can train this run; the lock goes with the process that holds it.
+    def lock(self, patience: float = 0) -> Iterator[None]:
+        """While it lasts, no other process can train this run.
+
+        Args:
+            patience: seconds to wait for a process that holds it, and is about to end.
 
         Raises:
             SettingError: another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with exclusive_lock(self.folder / "lock", patience) as held:
+            if not held:
                 raise SettingError(
                     f"resume: run {self.folder.name} is being trained by another process; wait for it, or stop it first"
-                ) from None
+                )
             yield
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint; whenever the process or the machine dies, one that is whole is left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = write_partial(self.latest, state)
+        """Write a checkpoint; whenever the process or the machine dies, one that is whole is left.
+
+        Raises:
+            TrainingError: it can't be written; the last good one is left as it was.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = write_partial(self.latest, state)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            with suppress(OSError):
+                partial_path(self.latest).unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder.parent).free
+            raise TrainingError(
+                f"checkpoint: can't be written to {self.folder}, where {free / 2**20:,.0f} MiB are free "
+                f"({' '.join(str(error).split())[:200]}); the one before it is intact. Make room, then --resume"
+            ) from error
         if self.latest.exists():
             os.replace(self.latest, self.previous)
         os.replace(partial, self.latest)

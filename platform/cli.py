@@ -128,36 +128,69 @@ def train(
 
 @app.command()
 def sweep(
-    recipe: Recipe,
-    space: Annotated[str, typer.Argument(help="a search space's name, or the path of a YAML file")],
+    recipe: Annotated[str | None, typer.Argument(help="a recipe's name, or the path of a YAML file")] = None,
+    space: Annotated[str | None, typer.Argument(help="a search space's name, or the path of a YAML file")] = None,
     overrides: Overrides = None,
     name: Annotated[str, typer.Option(help="the sweep's name; by default the space's and the time")] = "",
-    trials: Annotated[int, typer.Option(help="how many points of the space are tried")] = 20,
+    budget: Annotated[
+        str | None, typer.Option(help="trials, as in 20, or hours in which trials may start, as in 1.5h  [default: 20]")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, random, grid, nsga2 or cmaes, all of Optuna  [default: tpe]")
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="of certified, clean (accuracies on validation) and flops, by commas  [default: certified]"),
+    ] = None,
+    race: Annotated[
+        int | None,
+        typer.Option(help="3, 9, ...: train all points for that part of the epochs, and the best third for longer"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="train the best point with so many seeds  [default: 1]")] = None,
+    resume: Annotated[str, typer.Option(metavar="NAME", help="go on with a sweep that was cut, or do more of it")] = "",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="with --resume: failed trials too")] = False,
     storage: StorageFolder = RUNS,
 ) -> None:
     """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
-    experiment = load_experiment(recipe, overrides or [])
-    load_dataset(experiment.dataset, experiment.augmentation)  # before the slow imports
-    _load_space(space)
-    place = Storage.open(storage)
+    asked = {"sampler": sampler, "objectives": objectives.split(",") if objectives else None, "race": race}
+    if resume:
+        refused = {"recipe": recipe, "space": space, "overrides": overrides, "name": name, **asked}
+        for what, value in refused.items():
+            if value:
+                raise SettingError(f"{what}={value}: is part of the sweep {resume} already; leave it out of --resume")
+        place = Storage.open(storage)
+    else:
+        if recipe is None or space is None:
+            raise SettingError("sweep: needs a recipe and a search space, or --resume NAME")
+        if retry_failed:
+            raise SettingError("retry-failed: goes with --resume NAME")
+        experiment = load_experiment(recipe, overrides or [])
+        load_dataset(experiment.dataset, experiment.augmentation)  # before the slow imports
+        _load_space(space)
+        place = Storage.open(storage)
 
-    from linflab.platform.sweep import plan_sweep, run_sweep
+    from linflab.platform.sweep import SweepPlan, plan_sweep, run_sweep, search_config
 
-    name = name or f"{re.sub(r'[^A-Za-z0-9._-]', '_', Path(space).stem).lstrip('._-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = plan_sweep(recipe, overrides or [], space, name, trials, place)
+    if resume:
+        plan = SweepPlan.load(place, resume).extended(budget, seeds)
+        load_dataset(plan.base.dataset, plan.base.augmentation)
+    else:
+        assert recipe is not None and space is not None
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(space).stem).lstrip("._-")
+        settings = {key: value for key, value in {**asked, "seeds": seeds}.items() if value is not None}
+        search = search_config(budget or "20", **settings)
+        name = name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        plan = plan_sweep(recipe, overrides or [], space, name, search, place)
+    again = ["linflab", "sweep", "--resume", plan.name]
+    again += [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
     try:
-        with_result = run_sweep(plan, place, console)
+        lost = run_sweep(plan, place, console, retry_failed)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; the trials that had ended are recorded, and `linflab report sweep {name}` makes their table"
-        ) from None
-    if with_result:
-        _report_sweep(name, place)
+        raise Interrupted(f"interrupted; what was recorded is kept, and `{shlex.join(again)}` goes on") from None
+    _report_sweep(plan.name, place)
     console.print(f"Browse the runs: {_ui_command(place)}")
-    if with_result < trials:
-        raise TrainingError(
-            f"{trials - with_result} of {trials} trials have no result; the runs' tag linflab.failure says why"
-        )
+    if lost:
+        raise TrainingError(f"{lost} trials have no result; the table's notes, and the runs' tag linflab.failure, say why")
 
 
 @app.command()
@@ -496,4 +529,5 @@ def main() -> None:
         app()
     except (SettingError, TrainingError, Interrupted) as error:
         sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")
-        raise SystemExit({SettingError: 2, TrainingError: 1, Interrupted: 130}[type(error)]) from None
+        status = 2 if isinstance(error, SettingError) else 130 if isinstance(error, Interrupted) else 1
+        raise SystemExit(status) from None

@@ -83,6 +83,9 @@ class ComputeConfig(Settings):
     cpus_per_worker: int = Field(
         1, ge=1, le=10_000, description="CPUs and threads of a worker; part of what fixes the bits"
     )
+    gpus_per_worker: float = Field(
+        1.0, gt=0, le=1, description="where there are GPUs: a worker's share of one; 0.25 puts four trainings on each"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a device, else cpu")
 
 

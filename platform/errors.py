@@ -9,5 +9,9 @@ class TrainingError(RuntimeError):
     """Training went wrong: the message names the step at which it did and what to change."""
 
 
+class WorkerDied(TrainingError):
+    """A process or machine that trained is gone; from the last checkpoint, others can go on."""
+
+
 class Interrupted(RuntimeError):
     """The user ended the work: the message says what is kept, and how to go on."""

@@ -1,8 +1,10 @@
 """What a user sees while it works: a bar for one training, a table of trials for a sweep."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -67,15 +69,30 @@ class TrainingBar:
                 self.console.print(self.last, highlight=False)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A trial as the live table shows it."""
+
+    number: int
+    label: str
+    setting: str
+    result: dict[str, Any]
+    state: str
+
+    def place(self) -> tuple[bool, float, int]:
+        best = 0.0 if self.state == "running" else self.result.get(schema.BEST_VALIDATION_CERTIFIED, 0.0)
+        return self.state != "running", -best, self.number
+
+
 class SweepView(Callback):
     """A live table of the trials of a sweep; a line for each start and end where there is no terminal."""
 
-    def __init__(self, console: Console, searched: Sequence[str], total: int) -> None:
+    def __init__(self, console: Console, searched: Sequence[str], total: int | None) -> None:
         self.console = console
         self.searched = searched
         self.total = total
         self.began = time.monotonic()
-        self.rows: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}  # trial id: settings, result, state
+        self.rows: dict[str, _Row] = {}  # by Tune's name of the trial
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,7 +100,7 @@ class SweepView(Callback):
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(Console(quiet=True), (), 0)  # type: ignore[misc]
+        self.__init__(Console(quiet=True), (), None)  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -98,7 +115,7 @@ class SweepView(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._update(trial, {}, "running")
-        self._say(trial, f"started: {self._settings(trial.config)}")
+        self._say(trial, f"started: {self.rows[trial.trial_id].setting}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -106,24 +123,33 @@ class SweepView(Callback):
         self._update(trial, result, "running")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._update(trial, {}, "done")
-        result = self.rows[trial.trial_id][1]
-        self._say(trial, f"done: {_percent(result.get(schema.BEST_VALIDATION_CERTIFIED))} certified on validation")
+        result = trial.last_result or {}
+        if failure := result.get("failure"):
+            self._update(trial, {}, "failed")
+            self._say(trial, f"failed: {failure}")
+        elif schema.TEST_CERTIFIED in result:
+            self._update(trial, {}, "done")
+            self._say(trial, f"done: {_percent(result.get(schema.BEST_VALIDATION_CERTIFIED))} certified on validation")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._update(trial, {}, "failed")
         self._say(trial, "failed; the record has the reason")
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._say(trial, "lost its process; it goes on from its checkpoint")
+
     def _update(self, trial: Trial, result: dict[str, Any], state: str) -> None:
-        before = self.rows.get(trial.trial_id, ({}, {}, ""))
-        self.rows[trial.trial_id] = (trial.config, {**before[1], **result}, state)
+        before = self.rows.get(trial.trial_id)
+        if before is None:
+            point = json.loads(trial.config["job"])["point"]
+            setting = describe_settings({path: point[path] for path in self.searched if path in point})
+            before = _Row(len(self.rows), trial.config["trial"], setting, {}, "")
+        self.rows[trial.trial_id] = replace(before, result={**before.result, **result}, state=state)
 
     def _say(self, trial: Trial, text: str) -> None:
         if not self.console.is_terminal:
-            self.console.print(f"trial {trial.config['trial']}/{self.total} {text}", highlight=False)
-
-    def _settings(self, config: dict[str, Any]) -> str:
-        return describe_settings({path: config[path] for path in self.searched if path in config})
+            of = "" if self.total is None else f" of {self.total}"
+            self.console.print(f"trial {trial.config['trial']}{of} {text}", highlight=False)
 
     def _render(self) -> Group:
         table = Table(expand=True, box=SIMPLE_HEAD)
@@ -131,26 +157,22 @@ class SweepView(Callback):
             text = name in ("Setting", "State")
             table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
         # running ones first, then the best: where the screen ends, the worst are left out
-        ended = sum(state != "running" for _, _, state in list(self.rows.values()))
-        for config, result, state in sorted(list(self.rows.values()), key=self._place):
+        rows = sorted(list(self.rows.values()), key=_Row.place)
+        ended = sum(row.state != "running" for row in rows)
+        for row in rows:
             table.add_row(
-                str(config["trial"]),
-                self._settings(config),
-                str(result.get("epoch", "")),
-                _p(result[schema.P]) if schema.P in result else "",
-                f"{result[schema.TRAIN_LOSS]:.4f}" if schema.TRAIN_LOSS in result else "",
-                _percent(result.get(schema.VALIDATION_CERTIFIED)),
-                _percent(result.get(schema.BEST_VALIDATION_CERTIFIED)),
-                state,
+                row.label,
+                row.setting,
+                str(row.result.get("epoch", "")),
+                _p(row.result[schema.P]) if schema.P in row.result else "",
+                f"{row.result[schema.TRAIN_LOSS]:.4f}" if schema.TRAIN_LOSS in row.result else "",
+                _percent(row.result.get(schema.VALIDATION_CERTIFIED)),
+                _percent(row.result.get(schema.BEST_VALIDATION_CERTIFIED)),
+                row.state,
             )
         seconds = time.monotonic() - self.began
-        return Group(f"{ended} of {self.total} trials ended, {seconds:.0f} s", table)
-
-    @staticmethod
-    def _place(row: tuple[dict[str, Any], dict[str, Any], str]) -> tuple[bool, float, int]:
-        config, result, state = row
-        best = 0.0 if state == "running" else result.get(schema.BEST_VALIDATION_CERTIFIED, 0.0)
-        return state != "running", -best, config["trial"]
+        of = "" if self.total is None else f" of {self.total}"
+        return Group(f"{ended}{of} trials ended, {seconds:.0f} s", table)
 
 
 def _p(p: float) -> str:

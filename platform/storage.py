@@ -2,7 +2,8 @@
 
 <storage>/mlflow.db     runs: tags, parameters, metrics (SQLite)
 <storage>/artifacts/    experiment and weights of every run
-<storage>/ray/          state of Ray's sweeps
+<storage>/sweeps/       what each sweep was asked for
+<storage>/ray/          what Ray writes while it works
 <storage>/checkpoints/  where trainings that have not ended are
 <storage>/reports/      tables
 """
@@ -91,6 +92,10 @@ class Storage:
     @property
     def ray(self) -> Path:
         return self.root / "ray"
+
+    @property
+    def sweeps(self) -> Path:
+        return self.root / "sweeps"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,36 +1,61 @@
-"""Ray Tune and Optuna around the training loop: a search over settings, every trial recorded."""
+"""Ray Tune around the training loop: a search over settings, every trial recorded, and nothing lost if it is cut.
 
+MLflow's record is the only state of a sweep. The driver creates a trial's run, with its point, before the trial starts;
+the trial ends it. So whatever dies, a trial is known exactly once, and `--resume` goes on from the record alone: what
+has ended is told to the search again, what has not goes on from its checkpoint, and the rest is still to come. Ray Tune
+schedules: of a process or machine that dies, it starts the trial again elsewhere. What training itself says is wrong,
+such as a loss that is not finite, would be so again: that trial has failed, with its reason in the record.
+"""
+
+import dataclasses
+import gc
+import json
 import os
 import re
+import shutil
+import signal
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 import optuna
 import ray
+import torch
+import yaml
+from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
+from pydantic import ValidationError
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 from rich.console import Console
 
+from linflab.platform.checkpoints import exclusive_lock
 from linflab.platform.config import Experiment, build_experiment, parse_override, read_recipe
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import SettingError
+from linflab.platform.errors import SettingError, WorkerDied
 from linflab.platform.progress import SweepView
+from linflab.platform.search import Job, Scores, Search, SearchConfig
 from linflab.platform.storage import Storage
-from linflab.platform.tracking import Run, end_open_runs
-from linflab.platform.training import check_fits
+from linflab.platform.tracking import Run, checkpoints_of, end_open_runs, patient_client
+from linflab.platform.training import EpochReport, check_fits
 from linflab.platform.trial import run_trial, train_command
 from linflab.platform.workers import start_ray, summary, train_on_workers, worker_resources
 from linflab.reports import schema
-from linflab.reports.records import sweep_names
+from linflab.reports.records import search_runs, sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
 
-METRIC = schema.BEST_VALIDATION_CERTIFIED
 FIXED = ("dataset", "eps", "evaluation", "compute", "training.include_validation")  # what a sweep can't vary
+DEATHS = 3  # how often a trial's process may die without that it comes further
+RESTARTS = 100  # of a trial by Tune, in one launch; where its process can't even start
+FAILURE = "failure"  # what a trial reports to Tune where it has no result: why
+TrainFunction = Callable[..., dict[str, float]]  # as `run_trial`
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class SweepPlan:
         tree: the settings of the recipe.
         base: the experiment of recipe and overrides.
         space: what varies.
-        trials: how many points of the space are tried.
+        search: how it is searched.
     """
 
     name: str
@@ -52,33 +77,116 @@ class SweepPlan:
     tree: Mapping[str, Any]
     base: Experiment
     space: SearchSpace
-    trials: int
+    search: SearchConfig
 
-    def experiment(self, point: Mapping[str, Any]) -> Experiment:
-        """The experiment at a point of the space: settings by dotted path."""
-        return build_experiment(self.tree, {**dict(map(parse_override, self._kept(point))), **point})
+    def experiment(self, job: Job) -> Experiment:
+        """The experiment of a trial.
 
-    def command(self, point: Mapping[str, Any]) -> str:
-        """What repeats the trial at a point."""
-        return train_command(self.recipe, [*self._kept(point), *(f"{path}={value}" for path, value in point.items())])
+        Raises:
+            SettingError: settings of the point are refused together.
+        """
+        kept, own = self._settings(job)
+        return build_experiment(self.tree, {**dict(map(parse_override, kept)), **own})
 
-    def _kept(self, point: Mapping[str, Any]) -> list[str]:
-        """The overrides but for those that the point replaces; the point's come after them."""
-        return [override for override in self.overrides if parse_override(override)[0] not in point]
+    def command(self, job: Job) -> str:
+        """What repeats a trial."""
+        kept, own = self._settings(job)
+        return train_command(self.recipe, [*kept, *(f"{path}={value}" for path, value in own.items())])
+
+    def extended(self, budget: str | None, seeds: int | None) -> Self:
+        """The same sweep with another budget or number of seeds, where they are given.
+
+        Raises:
+            SettingError: they won't do.
+        """
+        search = self.search.model_dump()
+        if seeds is not None:
+            search["seeds"] = seeds
+        if budget is None:
+            budget = f"{search['hours']}h" if search["hours"] is not None else str(search["trials"])
+        rest = {name: value for name, value in search.items() if name not in ("trials", "hours")}
+        return dataclasses.replace(self, search=search_config(budget, **rest))
+
+    def _settings(self, job: Job) -> tuple[list[str], dict[str, Any]]:
+        """The overrides but for those that the trial replaces; and its own settings, which come after them."""
+        own: dict[str, Any] = dict(job.point)
+        if job.round < self.search.rounds:
+            epochs = own.get("training.epochs", self.base.training.epochs)
+            own["training.epochs"] = self.search.epochs_in(job.round, epochs)
+        if job.repeat:
+            own["seed"] = (own.get("seed", self.base.seed) + job.repeat) % 2**63
+        return [override for override in self.overrides if parse_override(override)[0] not in own], own
+
+    def save(self, storage: Storage) -> None:
+        """Keep what was asked for, so that the sweep can be resumed whatever becomes of recipe and space."""
+        path = _plan_file(storage, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "recipe": self.recipe,
+            "overrides": list(self.overrides),
+            "settings": self.tree,
+            "space": self.space.model_dump(mode="json"),
+            "search": self.search.model_dump(mode="json"),
+        }
+        partial_file = path.with_suffix(".partial")
+        partial_file.write_text(yaml.safe_dump(content, sort_keys=False))
+        os.replace(partial_file, path)
+
+    @classmethod
+    def load(cls, storage: Storage, name: str) -> Self:
+        """The plan of a sweep that was started.
+
+        Raises:
+            SettingError: there is none of this name.
+        """
+        try:
+            content = yaml.safe_load(_plan_file(storage, name).read_text())
+        except OSError:
+            known = [path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.yaml"))]
+            raise SettingError(
+                f"resume={name}: there is no such sweep in {storage.root}; there are: {', '.join(known) or 'none yet'}"
+            ) from None
+        tree, overrides = content["settings"], tuple(content["overrides"])
+        base = build_experiment(tree, dict(map(parse_override, overrides)))
+        space, search = SearchSpace.model_validate(content["space"]), SearchConfig.model_validate(content["search"])
+        return cls(name, content["recipe"], overrides, tree, base, space, search)
+
+
+def _plan_file(storage: Storage, name: str) -> Path:
+    return storage.sweeps / name / "sweep.yaml"
+
+
+def search_config(budget: str, **settings: Any) -> SearchConfig:
+    """How to search, from what was typed; `budget` is a number of trials, or of hours as in 1.5h.
+
+    Raises:
+        SettingError: a setting won't do; names it.
+    """
+    hours = budget.endswith("h")
+    try:
+        limits = {"trials": None, "hours": float(budget[:-1])} if hours else {"trials": int(budget), "hours": None}
+        return SearchConfig(**{**limits, **settings})
+    except ValidationError as error:
+        complaint = error.errors()[0]
+        if complaint["type"] == "value_error":
+            raise SettingError(str(complaint["ctx"]["error"])) from None
+        name = str(complaint["loc"][0])
+        message = complaint["msg"][0].lower() + complaint["msg"][1:]
+        raise SettingError(f"{name}={complaint['input']}: {message}") from None
+    except ValueError:
+        raise SettingError(f"budget={budget}: must be a number of trials, as in 20, or of hours, as in 1.5h") from None
 
 
 def plan_sweep(
-    recipe: str, overrides: Sequence[str], space_name: str, name: str, trials: int, storage: Storage
+    recipe: str, overrides: Sequence[str], space_name: str, name: str, search: SearchConfig, storage: Storage
 ) -> SweepPlan:
     """Check all that can be known to be wrong before the sweep starts.
 
     Raises:
-        SettingError: recipe, override, space, name or number of trials won't do, or the data set is missing.
+        SettingError: recipe, override, space, name or search won't do, or the data set is missing.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise SettingError(f"name={name}: must be letters, digits, dots, dashes and underscores, as in p-schedule_1")
-    if trials < 1:
-        raise SettingError(f"trials={trials}: must be at least 1")
     tree = read_recipe(recipe)
     base = build_experiment(tree, dict(map(parse_override, overrides)))
     try:
@@ -87,7 +195,7 @@ def plan_sweep(
         raise SettingError(str(error)) from None
     if base.training.include_validation:
         raise SettingError("training.include_validation=true: a sweep chooses its best by validation images")
-    plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, trials)
+    plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, search)
     dataset = load_dataset(base.dataset, base.augmentation)
     check_fits(base, dataset)
     for path in space.parameters:
@@ -95,114 +203,274 @@ def plan_sweep(
             raise SettingError(
                 f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
             )
+    Search(space, search, base.seed)  # refuses a grid without end
     # a trial may still meet a combination that is refused: it fails, and the sweep goes on
     for point in space.probes():
         try:
-            check_fits(plan.experiment(point), dataset)
+            check_fits(plan.experiment(Job(1, point)), dataset)
         except SettingError as error:
             raise SettingError(f"space={space_name}: {error}") from None
-    if (storage.ray / name).exists() or name in sweep_names(MlflowClient(storage.tracking_uri)):
-        raise SettingError(f"name={name}: this sweep is already in {storage.root}; choose another name")
+    if _plan_file(storage, name).exists() or name in sweep_names(MlflowClient(storage.tracking_uri)):
+        raise SettingError(
+            f"name={name}: this sweep is already in {storage.root}; choose another name, or go on with it by "
+            f"`linflab sweep --resume {name}`"
+        )
     return plan
 
 
-def run_sweep(plan: SweepPlan, storage: Storage, console: Console) -> int:
-    """Search; records every trial under one parent run. Returns the number of trials that have a result.
+def run_sweep(
+    plan: SweepPlan, storage: Storage, console: Console, retry_failed: bool = False, train: TrainFunction = run_trial
+) -> int:
+    """Search; records every trial under one parent run. Goes on with what the record holds of the sweep.
+
+    Args:
+        retry_failed: train again, from their checkpoints, those that failed before.
+        train: what trains a trial of one worker.
+
+    Returns:
+        The number of trials that have no result.
 
     Raises:
-        SettingError: the cluster is too small for a trial.
-        KeyboardInterrupt: the user ended the sweep; what had ended by then is recorded.
+        SettingError: the cluster is too small for a trial, or another process runs the sweep.
+        KeyboardInterrupt: the user ended the sweep.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow records; no second log of every epoch
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1000000000"  # nor a second state of the sweep
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be silent, as `verbose=0` asks
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    start_ray()
-    resources = worker_resources(plan.base)
-    launch = uuid.uuid4().hex
-    tags = {
-        schema.KIND: "sweep",
-        schema.SWEEP: plan.name,
-        schema.LAUNCH: launch,
-        schema.RECIPE: plan.recipe,
-        schema.SEARCHED: ",".join(plan.space.parameters),
-        schema.TRIALS: str(plan.trials),
-        "mlflow.note.content": f"{plan.trials} trials over: {plan.space.description}",
-    }
-    with Run.start(storage, plan.base, plan.name, tags) as parent:
-        view = SweepView(console, list(plan.space.parameters), plan.trials)
-        common = {"mlflow.parentRunId": parent.id, schema.LAUNCH: launch}
+    with exclusive_lock(storage.sweeps / plan.name / "lock", patience=5) as held:
+        if not held:
+            raise SettingError(f"sweep={plan.name}: another process runs it; wait for it, or stop it first")
+        plan.save(storage)
+        record = _Record.open(plan, storage)
+        with record.parent as parent:
+            search = record.search(retry_failed)
+            if not search.finished():
+                start_ray()
+                view = SweepView(console, list(plan.space.parameters), search.total)
+                proposals = _Proposals(search, record)
+                try:
+                    with view, _terminated_as_interrupted():
+                        _tuner(plan, storage, proposals, view, train).fit()
+                finally:
+                    end_open_runs(storage, record.launch, but=parent.id)
+                    shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
+                if not proposals.finished:
+                    raise KeyboardInterrupt  # which Tune had taken, to stop
+            best = search.best()
+            scores = None if best is None else search.ended[best.label]
+            if best is not None and scores is not None:
+                metrics = (schema.BEST_VALIDATION_CERTIFIED, schema.BEST_VALIDATION_CLEAN, schema.TEST_CERTIFIED)
+                parent.log_metrics({name: scores[name] for name in metrics if name in scores})
+        return sum(scores is None for scores in search.ended.values())
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which machines that are taken away say so, ends a sweep as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Record:
+    """A sweep in MLflow: its parent run, and a run for each trial."""
+
+    def __init__(self, plan: SweepPlan, storage: Storage, parent: Run, launch: str) -> None:
+        self.plan, self.storage, self.parent, self.launch = plan, storage, parent, launch
+        self.client = patient_client(storage)
+        self.run_ids: dict[str, str] = {}
+        self.pending: list[Job] = []  # started by an earlier launch, and to be ended by this one
+        self.began = time.monotonic() - parent.metrics.get(schema.SWEEP_SECONDS, 0.0)
+
+    @classmethod
+    def open(cls, plan: SweepPlan, storage: Storage) -> Self:
+        """The record of the sweep, begun where there is none."""
+        client, launch, search = patient_client(storage), uuid.uuid4().hex, plan.search
+        budget = f"{search.hours:g} hours" if search.hours is not None else f"{search.trials} trials"
+        tags = {
+            schema.LAUNCH: launch,
+            schema.SEARCHED: ",".join(plan.space.parameters),
+            schema.BUDGET: budget,
+            schema.SAMPLER: search.sampler,
+            schema.OBJECTIVES: ",".join(search.objectives),
+            "mlflow.note.content": f"{budget} over: {plan.space.description}",
+        }
+        mine = f"tags.`{schema.SWEEP}` = '{plan.name}' AND tags.`{schema.KIND}` = 'sweep'"
+        found = search_runs(client, mine)
+        if found:
+            parent = Run.resume(storage, found[0].info.run_id, again=True)
+            parent.log_tags(tags)
+        else:
+            fixed = {schema.KIND: "sweep", schema.SWEEP: plan.name, schema.RECIPE: plan.recipe}
+            parent = Run.start(storage, plan.base, plan.name, {**fixed, **tags})
+        return cls(plan, storage, parent, launch)
+
+    def search(self, retry_failed: bool) -> Search:
+        """The search, as far as the record goes."""
+        search = Search(self.plan.space, self.plan.search, self.plan.base.seed)
+        runs = search_runs(self.client, f"tags.`mlflow.parentRunId` = '{self.parent.id}'")
+        jobs = [Job(**json.loads(run.data.tags[schema.JOB])) for run in runs]
+        self.run_ids = {job.label: run.info.run_id for job, run in zip(jobs, runs, strict=True)}
+        search.recall(jobs)
+        # in the order in which they ended: those of earlier rounds and first seeds come first
+        for job, run in sorted(zip(jobs, runs, strict=True), key=lambda pair: pair[1].info.end_time or 0):
+            if run.info.status == "FINISHED":
+                search.tell(job, run.data.metrics)
+                checkpoints_of(self.storage, run.info.run_id).remove()
+            elif run.info.status == "FAILED" and not retry_failed:
+                search.tell(job, None)
+            else:
+                self.pending.append(job)
+        self.pending.sort(key=lambda job: (job.round, job.number))
+        return search
+
+    @property
+    def hours(self) -> float:
+        """Spent on the sweep so far, over all launches."""
+        return (time.monotonic() - self.began) / 3600
+
+    def begin(self, job: Job) -> str | None:
+        """The run of a trial that is about to start; None if its settings are refused: then it has failed already."""
+        plan = self.plan
+        tags = {
+            "mlflow.parentRunId": self.parent.id,
+            schema.LAUNCH: self.launch,
+            schema.KIND: "trial",
+            schema.SWEEP: plan.name,
+            schema.TRIAL: job.label,
+            schema.JOB: json.dumps(dataclasses.asdict(job)),
+            schema.RECIPE: plan.recipe,
+            schema.COMMAND: plan.command(job),
+            schema.SEARCHED: ",".join(job.point),
+        }
+        known = self.run_ids.get(job.label)
         try:
-            with view:
-                results = list(_tuner(plan, storage, common, resources, view).fit())
-        finally:
-            end_open_runs(storage, launch, but=parent.id)
-        scored = [result for result in results if not result.error and schema.TEST_CERTIFIED in (result.metrics or {})]
-        if len(scored) + sum(result.error is not None for result in results) < plan.trials:
-            raise KeyboardInterrupt  # which Tune had taken, to stop
-        if scored:
-            best = max(scored, key=_place).metrics
-            parent.log_metrics({name: best[name] for name in (METRIC, schema.TEST_CERTIFIED)})
-    return len(scored)
+            experiment = plan.experiment(job)
+        except SettingError as error:
+            settings = {**plan.base.settings(), **job.point}
+            run = Run(self.client, known) if known else Run.start(self.storage, plan.base, "", tags, settings)
+            run.fail(f"SettingError: {error}")
+            return None
+        if known is None:
+            run = Run.start(self.storage, experiment, f"{plan.name}-{job.label}", tags)
+            self.run_ids[job.label] = known = run.id
+        else:
+            self.client.set_tag(known, schema.LAUNCH, self.launch)
+        return known
+
+    def ended(self, job: Job, failure: str | None, ended: int) -> None:
+        """Note that a trial has ended; where it could not say so itself, its run is ended as failed."""
+        self.parent.log_metrics({schema.SWEEP_SECONDS: 3600 * self.hours}, step=ended)
+        run_id = self.run_ids[job.label]
+        if failure is not None and self.client.get_run(run_id).info.status in ("RUNNING", "SCHEDULED"):
+            Run(self.client, run_id).fail(failure)
 
 
-def _place(result: tune.Result) -> tuple[float, float, int]:
-    """Orders trials as the table does."""
-    return result.metrics[METRIC], result.metrics[schema.BEST_VALIDATION_CLEAN], -result.config["trial"]
+class _Proposals(Searcher):
+    """The search and its record as Ray Tune asks for them: what to train next, and what came of it."""
+
+    def __init__(self, search: Search, record: _Record) -> None:
+        super().__init__()
+        self.search, self.record = search, record
+        self.jobs: dict[str, Job] = {}  # by Tune's name of the trial
+        self.finished = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it with its own state, which nobody reads: the record is in MLflow
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        hours = self.record.plan.search.hours
+        while True:
+            in_time = hours is None or self.record.hours < hours
+            job = self.record.pending.pop(0) if self.record.pending else self.search.next_job(in_time)
+            if job is None:
+                self.finished = self.search.finished(in_time)
+                return Searcher.FINISHED if self.finished else None
+            run_id = self.record.begin(job)
+            if run_id is not None:
+                break
+            self.search.tell(job, None)
+        self.jobs[trial_id] = job
+        return {"trial": job.label, "run_id": run_id, "job": json.dumps(dataclasses.asdict(job))}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        job, scores = self.jobs.pop(trial_id), result or {}
+        failure = f"its process died {RESTARTS} times" if error else scores.get(FAILURE)
+        if failure is None and schema.TEST_CERTIFIED not in scores:
+            return  # stopped, as by Ctrl-C: it has not ended
+        self.search.tell(job, None if failure is not None else _numbers(scores))
+        self.record.ended(job, failure, len(self.search.ended))
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: see `__getstate__`."""
+
+
+def _numbers(result: Mapping[str, Any]) -> Scores:
+    return {name: value for name, value in result.items() if isinstance(value, int | float)}
 
 
 def _tuner(
-    plan: SweepPlan, storage: Storage, tags: Mapping[str, str], resources: Mapping[str, float], view: SweepView
+    plan: SweepPlan, storage: Storage, proposals: _Proposals, view: SweepView, train: TrainFunction
 ) -> tune.Tuner:
-    workers = plan.base.compute.workers
+    resources, workers = worker_resources(plan.base), plan.base.compute.workers
     several = workers > 1  # their workers take the resources; the trial itself only waits for them
     there = ray.cluster_resources()
-    at_once = int(min(there[name] // (workers * needed) for name, needed in resources.items()))
+    at_once = int(min(there[name] / (workers * needed) + 1e-9 for name, needed in resources.items()))
     trainable = tune.with_resources(
-        partial(_trial, plan=plan, storage=storage, common=dict(tags)),
+        partial(_trial, plan=plan, storage=storage, train=train_on_workers if several else train),
         # whole CPUs would leave too few for the workers; one byte of memory is the least that Tune accepts
         {"memory": 1} if several else dict(resources),
-    )
-    search = OptunaSearch(
-        partial(_suggest, plan.space),
-        metric=METRIC,
-        mode="max",
-        points_to_evaluate=list(plan.space.try_first),
-        seed=plan.base.seed % 2**32,
     )
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=search, num_samples=plan.trials, max_concurrent_trials=at_once, reuse_actors=not several
+            search_alg=proposals, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=not several
         ),
-        run_config=tune.RunConfig(name=plan.name, storage_path=str(storage.ray), verbose=0, callbacks=[view]),
+        run_config=tune.RunConfig(
+            name=plan.name,
+            storage_path=str(storage.ray),
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            verbose=0,
+            callbacks=[view],
+        ),
     )
 
 
-def _suggest(space: SearchSpace, trial: Any) -> dict[str, Any]:
-    """A point of the space as Tune's configuration of a trial, with the trial's number."""
-    return {**space.suggest(trial), "trial": trial.number + 1}
-
-
-def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, common: Mapping[str, str]) -> None:
-    number = config["trial"]
-    point = {path: value for path, value in config.items() if path != "trial"}
-    name = f"{plan.name}-{number}"
-    tags = {
-        **common,
-        schema.KIND: "trial",
-        schema.SWEEP: plan.name,
-        schema.TRIAL: str(number),
-        schema.RECIPE: plan.recipe,
-        schema.COMMAND: plan.command(point),
-        schema.SEARCHED: ",".join(point),
-    }
-    try:
-        experiment = plan.experiment(point)
-    except SettingError:
-        with Run.start(storage, plan.base, name, tags, {**plan.base.settings(), **point}):
-            raise
-    if experiment.compute.workers > 1:
-        metrics = train_on_workers(experiment, storage, name, tags, callbacks=[TuneReportCallback()])
-    else:
-        metrics = run_trial(experiment, storage, name, tags, on_epoch=lambda report: tune.report(summary(report)))
+def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: TrainFunction) -> None:
+    job = Job(**json.loads(config["job"]))
+    experiment = plan.experiment(job)
+    several = experiment.compute.workers > 1
+    # of several workers the first alone would know that the run had finished before its process died
+    metrics: Mapping[str, Any] | None = Run.metrics_if_finished(storage, config["run_id"]) if several else None
+    again = True
+    while metrics is None:
+        reporting: dict[str, Any] = {"callbacks": [TuneReportCallback()]} if several else {"on_epoch": _report}
+        try:
+            metrics = train(
+                experiment, storage, "", {}, checkpointed=True, resume=config["run_id"], deaths=DEATHS, **reporting
+            )
+        except WorkerDied:
+            raise  # Tune starts the trial again; how often, its run counts
+        except Exception as error:
+            if again and _out_of_memory(error):  # neighbours may have taken it; once more, from the checkpoint
+                again = False
+                gc.collect()
+                torch.cuda.empty_cache()
+            else:
+                metrics = {FAILURE: f"{type(error).__name__}: {error}"}
     tune.report({"epoch": experiment.training.epochs, **metrics})
+
+
+def _report(report: EpochReport) -> None:
+    tune.report(summary(report))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

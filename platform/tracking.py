@@ -1,15 +1,19 @@
-"""MLflow: one run a trial, under the run of its sweep."""
+"""MLflow: one run a trial, under the run of its sweep.
+
+While its store is out of reach, calls are made again until they come through: a training waits, and loses nothing.
+"""
 
 import logging
 import math
 import os
 import platform as machine
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from mlflow.entities import Metric, Param, RunTag
@@ -24,6 +28,10 @@ from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, Trained
 from linflab.platform.weights import save_weights
 from linflab.reports import schema
+
+PATIENCE = 600  # seconds
+OUT_OF_REACH = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR")  # a database that is locked or gone; no server, or an ill one
+T = TypeVar("T")
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes
 
@@ -44,12 +52,55 @@ def mlflow_experiment(client: MlflowClient, storage: Storage, experiment: Experi
     return found.experiment_id
 
 
+def patient_client(storage: Storage) -> MlflowClient:
+    """A client whose calls wait for a store that is out of reach, for `PATIENCE` seconds, and then raise.
+
+    Calls are repeated: those that add something under a new name, such as `create_run`, may have come through unheard.
+    """
+    return cast(MlflowClient, _Patient(patiently(lambda: MlflowClient(storage.tracking_uri))))
+
+
+class _Patient:
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+        return lambda *args, **named: patiently(lambda: method(*args, **named))
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What the call returns, once MLflow's store is in reach.
+
+    Raises:
+        MlflowException: it is not within `PATIENCE` seconds; or at once, what else the call raises.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call()
+        except MlflowException as error:
+            if error.error_code not in OUT_OF_REACH or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
 class Run:
-    """An open MLflow run; as a context manager it ends the run, as failed with its reason on an exception."""
+    """An open MLflow run; as a context manager it ends the run, as failed with its reason on an exception.
+
+    Attributes:
+        starts: after which epochs processes began to train it, this one included.
+        finished: it had ended well before.
+        metrics: the latest ones, of before.
+    """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client = client
         self.id = run_id
+        self.starts: list[int] = [0]
+        self.finished = False
+        self.metrics: dict[str, float] = {}
+        self.logged_epoch = 0
 
     @classmethod
     def start(
@@ -61,7 +112,7 @@ class Run:
         settings: Mapping[str, object] | None = None,
     ) -> Self:
         """A new run of this name with the experiment's settings as parameters, or other ones if they are given."""
-        client = MlflowClient(storage.tracking_uri)
+        client = patient_client(storage)
         everywhere = {
             "mlflow.runName": name,
             "mlflow.source.name": "linflab",
@@ -82,13 +133,35 @@ class Run:
         return self
 
     @classmethod
-    def resume(cls, storage: Storage, run_id: str) -> Self:
-        """A run that was cut, open again."""
-        client = MlflowClient(storage.tracking_uri)
+    def resume(cls, storage: Storage, run_id: str, again: bool = False) -> Self:
+        """A run that was created or cut, open again; one that has finished is left as it is, unless `again`."""
+        client = patient_client(storage)
+        self, before = cls(client, run_id), client.get_run(run_id)
+        self.metrics = dict(before.data.metrics)
+        self.finished = before.info.status == "FINISHED" and not again
+        if self.finished:
+            return self
+        losses = client.get_metric_history(run_id, schema.TRAIN_LOSS)
+        self.logged_epoch = max((metric.step for metric in losses), default=0)
+        starts = before.data.tags.get(schema.STARTS)
+        self.starts = [*map(int, starts.split(",") if starts else ()), self.logged_epoch]
         client.update_run(run_id, status="RUNNING")
-        return cls(client, run_id)
+        if schema.FAILURE in before.data.tags:
+            client.delete_tag(run_id, schema.FAILURE)
+        here = {schema.HARDWARE: hardware(), schema.VERSIONS: versions()}
+        self.log_tags({**here, schema.STARTS: ",".join(map(str, self.starts))})
+        return self
+
+    @staticmethod
+    def metrics_if_finished(storage: Storage, run_id: str) -> dict[str, float] | None:
+        """The metrics of a run that has finished; None for others."""
+        run = patient_client(storage).get_run(run_id)
+        return dict(run.data.metrics) if run.info.status == "FINISHED" else None
 
     def log_epoch(self, report: EpochReport) -> None:
+        """Log an epoch, but for one that was logged before the run was cut: from a checkpoint it comes to the same."""
+        if report.epoch <= self.logged_epoch:
+            return
         validation = {}
         if report.validation is not None:
             validation[schema.VALIDATION_CLEAN] = report.validation.clean
@@ -125,6 +198,11 @@ class Run:
             save_weights(path, trained.network, experiment, trained.epoch)
             self.client.log_artifact(self.id, str(path))
 
+    def fail(self, reason: str) -> None:
+        """End the run as failed."""
+        self.log_tags({schema.FAILURE: " ".join(reason.split())[:5000]})
+        self.client.set_terminated(self.id, "FAILED")
+
     def __enter__(self) -> Self:
         return self
 
@@ -137,8 +215,7 @@ class Run:
         if issubclass(kind, KeyboardInterrupt | SystemExit | Interrupted):
             self.client.set_terminated(self.id, "KILLED")
             return
-        self.log_tags({schema.FAILURE: f"{kind.__name__}: {' '.join(str(error).split())}"[:5000]})
-        self.client.set_terminated(self.id, "FAILED")
+        self.fail(f"{kind.__name__}: {error}")
 
 
 def end_open_runs(storage: Storage, launch: str, but: str = "") -> None:

@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 
 from linflab.models.networks.cost import count_flops, count_parameters
+from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import Interrupted, SettingError
+from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.evaluation import evaluate, scoring_of
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run, checkpoints_of
 from linflab.platform.training import EpochReport, StepReport, fit
 from linflab.reports import schema
+
+SECONDS_TO_DIE = 60.0  # within which Ray ends the processes of a driver or node that is gone
 
 
 def train_command(recipe: str, overrides: Sequence[str]) -> str:
@@ -88,6 +91,7 @@ def run_trial(
     on_step: Callable[[StepReport], None] = lambda report: None,
     checkpointed: bool = False,
     resume: str | None = None,
+    deaths: int | None = None,
 ) -> dict[str, float]:
     """Train and score an experiment as one MLflow run; returns the metrics of the network that was kept.
 
@@ -95,7 +99,12 @@ def run_trial(
 
     Args:
         checkpointed: write checkpoints, and on Ctrl-C or SIGTERM one more; they are removed when the run is complete.
-        resume: the run to go on with, from its checkpoint.
+        resume: the run to go on with, from its checkpoint where there is one. One that has finished is only read.
+        deaths: how often processes may die without that the training comes further; None: any number of times. Where
+            it is given, the run is waited for if the process before is still about to end.
+
+    Raises:
+        TrainingError: training went wrong, or processes died too often.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
@@ -103,50 +112,70 @@ def run_trial(
         return {}
     with ExitStack() as stack:
         if resume is not None:
-            stack.enter_context(checkpoints_of(storage, resume).lock())
-            run = stack.enter_context(Run.resume(storage, resume))
+            patience = 0 if deaths is None else SECONDS_TO_DIE
+            stack.enter_context(checkpoints_of(storage, resume).lock(patience))
+            run = Run.resume(storage, resume)
+            stack.enter_context(run if not run.finished else nullcontext())
+            died = run.starts[:-1].count(run.logged_epoch)
+            if deaths is not None and died > deaths:
+                raise TrainingError(
+                    f"its process died {died} times after epoch {run.logged_epoch} and said nothing; for want of "
+                    "memory, perhaps"
+                )
         else:
             run = stack.enter_context(Run.start(storage, experiment, name, tags))
             if checkpointed:
                 stack.enter_context(checkpoints_of(storage, run.id).lock())
         checkpoints = checkpoints_of(storage, run.id) if checkpointed else None
+        metrics = run.metrics if run.finished else _train(experiment, run, on_epoch, on_step, checkpoints)
+    if checkpoints is not None:  # only now, when the record says that the run has finished
+        checkpoints.remove()
+    return metrics
 
-        def record(report: EpochReport) -> None:
-            run.log_epoch(report)
-            on_epoch(report)
 
-        dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
-        with stop_signals() if checkpointed else nullcontext(lambda: False) as should_stop:
-            trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
-            if should_stop():
-                raise Interrupted("stopped before the test images were scored")
-        scoring = scoring_of(experiment, trained.network, attacked=True)
-        (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
-        assert test.robust is not None and test.certified_but_broken is not None
-        metrics = {
-            schema.BEST_EPOCH: trained.epoch,
-            schema.TEST_CLEAN: test.clean,
-            schema.TEST_ROBUST: test.robust,
-            schema.TEST_CERTIFIED: test.certified,
-            schema.TEST_BROKEN: test.certified_but_broken,
-            schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
-            schema.PARAMETERS: count_parameters(trained.network),
-            schema.TRAIN_SECONDS: trained.seconds,
+def _train(
+    experiment: Experiment,
+    run: Run,
+    on_epoch: Callable[[EpochReport], None],
+    on_step: Callable[[StepReport], None],
+    checkpoints: Checkpoints | None,
+) -> dict[str, float]:
+    """Train, score on the test set and log it all; returns the metrics of the network that was kept."""
+
+    def record(report: EpochReport) -> None:
+        run.log_epoch(report)
+        on_epoch(report)
+
+    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
+    with stop_signals() if checkpoints is not None else nullcontext(lambda: False) as should_stop:
+        trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
+        if should_stop():
+            raise Interrupted("stopped before the test images were scored")
+    scoring = scoring_of(experiment, trained.network, attacked=True)
+    (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
+    assert test.robust is not None and test.certified_but_broken is not None
+    metrics = {
+        schema.BEST_EPOCH: trained.epoch,
+        schema.TEST_CLEAN: test.clean,
+        schema.TEST_ROBUST: test.robust,
+        schema.TEST_CERTIFIED: test.certified,
+        schema.TEST_BROKEN: test.certified_but_broken,
+        schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
+        schema.PARAMETERS: count_parameters(trained.network),
+        schema.TRAIN_SECONDS: trained.seconds,
+    }
+    if trained.validation is not None:
+        metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
+        metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
+    if test.certified_exact is not None:
+        metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
+    run.log_tags(
+        {
+            schema.CERTIFIER: scoring.certificate,
+            schema.ATTACK: experiment.evaluation.attack.describe(),
+            schema.SELECTION: selection(experiment),
         }
-        if trained.validation is not None:
-            metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
-            metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
-        if test.certified_exact is not None:
-            metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
-        run.log_tags(
-            {
-                schema.CERTIFIER: scoring.certificate,
-                schema.ATTACK: experiment.evaluation.attack.describe(),
-                schema.SELECTION: selection(experiment),
-            }
-        )
-        run.log_metrics(metrics)
-        run.log_weights(trained, experiment)
-        if checkpoints is not None:
-            checkpoints.remove()
-        return metrics
+    )
+    run.log_weights(trained, experiment)
+    run.log_metrics({name: value for name, value in metrics.items() if name not in run.metrics})
+    return metrics

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import data_folder, load_dataset
-from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.errors import SettingError, TrainingError, WorkerDied
 from linflab.platform.evaluation import BatchScore, Scoring, score_batch
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, StepReport
@@ -63,12 +63,15 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
         )
     if not uses_gpus(experiment):
         return {"CPU": cpus}
+    share = experiment.compute.gpus_per_worker
+    if share < 1 and workers > 1:  # NCCL refuses two processes on one device
+        raise SettingError(f"compute.gpus_per_worker={share:g}: a GPU is shared by trainings of one worker alone")
     if workers > there.get("GPU", 0):
         raise SettingError(
             f"compute.workers={workers}: need a GPU each; there are {there.get('GPU', 0):g}; "
             "compute.device=cpu trains without"
         )
-    return {"CPU": cpus, "GPU": 1}
+    return {"CPU": cpus, "GPU": share}
 
 
 def train_on_workers(
@@ -81,6 +84,7 @@ def train_on_workers(
     callbacks: Sequence[UserCallback] = (),
     checkpointed: bool = False,
     resume: str | None = None,
+    deaths: int | None = None,
 ) -> dict[str, float]:
     """`run_trial` on the experiment's number of Ray Train workers; needs a running Ray.
 
@@ -89,6 +93,7 @@ def train_on_workers(
 
     Raises:
         SettingError: the cluster is too small.
+        WorkerDied: a worker's process or machine is gone.
         TrainingError: a worker failed; carries its reason.
     """
     resources = worker_resources(experiment)
@@ -104,6 +109,7 @@ def train_on_workers(
                 "tags": dict(tags),
                 "checkpointed": checkpointed,
                 "resume": resume,
+                "deaths": deaths,
             },
             "reports": reports,
         },
@@ -118,8 +124,9 @@ def train_on_workers(
     try:
         result = trainer.fit()
     except ray.train.WorkerGroupError as error:
-        first = next(iter(error.worker_failures.values()))
-        raise TrainingError(str(first)) from error
+        failures = list(error.worker_failures.values())
+        died = any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures)
+        raise (WorkerDied if died else TrainingError)(str(failures[0])) from error
     finally:
         if reports is not None:
             reports.put(None)

@@ -23,7 +23,7 @@ def read_trials(tracking_uri: str, sweep: str) -> pd.DataFrame:
     names = sweep_names(client)
     if sweep not in names:  # compared here, since a name with a quote would end the query below
         raise LookupError(f"sweep={sweep}: there is no such sweep; there are: {', '.join(names) or 'none yet'}")
-    runs = _search(client, f"tags.`{schema.SWEEP}` = '{sweep}' AND tags.`{schema.KIND}` = 'trial'")
+    runs = search_runs(client, f"tags.`{schema.SWEEP}` = '{sweep}' AND tags.`{schema.KIND}` = 'trial'")
     return pd.DataFrame([_row(run) for run in runs])
 
 
@@ -35,8 +35,8 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
     or NaN.
     """
     client = MlflowClient(tracking_uri)
-    parents = _search(client, f"tags.`{schema.KIND}` = 'sweep'")
-    trials = pd.DataFrame([_row(run) for run in _search(client, f"tags.`{schema.KIND}` = 'trial'")])
+    parents = search_runs(client, f"tags.`{schema.KIND}` = 'sweep'")
+    trials = pd.DataFrame([_row(run) for run in search_runs(client, f"tags.`{schema.KIND}` = 'trial'")])
     trials = trials.reindex(columns=trials.columns.union([schema.SWEEP, "status", schema.BEST_VALIDATION_CERTIFIED]))
     rows = []
     for parent in parents:
@@ -59,10 +59,10 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
 
 def sweep_names(client: MlflowClient) -> list[str]:
     """All sweeps, the latest first."""
-    return [run.data.tags[schema.SWEEP] for run in _search(client, f"tags.`{schema.KIND}` = 'sweep'")]
+    return [run.data.tags[schema.SWEEP] for run in search_runs(client, f"tags.`{schema.KIND}` = 'sweep'")]
 
 
-def _search(client: MlflowClient, query: str) -> list[Run]:
+def search_runs(client: MlflowClient, query: str) -> list[Run]:
     """All runs that match, over all of MLflow's experiments and pages, the latest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs: list[Run] = []

@@ -7,8 +7,12 @@ Parameters are the settings of the experiment by dotted path. Accuracies are sha
 SWEEP = "linflab.sweep"  # name of the sweep: on its parent run and on every trial
 KIND = "linflab.kind"  # "sweep" (a parent run) or "trial" (a trained network)
 LAUNCH = "linflab.launch"  # the same for all runs that one command started
-TRIALS = "linflab.trials"  # of a sweep: how many trials it was asked for
-TRIAL = "linflab.trial"  # number of the trial within its sweep, from 1
+BUDGET = "linflab.budget"  # of a sweep: "20 trials", "1.5 hours"
+SAMPLER = "linflab.sampler"
+OBJECTIVES = "linflab.objectives"  # of a sweep: what it optimizes, comma-separated
+TRIAL = "linflab.trial"  # name of the trial within its sweep: 7, 7.2 in a race's second round, 7-seed3 as a repetition
+JOB = "linflab.job"  # the same as JSON: number, point, round, repeat
+STARTS = "linflab.starts"  # after which epochs processes began to train the run: "0,3" was cut once, past epoch 3
 RECIPE = "linflab.recipe"
 METHOD = "linflab.method"
 COMMAND = "linflab.command"  # repeats the run
@@ -43,6 +47,9 @@ TEST_BROKEN = "test/certified_but_broken"  # samples; above 0 the certifier is u
 FLOPS = "model/flops"
 PARAMETERS = "model/parameters"
 TRAIN_SECONDS = "train/seconds"
+
+# metrics of a sweep
+SWEEP_SECONDS = "sweep/seconds"  # spent so far, over all launches
 
 # artifacts
 EXPERIMENT_FILE = "experiment.yaml"

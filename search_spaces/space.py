@@ -17,7 +17,7 @@ Parameters are drawn in their order, included ones first; what a bound or condit
 given under `parameters` replace included ones of the same path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -48,6 +48,10 @@ class _Distribution(BaseModel):
     def applies(self, point: Mapping[str, Value]) -> bool:
         """Whether this is drawn, after what the point holds."""
         return all(name in point and point[name] == choice for name, choice in self.when.items())
+
+    def values(self, name: str, point: Mapping[str, Value]) -> Sequence[Value]:
+        """All values, after what the point holds."""
+        raise ValueError(f"{name}: {self} has values without end; integer, categorical, or uniform with a step will do")
 
     def _under(self) -> str:
         return "".join(f", if {name} is {choice}" for name, choice in self.when.items())
@@ -82,6 +86,12 @@ class Uniform(_Range):
     def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
         return trial.suggest_float(name, *self.bounds(point), step=self.step)
 
+    def values(self, name: str, point: Mapping[str, Value]) -> Sequence[Value]:
+        low, high = self.bounds(point)
+        if self.step is None:
+            return super().values(name, point)
+        return [low + k * self.step for k in range(int((high - low) / self.step + 1e-8) + 1)]
+
     def __str__(self) -> str:
         return self._to() + (f" in steps of {self.step:g}" if self.step else "") + self._under()
 
@@ -110,6 +120,10 @@ class Integer(_Range):
     def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
         return trial.suggest_int(name, *self.bounds(point), step=self.step)
 
+    def values(self, name: str, point: Mapping[str, Value]) -> Sequence[Value]:
+        low, high = self.bounds(point)
+        return range(low, high + 1, self.step)
+
     def __str__(self) -> str:
         return self._to() + (f" in steps of {self.step}" if self.step > 1 else "") + self._under()
 
@@ -122,6 +136,9 @@ class Categorical(_Distribution):
 
     def suggest(self, trial: Suggester, name: str, point: Mapping[str, Value]) -> Value:
         return trial.suggest_categorical(name, self.choices)
+
+    def values(self, name: str, point: Mapping[str, Value]) -> Sequence[Value]:
+        return self.choices
 
     def __str__(self) -> str:
         return "one of " + ", ".join(map(str, self.choices)) + self._under()
@@ -147,6 +164,21 @@ class SearchSpace(BaseModel):
             if distribution.applies(point):
                 point[path] = distribution.suggest(trial, path, point)
         return point
+
+    def grid(self) -> list[dict[str, Value]]:
+        """Every point of the space, the first parameter changing slowest.
+
+        Raises:
+            ValueError: a parameter has values without end; names it.
+        """
+        points: list[dict[str, Value]] = [{}]
+        for path, distribution in self.parameters.items():
+            points = [
+                {**point, **({} if value is None else {path: value})}
+                for point in points
+                for value in (distribution.values(path, point) if distribution.applies(point) else [None])
+            ]
+        return points
 
     def probes(self) -> list[dict[str, Value]]:
         """Points at the ends: for each parameter one with every choice, or the lowest and highest value.
