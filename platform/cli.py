@@ -195,11 +195,19 @@ def sweep(
 
 @app.command()
 def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
-    """The sweeps, the latest first: their state, how many trials are done, the best on validation."""
+    """The sweeps, the latest first: their state, how many trials are done, the best on validation.
+
+    Those `killed` (by Ctrl-C) or `cut` go on with `linflab sweep --resume NAME`.
+    """
     place = Storage.with_records(storage)
+    from linflab.platform.checkpoints import exclusive_lock
     from linflab.reports.records import read_sweeps
 
     found = read_sweeps(place.tracking_uri)
+    for row, name in enumerate(found["sweep"]):
+        if found.loc[row, "state"] == "running":  # by the record: its process may be gone
+            with exclusive_lock(place.sweeps / name / "lock") as free:
+                found.loc[row, "state"] = "cut" if free else "running"
     rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
     if not as_json:
         for row in rows:
@@ -478,9 +486,11 @@ def _estimate(experiment: Experiment, dataset: Dataset) -> None:
 
 
 def _report_sweep(name: str, place: Storage) -> None:
+    from linflab.reports.figures import front_figure, importance_figure, write_figure
+    from linflab.reports.importance import importances
     from linflab.reports.records import read_trials
     from linflab.reports.rendering import print_table, write_table
-    from linflab.reports.tables import sweep_table
+    from linflab.reports.tables import OBJECTIVES, ORDERS, front, in_order, objectives_of, sweep_table
 
     try:
         trials = read_trials(place.tracking_uri, name)
@@ -492,8 +502,15 @@ def _report_sweep(name: str, place: Storage) -> None:
     print_table(table, console)
     number, command = table.commands[0]
     console.print(f"\nThe best trial again (number {number}):\n  {command}")
-    console.print("The table as files:")
-    for path in write_table(table, place.reports, name):
+    console.print("The table and its figures as files:")
+    files = write_table(table, place.reports, name)
+    trials = in_order(trials)
+    if not (best := front(trials, ("certified", "clean"))).empty:
+        files += write_figure(front_figure(trials, best), place.reports, f"{name}_front")
+    first = objectives_of(trials)[0]
+    if shares := importances(trials, OBJECTIVES[first][0]):
+        files += write_figure(importance_figure(shares, ORDERS[first]), place.reports, f"{name}_importance")
+    for path in files:
         console.print(f"  {path}")
 
 

@@ -29,7 +29,7 @@ from linflab.platform.trial import device_of
 from linflab.platform.weights import image_shape, load_network
 from linflab.platform.workers import scores_by_workers
 from linflab.reports import schema
-from linflab.reports.figures import certified_accuracy_figure, radius_histogram
+from linflab.reports.figures import certified_accuracy_figure, radius_histogram, write_figure
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,7 @@ def write_scores(folder: Path, scores: Scores) -> list[Path]:
             ("certified_accuracy", certified_accuracy_figure(scores.radii, data, by, robust=_robust(scores))),
             ("radius_histogram", radius_histogram(scores.radii, data, by)),
         ):
-            for suffix in ("png", "pdf"):
-                paths.append(folder / f"{name}.{suffix}")
-                figure.savefig(paths[-1], dpi=200)
+            paths += write_figure(figure, folder, name)
     return paths
 
 

@@ -24,14 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linflab.platform.errors import SettingError
 from linflab.reports import schema
+from linflab.reports.tables import OBJECTIVES
 from linflab.search_spaces.space import SearchSpace, Value
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study it makes
+
 FACTOR = 3  # of lengths and of numbers of points from one round of a race to the next
-OBJECTIVES = {  # metric of the network that is kept, and which way is better
-    "certified": (schema.BEST_VALIDATION_CERTIFIED, "maximize"),
-    "clean": (schema.BEST_VALIDATION_CLEAN, "maximize"),
-    "flops": (schema.FLOPS, "minimize"),
-}
 
 
 class SearchConfig(BaseModel):
@@ -103,7 +101,9 @@ class Search:
     def __init__(self, space: SearchSpace, config: SearchConfig, seed: int) -> None:
         """Raises SettingError: a grid of a space that has values without end."""
         self.space, self.config, self.seed = space, config, seed
-        self.study = optuna.create_study(directions=[OBJECTIVES[name][1] for name in config.objectives])
+        self.study = optuna.create_study(
+            directions=["maximize" if OBJECTIVES[name][1] else "minimize" for name in config.objectives]
+        )
         self.trials: list[optuna.Trial] = []
         self.points: list[dict[str, Value]] = []
         self.started: dict[str, Job] = {}
@@ -168,8 +168,8 @@ class Search:
         """Orders trainings of one round that have a result; never by the test set."""
         scores = self.ended[job.label]
         assert scores is not None
-        metric, direction = OBJECTIVES[self.config.objectives[0]]
-        first = scores[metric] if direction == "maximize" else -scores[metric]
+        metric, more = OBJECTIVES[self.config.objectives[0]]
+        first = scores[metric] if more else -scores[metric]
         return first, scores[schema.BEST_VALIDATION_CERTIFIED], scores[schema.BEST_VALIDATION_CLEAN], -job.number
 
     def _next(self, in_time: bool, dry: bool = False) -> Job | None:

@@ -69,7 +69,8 @@ class Storage:
 
     def _check_database(self) -> None:
         try:
-            with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as connection:
+            # not read-only: what a process that was killed left half-written is then rolled back
+            with sqlite3.connect(f"file:{self.database}?mode=rw", uri=True) as connection:
                 connection.execute("PRAGMA schema_version")
             connection.close()
         except sqlite3.Error as error:

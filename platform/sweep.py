@@ -10,6 +10,7 @@ such as a loss that is not finite, would be so again: that trial has failed, wit
 import dataclasses
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import optuna
 import ray
 import torch
 import yaml
@@ -50,6 +50,8 @@ from linflab.platform.workers import start_ray, summary, train_on_workers, worke
 from linflab.reports import schema
 from linflab.reports.records import search_runs, sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
+
+logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # a trial that dies is told of
 
 FIXED = ("dataset", "eps", "evaluation", "compute", "training.include_validation")  # what a sweep can't vary
 DEATHS = 3  # how often a trial's process may die without that it comes further
@@ -237,7 +239,6 @@ def run_sweep(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow records; no second log of every epoch
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1000000000"  # nor a second state of the sweep
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be silent, as `verbose=0` asks
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with exclusive_lock(storage.sweeps / plan.name / "lock", patience=5) as held:
         if not held:
             raise SettingError(f"sweep={plan.name}: another process runs it; wait for it, or stop it first")
@@ -349,6 +350,7 @@ class _Record:
             schema.RECIPE: plan.recipe,
             schema.COMMAND: plan.command(job),
             schema.SEARCHED: ",".join(job.point),
+            schema.OBJECTIVES: ",".join(plan.search.objectives),
         }
         known = self.run_ids.get(job.label)
         try:

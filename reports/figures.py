@@ -1,10 +1,14 @@
 """Figures for papers: readable in grey, and without telling colours apart."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from linflab.reports import schema
 
 SIZE = (4.2, 2.9)  # inches: a column of a paper
 INK, PALE = "#20406a", "#9db7d5"
@@ -46,6 +50,50 @@ def radius_histogram(radii: np.ndarray, dataset: str, certificate: str) -> Figur
     axes.set(xlabel=f"certified radius by {certificate} (pixels of [0, 1])", ylabel="images")
     axes.set_xlim(left=0)
     return figure
+
+
+def front_figure(trials: pd.DataFrame, on_front: pd.DataFrame) -> Figure:
+    """Certified over clean accuracy on validation, a point a trial; those `on_front` stand out, and are joined.
+
+    Both are rows of `read_trials`.
+    """
+    figure, axes = _axes(f"{trials['dataset'].iloc[0]}, eps = {trials['eps'].iloc[0]}, {len(trials)} trainings")
+    clean, certified = schema.BEST_VALIDATION_CLEAN, schema.BEST_VALIDATION_CERTIFIED
+    axes.plot(100 * trials[clean], 100 * trials[certified], "o", color=PALE, mec=INK, mew=0.6, ms=4)
+    best = on_front.sort_values(clean)
+    axes.plot(100 * best[clean], 100 * best[certified], "D-", color=INK, ms=5, lw=1, label="front")
+    for _, trial in best.iterrows():
+        axes.annotate(
+            f"#{trial[schema.TRIAL]}",
+            (100 * trial[clean], 100 * trial[certified]),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set(xlabel="clean accuracy on validation (%)", ylabel="certified accuracy on validation (%)")
+    axes.margins(0.08)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    return figure
+
+
+def importance_figure(shares: Mapping[str, float], of: str) -> Figure:
+    """What share of the differences in a metric each setting explains, as bars; see `importances`."""
+    figure, axes = _axes(f"explains of the differences in {of}")
+    names = list(shares)[::-1]
+    bars = axes.barh(names, [100 * shares[name] for name in names], color=PALE, edgecolor=INK, linewidth=0.6)
+    axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    axes.set(xlabel="share (%), by functional ANOVA", xlim=(0, 100))
+    axes.grid(visible=False)
+    axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write NAME.png and NAME.pdf to a folder; returns their paths."""
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
+    for path in paths:
+        figure.savefig(path, dpi=200)
+    return paths
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

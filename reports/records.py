@@ -30,8 +30,8 @@ def read_trials(tracking_uri: str, sweep: str) -> pd.DataFrame:
 def read_sweeps(tracking_uri: str) -> pd.DataFrame:
     """All sweeps, the latest first, one row each.
 
-    Columns: `sweep`, `recipe`, `started` (in local time), `state` (finished, failed, killed, running), `trials` (asked
-    for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation, a share,
+    Columns: `sweep`, `recipe`, `started` (in local time), `state` (finished, failed, killed, running), `budget` (what
+    was asked for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation, a share,
     or NaN.
     """
     client = MlflowClient(tracking_uri)
@@ -41,19 +41,20 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
     rows = []
     for parent in parents:
         tags, mine = parent.data.tags, trials[trials[schema.SWEEP] == parent.data.tags[schema.SWEEP]]
+        best = parent.data.metrics.get(schema.BEST_VALIDATION_CERTIFIED)  # of those in full, where there was a race
         rows.append(
             {
                 "sweep": tags[schema.SWEEP],
                 "recipe": tags.get(schema.RECIPE, ""),
                 "started": datetime.fromtimestamp(parent.info.start_time / 1000).strftime("%Y-%m-%d %H:%M"),
                 "state": parent.info.status.lower(),
-                "trials": int(tags.get(schema.TRIALS, len(mine))),
+                "budget": tags.get(schema.BUDGET, ""),
                 "finished": int((mine["status"] == "FINISHED").sum()),
                 "failed": int((mine["status"] == "FAILED").sum()),
-                "best": float(mine[schema.BEST_VALIDATION_CERTIFIED].max()),
+                "best": float(mine[schema.BEST_VALIDATION_CERTIFIED].max()) if best is None else best,
             }
         )
-    columns = ["sweep", "recipe", "started", "state", "trials", "finished", "failed", "best"]
+    columns = ["sweep", "recipe", "started", "state", "budget", "finished", "failed", "best"]
     return pd.DataFrame(rows, columns=columns)
 
 

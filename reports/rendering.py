@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from linflab.reports.tables import METHOD, NUMBER, Table
+from linflab.reports.tables import METHOD, NUMBER, SETTING, Table
 
 DASH = "-"
 
@@ -22,7 +22,7 @@ def to_markdown(table: Table) -> str:
         index=False, disable_numparse=True, colalign=["right" if right else "left" for right in numeric]
     )
     notes = "\n".join(f"- {note}" for note in table.notes)
-    commands = "\n".join(f"- #{number}: `{command}`" for number, command in sorted(table.commands))
+    commands = "\n".join(f"- #{number}: `{command}`" for number, command in table.commands)
     return f"## {table.title}\n\n{aligned}\n\n{notes}\n\nEach row again, by its number:\n\n{commands}\n"
 
 
@@ -58,7 +58,12 @@ def print_table(table: Table, console: Console) -> None:
     shown = TerminalTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     for name, dtype in rows.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
-        shown.add_column(str(name).replace(" ", "\n"), justify="right" if right else "left", no_wrap=right)
+        shown.add_column(
+            str(name).replace(" ", "\n"),
+            justify="right" if right else "left",
+            no_wrap=right or name == NUMBER,
+            min_width=24 if name == SETTING else None,
+        )
     for _, row in _texts(rows).iterrows():
         shown.add_row(*map(Text, row))
     console.print(shown, soft_wrap=False)

@@ -3,13 +3,16 @@
 Parameters are the settings of the experiment by dotted path. Accuracies are shares in [0, 1].
 """
 
+# parameters that reports ask for by name
+EPOCHS = "training.epochs"
+
 # tags
 SWEEP = "linflab.sweep"  # name of the sweep: on its parent run and on every trial
 KIND = "linflab.kind"  # "sweep" (a parent run) or "trial" (a trained network)
 LAUNCH = "linflab.launch"  # the same for all runs that one command started
 BUDGET = "linflab.budget"  # of a sweep: "20 trials", "1.5 hours"
 SAMPLER = "linflab.sampler"
-OBJECTIVES = "linflab.objectives"  # of a sweep: what it optimizes, comma-separated
+OBJECTIVES = "linflab.objectives"  # what the sweep optimizes, comma-separated: on its parent run and on every trial
 TRIAL = "linflab.trial"  # name of the trial within its sweep: 7, 7.2 in a race's second round, 7-seed3 as a repetition
 JOB = "linflab.job"  # the same as JSON: number, point, round, repeat
 STARTS = "linflab.starts"  # after which epochs processes began to train the run: "0,3" was cut once, past epoch 3

@@ -1,13 +1,16 @@
 """Comparison tables: rows as they stand in a paper, made from records."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from linflab.reports import schema
+from linflab.reports.importance import importances
 
-METHOD, SETTING, FLOPS, VALIDATION = "Method", "Setting", "FLOPs", "Val. certified"
+METHOD, SETTING, EPOCHS, FLOPS = "Method", "Setting", "Epochs", "FLOPs"
+VALIDATION_CLEAN, VALIDATION = "Val. clean", "Val. certified"
 TEST, ROBUST, CERTIFIED = "Test", "Robust", "Certified"
 NUMBER = "#"
 
@@ -20,22 +23,63 @@ class Table:
         title: what it compares.
         rows: one row a line, columns in order of appearance; accuracies in percent, NaN where there is no value.
         notes: what a reader must know to trust the numbers, one sentence each.
-        commands: for each row its number and the command that repeats it.
+        commands: for each row its name and the command that repeats it.
     """
 
     title: str
     rows: pd.DataFrame
     notes: tuple[str, ...]
-    commands: tuple[tuple[int, str], ...]
+    commands: tuple[tuple[str, str], ...]
+
+
+OBJECTIVES = {  # of a sweep: metric, and whether more is better
+    "certified": (schema.BEST_VALIDATION_CERTIFIED, True),
+    "clean": (schema.BEST_VALIDATION_CLEAN, True),
+    "flops": (schema.FLOPS, False),
+}
 
 
 def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
-    """One row a trial, best first by certified accuracy on validation; trials without a result come last.
+    """One row a trial, best first by the sweep's first objective on validation; trials without a result come last.
+
+    Of a race, those trained in full come before shortened ones; repetitions of the best with other seeds come after all.
 
     `trials` is what `read_trials` returns for this sweep, with at least one row.
     """
+    trials = in_order(trials)
+    objectives = objectives_of(trials)
+    rows = pd.DataFrame(
+        {
+            NUMBER: trials[schema.TRIAL].astype(str),
+            METHOD: trials[schema.METHOD],
+            SETTING: [
+                describe_settings({path: trial[path] for path in str(trial[schema.SEARCHED]).split(",")})
+                for _, trial in trials.iterrows()
+            ],
+            EPOCHS: trials[schema.EPOCHS],
+            FLOPS: [_flops(count) for count in trials[schema.FLOPS]],
+            VALIDATION_CLEAN: 100 * trials[schema.BEST_VALIDATION_CLEAN],
+            VALIDATION: 100 * trials[schema.BEST_VALIDATION_CERTIFIED],
+            TEST: 100 * trials[schema.TEST_CLEAN],
+            ROBUST: 100 * trials[schema.TEST_ROBUST],
+            CERTIFIED: 100 * trials[schema.TEST_CERTIFIED],
+        }
+    ).reset_index(drop=True)
+    if rows[EPOCHS].nunique() < 2:
+        rows = rows.drop(columns=EPOCHS)
+    if "clean" not in objectives:
+        rows = rows.drop(columns=VALIDATION_CLEAN)
+    first = trials.iloc[0]
+    commands = tuple((str(trial[schema.TRIAL]), str(trial[schema.COMMAND])) for _, trial in trials.iterrows())
+    title = f"Sweep {sweep}: {first['dataset']}, eps = {_short(first['eps'])}"
+    return Table(title, rows, tuple(_notes(trials)), commands)
+
+
+def in_order(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials as the table has them, with all columns that a table needs; see `sweep_table`."""
     columns = [
         schema.BEST_VALIDATION_CERTIFIED,
+        schema.BEST_VALIDATION_CLEAN,
         schema.TEST_CLEAN,
         schema.TEST_ROBUST,
         schema.TEST_CERTIFIED,
@@ -45,47 +89,79 @@ def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
         schema.TEST_CERTIFIED_EXACT,
         schema.CERTIFIER,
         schema.ATTACK,
+        schema.EPOCHS,
     ]
     trials = trials.reindex(columns=trials.columns.union(columns))
-    trials = trials.assign(**{schema.TRIAL: trials[schema.TRIAL].astype(int)})
-    # equals are told apart by clean accuracy on validation, then by number: never by the test set
-    tie = schema.BEST_VALIDATION_CLEAN if schema.BEST_VALIDATION_CLEAN in trials else schema.BEST_VALIDATION_CERTIFIED
-    trials = trials.sort_values(
-        [schema.BEST_VALIDATION_CERTIFIED, tie, schema.TRIAL], ascending=[False, False, True], na_position="last"
-    )
-    rows = pd.DataFrame(
-        {
-            NUMBER: trials[schema.TRIAL],
-            METHOD: trials[schema.METHOD],
-            SETTING: [
-                describe_settings({path: trial[path] for path in str(trial[schema.SEARCHED]).split(",")})
-                for _, trial in trials.iterrows()
-            ],
-            FLOPS: [_flops(count) for count in trials[schema.FLOPS]],
-            VALIDATION: 100 * trials[schema.BEST_VALIDATION_CERTIFIED],
-            TEST: 100 * trials[schema.TEST_CLEAN],
-            ROBUST: 100 * trials[schema.TEST_ROBUST],
-            CERTIFIED: 100 * trials[schema.TEST_CERTIFIED],
-        }
-    ).reset_index(drop=True)
-    first = trials.iloc[0]
-    commands = tuple((int(trial[schema.TRIAL]), str(trial[schema.COMMAND])) for _, trial in trials.iterrows())
-    title = f"Sweep {sweep}: {first['dataset']}, eps = {_short(first['eps'])}"
-    return Table(title, rows, tuple(_notes(trials)), commands)
+    # equals are told apart by other accuracies on validation, then by number: never by the test set
+    metric, more = OBJECTIVES[objectives_of(trials)[0]]
+    names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
+    keys = trials.assign(
+        repeat=[repeat for *_, repeat in names],
+        lost=trials[metric].isna(),
+        round=[-round_ for _, round_, _ in names],
+        first=trials[metric] * (-1 if more else 1),
+        certified=-trials[schema.BEST_VALIDATION_CERTIFIED],
+        clean=-trials[schema.BEST_VALIDATION_CLEAN],
+        number=[number for number, *_ in names],
+    ).sort_values(["repeat", "lost", "round", "first", "certified", "clean", "number"])
+    return trials.loc[keys.index]
+
+
+def objectives_of(trials: pd.DataFrame) -> list[str]:
+    """What the sweep of these trials optimizes, the first one first."""
+    return str(trials[schema.OBJECTIVES].iloc[0]).split(",") if schema.OBJECTIVES in trials else ["certified"]
+
+
+def front(trials: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
+    """The trials that no other one equals or betters in all objectives at once (of equals, the first stays).
+
+    Trials of one length and seed are compared: of a race, those of its last round.
+    """
+    names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
+    last = max(round_ for _, round_, _ in names)
+    there = trials[[round_ == last and not repeat for _, round_, repeat in names]]
+    metrics = [OBJECTIVES[name] for name in objectives]
+    there = there.dropna(subset=[metric for metric, _ in metrics])
+    costs = [tuple(-row[metric] if more else row[metric] for metric, more in metrics) for _, row in there.iterrows()]
+    kept = [
+        not any(
+            all(a <= b for a, b in zip(other, cost, strict=True)) and (other != cost or k < n)
+            for k, other in enumerate(costs)
+            if k != n
+        )
+        for n, cost in enumerate(costs)
+    ]
+    return there[kept]
+
+
+def _parse_name(name: str) -> tuple[int, int, int]:
+    """Number, round and repetition of a trial: `7.2-seed3` -> (7, 2, 3)."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:-seed(\d+))?", name)
+    assert match is not None, name
+    number, round_, repeat = match.groups()
+    return int(number), int(round_ or 1), int(repeat or 0)
 
 
 def _notes(trials: pd.DataFrame) -> list[str]:
     first = trials.iloc[0]
     notes = [
         "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial.",
-        "Rows are ordered, and each row's epoch was chosen, by certified accuracy on the validation split "
-        "(Val. certified), which is held out of the training set.",
+        f"Rows are ordered by {ORDERS[objectives_of(trials)[0]]}. Each row's epoch was chosen by certified accuracy on "
+        "the validation split (Val. certified), which is held out of the training set.",
         f"Certified: certifier {_certifiers(trials)}, radius above eps = {_short(first['eps'])} in pixels.",
         f"Robust: what withstands every attack that ran: {_attacks(trials)}.",
     ]
     broken = trials[schema.TEST_BROKEN]
     if broken.notna().any():
         notes.append(f"Certified test samples that an attack broke, over all trials: {int(broken.sum())}.")
+    notes += _repetitions(trials)
+    objectives = objectives_of(trials)
+    if len(objectives) > 1:
+        numbers = ", ".join(f"#{name}" for name in front(trials, objectives)[schema.TRIAL])
+        notes.append(f"On the front of {' and '.join(objectives)}, none of them worse than another in all: {numbers}.")
+    if (explained := importances(trials, OBJECTIVES[objectives[0]][0])) and len(explained) > 1:
+        shares = ", ".join(f"{_short_name(path)} {100 * share:.0f} %" for path, share in explained.items())
+        notes.append(f"Of the differences in {ORDERS[objectives[0]]} each setting explains: {shares} (fANOVA).")
     hardware = "; ".join(sorted(set(trials[schema.HARDWARE])))
     seconds = trials[schema.TRAIN_SECONDS].sum()
     spent = f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
@@ -96,6 +172,31 @@ def _notes(trials: pd.DataFrame) -> list[str]:
         because = f": {reason}" if isinstance(reason, str) else ""
         notes.append(f"Trial {trial[schema.TRIAL]} has no result ({trial['status'].lower()}){because}")
     return notes
+
+
+ORDERS = {
+    "certified": "certified accuracy on the validation split",
+    "clean": "clean accuracy on the validation split",
+    "flops": "FLOPs",
+}
+
+
+def _repetitions(trials: pd.DataFrame) -> list[str]:
+    """Mean and standard deviation of the best trial over its seeds."""
+    names = trials[schema.TRIAL].astype(str).map(_parse_name)
+    repeated = trials[[repeat > 0 for *_, repeat in names]]
+    if repeated.empty:
+        return []
+    number, round_, _ = _parse_name(str(repeated[schema.TRIAL].iloc[0]))
+    mine = trials[[name[:2] == (number, round_) for name in names]].dropna(subset=[schema.TEST_CERTIFIED])
+    columns = {
+        "Val. certified": schema.BEST_VALIDATION_CERTIFIED,
+        "Test": schema.TEST_CLEAN,
+        "Robust": schema.TEST_ROBUST,
+        "Certified": schema.TEST_CERTIFIED,
+    }
+    of = ", ".join(f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items())
+    return [f"#{number} with {len(mine)} seeds, the one it was chosen by included, mean ± standard deviation: {of}."]
 
 
 WAYS = {
