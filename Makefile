@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all check format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --trials 8
+	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -190,7 +190,9 @@ def sweep(
     _report_sweep(plan.name, place)
     console.print(f"Browse the runs: {_ui_command(place)}")
     if lost:
-        raise TrainingError(f"{lost} trials have no result; the table's notes, and the runs' tag linflab.failure, say why")
+        raise TrainingError(
+            f"{lost} trials have no result; the table's notes, and the runs' tag linflab.failure, say why"
+        )
 
 
 @app.command()
@@ -204,10 +206,10 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
     from linflab.reports.records import read_sweeps
 
     found = read_sweeps(place.tracking_uri)
-    for row, name in enumerate(found["sweep"]):
-        if found.loc[row, "state"] == "running":  # by the record: its process may be gone
+    for number, name in enumerate(found["sweep"]):
+        if found.loc[number, "state"] == "running":  # by the record: its process may be gone
             with exclusive_lock(place.sweeps / name / "lock") as free:
-                found.loc[row, "state"] = "cut" if free else "running"
+                found.loc[number, "state"] = "cut" if free else "running"
     rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
     if not as_json:
         for row in rows:

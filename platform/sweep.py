@@ -28,7 +28,6 @@ from typing import Any, Self
 import ray
 import torch
 import yaml
-from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 from ray import tune

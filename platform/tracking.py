@@ -30,7 +30,10 @@ from linflab.platform.weights import save_weights
 from linflab.reports import schema
 
 PATIENCE = 600  # seconds
-OUT_OF_REACH = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR")  # a database that is locked or gone; no server, or an ill one
+OUT_OF_REACH = (
+    "TEMPORARILY_UNAVAILABLE",
+    "INTERNAL_ERROR",
+)  # a database that is locked or gone; no server, or an ill one
 T = TypeVar("T")
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes

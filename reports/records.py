@@ -31,8 +31,8 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
     """All sweeps, the latest first, one row each.
 
     Columns: `sweep`, `recipe`, `started` (in local time), `state` (finished, failed, killed, running), `budget` (what
-    was asked for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation, a share,
-    or NaN.
+    was asked for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation,
+    a share, or NaN.
     """
     client = MlflowClient(tracking_uri)
     parents = search_runs(client, f"tags.`{schema.KIND}` = 'sweep'")

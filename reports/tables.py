@@ -42,7 +42,7 @@ OBJECTIVES = {  # of a sweep: metric, and whether more is better
 def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
     """One row a trial, best first by the sweep's first objective on validation; trials without a result come last.
 
-    Of a race, those trained in full come before shortened ones; repetitions of the best with other seeds come after all.
+    Of a race, those trained in full come before shortened ones; repetitions of the best with other seeds come last.
 
     `trials` is what `read_trials` returns for this sweep, with at least one row.
     """
@@ -195,7 +195,9 @@ def _repetitions(trials: pd.DataFrame) -> list[str]:
         "Robust": schema.TEST_ROBUST,
         "Certified": schema.TEST_CERTIFIED,
     }
-    of = ", ".join(f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items())
+    of = ", ".join(
+        f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items()
+    )
     return [f"#{number} with {len(mine)} seeds, the one it was chosen by included, mean ± standard deviation: {of}."]
 
 

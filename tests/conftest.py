@@ -93,7 +93,7 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory, linflab: Callable[.
     """A real sweep of three short trials, by the command line."""
     storage = tmp_path_factory.mktemp("sweep")
     done = linflab(
-        "sweep", RECIPE, "demo", *QUICK, "--trials", "3", "--name", "three", "--storage", str(storage), COLUMNS="100"
+        "sweep", RECIPE, "demo", *QUICK, "--budget", "3", "--name", "three", "--storage", str(storage), COLUMNS="100"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return FinishedSweep("three", storage, done.stdout)

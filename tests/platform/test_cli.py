@@ -83,7 +83,7 @@ def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> 
     ("arguments", "says"),
     [
         (["demoo"], "space=demoo"),
-        (["demo", "--trials", "0"], "trials=0"),
+        (["demo", "--budget", "0"], "trials=0"),
         (["demo", "--name", "it's"], "name=it's"),
         (["SPACE", "model.depht"], "model.depht"),
         (["SPACE", "training.batch_size"], "training.batch_size=5000"),

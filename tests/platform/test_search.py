@@ -145,7 +145,13 @@ GRID = {
     "description": "a grid",
     "parameters": {
         "model.kind": {"distribution": "categorical", "choices": ["linf_dist_mlp", "sort_net"]},
-        "model.q": {"distribution": "uniform", "low": 0.5, "high": 0.8, "step": 0.1, "when": {"model.kind": "sort_net"}},
+        "model.q": {
+            "distribution": "uniform",
+            "low": 0.5,
+            "high": 0.8,
+            "step": 0.1,
+            "when": {"model.kind": "sort_net"},
+        },
         "model.depth": {"distribution": "integer", "low": 2, "high": 3},
         "model.width": {"distribution": "integer", "low": "model.depth", "high": 3},
     },

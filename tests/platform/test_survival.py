@@ -199,7 +199,11 @@ def test_disk_full_while_checkpointing(tmp_path: Path) -> None:
         assert sweep.process.wait(timeout=120) == 1
         (trial,) = [row for _, row in sweep.trials("full").iterrows()]
         assert trial["status"] == "FAILED"
-        for words in ("TrainingError: checkpoint: can't be written to", "0 MiB are free", "the one before it is intact"):
+        for words in (
+            "TrainingError: checkpoint: can't be written to",
+            "0 MiB are free",
+            "the one before it is intact",
+        ):
             assert words in trial[schema.FAILURE]
         (checkpoint,) = storage.glob("checkpoints/*/latest.pt")
         assert torch.load(checkpoint, weights_only=True)["epoch"] > 1

@@ -1,7 +1,9 @@
 """Tables from records: order, missing values, and the formats they are written in."""
 
 import io
+import json
 import math
+import random
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +12,10 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from linflab.reports import schema
+from linflab.reports.importance import importances
 from linflab.reports.records import read_trials, sweep_names
 from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
-from linflab.reports.tables import Table, sweep_table
+from linflab.reports.tables import Table, front, sweep_table
 
 SETTINGS = {
     "dataset": "digits",
@@ -76,11 +79,62 @@ def table(tracking_uri: str) -> Table:
 
 
 def test_best_by_validation_first_and_failed_last(table: Table) -> None:
-    assert table.rows["#"].tolist() == [4, 3, 1, 2]
+    assert table.rows["#"].tolist() == ["4", "3", "1", "2"]
     assert table.rows["Val. certified"].tolist()[:3] == [80, 80, 50]
     assert math.isnan(table.rows["Certified"].tolist()[3])
     assert table.rows["FLOPs"].tolist()[0] == "82.7M"
     assert table.rows["Setting"].tolist()[0] == "width=96, p_start=8.12"
+
+
+RACE = pd.DataFrame(
+    [
+        {
+            schema.TRIAL: name, schema.METHOD: "m", schema.COMMAND: "c", schema.SEARCHED: "a,b",
+            schema.OBJECTIVES: "clean,certified", schema.HARDWARE: "h", "status": "FINISHED", "dataset": "digits",
+            "eps": "0.1", "compute.workers": "1", "compute.cpus_per_worker": "1", schema.EPOCHS: epochs,
+            schema.BEST_VALIDATION_CLEAN: clean, schema.BEST_VALIDATION_CERTIFIED: certified, schema.TEST_BROKEN: 0,
+            schema.TEST_CLEAN: clean, schema.TEST_ROBUST: 0.5, schema.TEST_CERTIFIED: certified, schema.FLOPS: 1e6,
+            schema.TRAIN_SECONDS: 1, "a": str(number / 10), "b": "x",
+            schema.JOB: json.dumps({"number": number, "point": {"a": number / 10, "b": "x"}, "round": round_,
+                                    "repeat": repeat}),
+        }
+        for name, number, round_, repeat, epochs, clean, certified in (
+            *((str(number), number, 1, 0, "3", 0.5 + number / 100, 0.4) for number in range(1, 10)),
+            ("9.2", 9, 2, 0, "9", 0.7, 0.60), ("8.2", 8, 2, 0, "9", 0.8, 0.50), ("7.2", 7, 2, 0, "9", 0.7, 0.55),
+            ("8.2-seed1", 8, 2, 1, "9", 0.9, 0.48), ("8.2-seed2", 8, 2, 2, "9", 0.7, 0.46),
+        )
+    ]
+)  # fmt: skip
+
+
+def test_a_race_with_two_objectives_and_repetitions() -> None:
+    """By clean accuracy, in full before shortened, repetitions last; and what the notes count."""
+    table = sweep_table("s", RACE)
+    names = table.rows["#"].tolist()
+    assert names[:3] == ["8.2", "9.2", "7.2"] and names[3:12] == [str(number) for number in range(9, 0, -1)]
+    assert names[12:] == ["8.2-seed1", "8.2-seed2"] and table.rows["Epochs"].tolist()[2:4] == ["9", "3"]
+    assert table.rows["Val. clean"].tolist()[0] == 80
+    assert front(RACE, ("clean", "certified"))[schema.TRIAL].tolist() == ["9.2", "8.2"]
+    notes = "\n".join(table.notes)
+    assert "#8 with 3 seeds" in notes and "Val. certified 48.00 ± 2.00, Test 80.00 ± 10.00" in notes
+    assert "none of them worse than another in all: #8.2, #9.2." in notes
+
+
+def test_importances_find_the_setting_that_matters() -> None:
+    chance = random.Random(0)
+    points = [{"a": chance.random(), "b": chance.choice(["x", "y"]), "c": chance.random()} for _ in range(40)]
+    trials = pd.DataFrame(
+        {
+            schema.JOB: [
+                json.dumps({"number": k, "point": point, "round": 1, "repeat": 0}) for k, point in enumerate(points)
+            ],
+            "m": [point["a"] ** 2 + 0.2 * (point["b"] == "x") for point in points],
+        }
+    )
+    shares = importances(trials, "m")
+    assert list(shares)[:2] == ["a", "b"] and shares["a"] > 0.6 and shares["c"] < 0.1
+    assert sum(shares.values()) == pytest.approx(1)
+    assert importances(trials.head(5), "m") == {} and importances(trials.assign(m=1.0), "m") == {}
 
 
 def test_notes_say_what_the_numbers_are(table: Table) -> None:
