@@ -118,14 +118,18 @@ class Search:
         self.limit = min(limit, math.inf if config.trials is None else config.trials)
 
     def recall(self, jobs: Iterable[Job]) -> None:
-        """Take over what was started before. What it came to is told by `tell`; the rest is still to end."""
-        by_label = {job.label: job for job in jobs}
-        for job in sorted(by_label.values(), key=lambda job: job.number):
-            if job.round == 1 and job.repeat == 0:
-                if job.number != len(self.points) + 1:
-                    raise SettingError(f"sweep: the record of trial {len(self.points) + 1} is missing")
-                self._ask(dict(job.point))
-        self.started = by_label
+        """Take over what was started before. What it came to is told by `tell`; the rest is still to end.
+
+        A point between others that is not among them, since somebody has deleted its record, counts as failed.
+        """
+        self.started = {job.label: job for job in jobs}
+        points = {job.number: job for job in self.started.values() if job.round == 1 and job.repeat == 0}
+        for number in range(1, max(points, default=0) + 1):
+            if number in points:
+                self._ask(dict(points[number].point))
+            else:
+                job = self.started[str(number)] = Job(number, self._ask(None))
+                self.tell(job, None)
 
     def next_job(self, in_time: bool = True) -> Job | None:
         """The next training, or None: there is none before others have ended, or none at all (see `finished`).

@@ -241,12 +241,13 @@ def run_sweep(
     with exclusive_lock(storage.sweeps / plan.name / "lock", patience=5) as held:
         if not held:
             raise SettingError(f"sweep={plan.name}: another process runs it; wait for it, or stop it first")
+        start_ray()
+        worker_resources(plan.base)  # refuses what is too large, before anything is written
         plan.save(storage)
         record = _Record.open(plan, storage)
         with record.parent as parent:
             search = record.search(retry_failed)
             if not search.finished():
-                start_ray()
                 view = SweepView(console, list(plan.space.parameters), search.total)
                 proposals = _Proposals(search, record)
                 try:

@@ -175,8 +175,8 @@ def _notes(trials: pd.DataFrame) -> list[str]:
 
 
 ORDERS = {
-    "certified": "certified accuracy on the validation split",
-    "clean": "clean accuracy on the validation split",
+    "certified": "certified accuracy on validation",
+    "clean": "clean accuracy on validation",
     "flops": "FLOPs",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from linflab.platform.checkpoints import exclusive_lock
 from tests.conftest import QUICK, RECIPE, Done, FinishedSweep, Here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -84,6 +85,12 @@ def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> 
     [
         (["demoo"], "space=demoo"),
         (["demo", "--budget", "0"], "trials=0"),
+        (["demo", "--budget", "soon"], "budget=soon: must be a number of trials, as in 20, or of hours"),
+        (["demo", "--race", "5"], "race=5: must be a power of 3"),
+        (["demo", "--sampler", "grid"], "sampler=grid: p_schedule.start"),
+        (["demo", "--objectives", "certified,speed"], "objectives"),
+        (["demo", "--retry-failed"], "retry-failed: goes with --resume"),
+        (["demo", "--resume", "old"], f"recipe={RECIPE}: is part of the sweep old already"),
         (["demo", "--name", "it's"], "name=it's"),
         (["SPACE", "model.depht"], "model.depht"),
         (["SPACE", "training.batch_size"], "training.batch_size=5000"),
@@ -102,6 +109,18 @@ def test_wrong_sweeps(here: Here, tmp_path: Path, arguments: list[str], says: st
         )
         typed = [str(space)]
     refused(here("sweep", RECIPE, *typed, "--storage", str(tmp_path / "runs")), says)
+
+
+def test_resuming_what_is_not_there(here: Here, tmp_path: Path, finished_sweep: FinishedSweep) -> None:
+    refused(here("sweep", "--storage", str(tmp_path)), "sweep: needs a recipe and a search space, or --resume NAME")
+    refused(
+        here("sweep", "--resume", "no", "--storage", str(tmp_path)), "resume=no: there is no such sweep", "none yet"
+    )
+    storage = str(finished_sweep.storage)
+    refused(here("sweep", "--resume", "no", "--storage", storage), "resume=no", "there are: three")
+    refused(here("sweep", "--resume", "three", "--budget", "x", "--storage", storage), "budget=x")
+    with exclusive_lock(finished_sweep.storage / "sweeps" / "three" / "lock"):
+        refused(here("sweep", "--resume", "three", "--storage", storage), "sweep=three: another process runs it")
 
 
 def test_report_of_an_unknown_sweep(here: Here, tmp_path: Path, finished_sweep: FinishedSweep) -> None:

@@ -106,7 +106,7 @@ def disturb(sweep: Sweep, chance: random.Random, name: str, kills: int, driver_k
         while sweep.checkpoints() == before and time.monotonic() < deadline:
             assert sweep.process.poll() is None, f"it ended after {killed} kills\n{sweep.log.read_text()}"
             time.sleep(0.05)
-        time.sleep(chance.uniform(0, 4))
+        time.sleep(chance.uniform(3, 9))
         killed += sweep.kill_a_trial(chance)
         if killed in driver_kills:
             driver_kills = tuple(at for at in driver_kills if at != killed)
