@@ -127,7 +127,7 @@ class SweepView(Callback):
         if failure := result.get("failure"):
             self._update(trial, {}, "failed")
             self._say(trial, f"failed: {failure}")
-        elif schema.TEST_CERTIFIED in result:
+        elif schema.TRAIN_SECONDS in result:
             self._update(trial, {}, "done")
             self._say(trial, f"done: {_percent(result.get(schema.BEST_VALIDATION_CERTIFIED))} certified on validation")
 

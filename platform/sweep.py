@@ -405,7 +405,7 @@ class _Proposals(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job, scores = self.jobs.pop(trial_id), result or {}
         failure = f"its process died {RESTARTS} times" if error else scores.get(FAILURE)
-        if failure is None and schema.TEST_CERTIFIED not in scores:
+        if failure is None and schema.TRAIN_SECONDS not in scores:
             return  # stopped, as by Ctrl-C: it has not ended
         self.search.tell(job, None if failure is not None else _numbers(scores))
         self.record.ended(job, failure, len(self.search.ended))
@@ -456,7 +456,15 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
         reporting: dict[str, Any] = {"callbacks": [TuneReportCallback()]} if several else {"on_epoch": _report}
         try:
             metrics = train(
-                experiment, storage, "", {}, checkpointed=True, resume=config["run_id"], deaths=DEATHS, **reporting
+                experiment,
+                storage,
+                "",
+                {},
+                checkpointed=True,
+                resume=config["run_id"],
+                deaths=DEATHS,
+                scored=job.round == plan.search.rounds,
+                **reporting,
             )
         except WorkerDied:
             raise  # Tune starts the trial again; how often, its run counts

@@ -92,6 +92,7 @@ def run_trial(
     checkpointed: bool = False,
     resume: str | None = None,
     deaths: int | None = None,
+    scored: bool = True,
 ) -> dict[str, float]:
     """Train and score an experiment as one MLflow run; returns the metrics of the network that was kept.
 
@@ -102,6 +103,7 @@ def run_trial(
         resume: the run to go on with, from its checkpoint where there is one. One that has finished is only read.
         deaths: how often processes may die without that the training comes further; None: any number of times. Where
             it is given, the run is waited for if the process before is still about to end.
+        scored: on the test set; not where only the validation images matter, as on the way to a choice.
 
     Raises:
         TrainingError: training went wrong, or processes died too often.
@@ -127,7 +129,7 @@ def run_trial(
             if checkpointed:
                 stack.enter_context(checkpoints_of(storage, run.id).lock())
         checkpoints = checkpoints_of(storage, run.id) if checkpointed else None
-        metrics = run.metrics if run.finished else _train(experiment, run, on_epoch, on_step, checkpoints)
+        metrics = run.metrics if run.finished else _train(experiment, run, on_epoch, on_step, checkpoints, scored)
     if checkpoints is not None:  # only now, when the record says that the run has finished
         checkpoints.remove()
     return metrics
@@ -139,8 +141,9 @@ def _train(
     on_epoch: Callable[[EpochReport], None],
     on_step: Callable[[StepReport], None],
     checkpoints: Checkpoints | None,
+    scored: bool,
 ) -> dict[str, float]:
-    """Train, score on the test set and log it all; returns the metrics of the network that was kept."""
+    """Train, score on the test set if `scored`, and log it all; returns the metrics of the network that was kept."""
 
     def record(report: EpochReport) -> None:
         run.log_epoch(report)
@@ -151,15 +154,8 @@ def _train(
         trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
         if should_stop():
             raise Interrupted("stopped before the test images were scored")
-    scoring = scoring_of(experiment, trained.network, attacked=True)
-    (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
-    assert test.robust is not None and test.certified_but_broken is not None
     metrics = {
         schema.BEST_EPOCH: trained.epoch,
-        schema.TEST_CLEAN: test.clean,
-        schema.TEST_ROBUST: test.robust,
-        schema.TEST_CERTIFIED: test.certified,
-        schema.TEST_BROKEN: test.certified_but_broken,
         schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
         schema.PARAMETERS: count_parameters(trained.network),
         schema.TRAIN_SECONDS: trained.seconds,
@@ -167,15 +163,19 @@ def _train(
     if trained.validation is not None:
         metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
         metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
-    if test.certified_exact is not None:
-        metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
-    run.log_tags(
-        {
-            schema.CERTIFIER: scoring.certificate,
-            schema.ATTACK: experiment.evaluation.attack.describe(),
-            schema.SELECTION: selection(experiment),
-        }
-    )
+    scoring = scoring_of(experiment, trained.network, attacked=True)
+    tags = {schema.CERTIFIER: scoring.certificate, schema.SELECTION: selection(experiment)}
+    if scored:
+        (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
+        assert test.robust is not None and test.certified_but_broken is not None
+        metrics[schema.TEST_CLEAN] = test.clean
+        metrics[schema.TEST_ROBUST] = test.robust
+        metrics[schema.TEST_CERTIFIED] = test.certified
+        metrics[schema.TEST_BROKEN] = test.certified_but_broken
+        if test.certified_exact is not None:
+            metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
+        tags[schema.ATTACK] = experiment.evaluation.attack.describe()
+    run.log_tags(tags)
     run.log_weights(trained, experiment)
     run.log_metrics({name: value for name, value in metrics.items() if name not in run.metrics})
     return metrics

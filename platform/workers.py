@@ -85,6 +85,7 @@ def train_on_workers(
     checkpointed: bool = False,
     resume: str | None = None,
     deaths: int | None = None,
+    scored: bool = True,
 ) -> dict[str, float]:
     """`run_trial` on the experiment's number of Ray Train workers; needs a running Ray.
 
@@ -110,6 +111,7 @@ def train_on_workers(
                 "checkpointed": checkpointed,
                 "resume": resume,
                 "deaths": deaths,
+                "scored": scored,
             },
             "reports": reports,
         },
