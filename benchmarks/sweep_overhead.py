@@ -46,7 +46,7 @@ NODES, CPUS_A_NODE = 4, 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--noop", type=int, default=1000)
+    parser.add_argument("--noop", type=int, default=1000, help="0, or at least 300")
     parser.add_argument("--storage", type=Path, default=None, help="folder to work in; by default a temporary one")
     arguments = parser.parse_args()
     print(hardware())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.errors import Busy, SettingError, TrainingError
 
 
 def write_partial(path: Path, state: dict[str, Any]) -> Path:
@@ -83,11 +83,11 @@ class Checkpoints:
             patience: seconds to wait for a process that holds it, and is about to end.
 
         Raises:
-            SettingError: another process holds it.
+            Busy: another process holds it.
         """
         with exclusive_lock(self.folder / "lock", patience) as held:
             if not held:
-                raise SettingError(
+                raise Busy(
                     f"resume: run {self.folder.name} is being trained by another process; wait for it, or stop it first"
                 )
             yield

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,7 +145,10 @@ def sweep(
     ] = None,
     race: Annotated[
         int | None,
-        typer.Option(help="3, 9, ...: train all points for that part of the epochs, and the best third for longer"),
+        typer.Option(
+            help="3, 9, ...: train all points for that part of the epochs, and the best third, by the first objective, "
+            "for longer"
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="train the best point with so many seeds  [default: 1]")] = None,
     resume: Annotated[str, typer.Option(metavar="NAME", help="go on with a sweep that was cut, or do more of it")] = "",
@@ -169,6 +173,9 @@ def sweep(
         _load_space(space)
         place = Storage.open(storage)
 
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
     from linflab.platform.sweep import SweepPlan, plan_sweep, run_sweep, search_config
 
     if resume:
@@ -185,6 +192,9 @@ def sweep(
     again += [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
     try:
         lost = run_sweep(plan, place, console, retry_failed)
+    except (MlflowException, OperationalError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"the record is out of reach ({reason}); `{shlex.join(again)}` goes on later") from None
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; what was recorded is kept, and `{shlex.join(again)}` goes on") from None
     _report_sweep(plan.name, place)
@@ -208,7 +218,8 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
     found = read_sweeps(place.tracking_uri)
     for number, name in enumerate(found["sweep"]):
         if found.loc[number, "state"] == "running":  # by the record: its process may be gone
-            with exclusive_lock(place.sweeps / name / "lock") as free:
+            # where it can't be asked, as on storage of somebody else's, the record stands
+            with suppress(OSError), exclusive_lock(place.sweeps / name / "lock") as free:
                 found.loc[number, "state"] = "cut" if free else "running"
     rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
     if not as_json:

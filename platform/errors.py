@@ -5,6 +5,10 @@ class SettingError(ValueError):
     """Wrong input: the message names the setting, its value and what would do. Raised before anything starts."""
 
 
+class Busy(SettingError):
+    """Another process is at it; once that has ended, the same can be asked for again."""
+
+
 class TrainingError(RuntimeError):
     """Training went wrong: the message names the step at which it did and what to change."""
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -73,26 +73,26 @@ class TrainingBar:
 class _Row:
     """A trial as the live table shows it."""
 
-    number: int
     label: str
     setting: str
     result: dict[str, Any]
     state: str
 
-    def place(self) -> tuple[bool, float, int]:
+    def place(self) -> tuple[bool, float]:
         best = 0.0 if self.state == "running" else self.result.get(schema.BEST_VALIDATION_CERTIFIED, 0.0)
-        return self.state != "running", -best, self.number
+        return self.state != "running", -best
 
 
 class SweepView(Callback):
     """A live table of the trials of a sweep; a line for each start and end where there is no terminal."""
 
-    def __init__(self, console: Console, searched: Sequence[str], total: int | None) -> None:
+    def __init__(self, console: Console, searched: Sequence[str], total: int | None, before: int = 0) -> None:
         self.console = console
         self.searched = searched
         self.total = total
+        self.before = before  # trials that earlier launches ended
         self.began = time.monotonic()
-        self.rows: dict[str, _Row] = {}  # by Tune's name of the trial
+        self.rows: dict[str, _Row] = {}  # by the trial's name
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,42 +114,41 @@ class SweepView(Callback):
             self.live.stop()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._update(trial, {}, "running")
-        self._say(trial, f"started: {self.rows[trial.trial_id].setting}")
+        self._update(trial, {})
+        label = trial.config["trial"]
+        self._say(label, f"started: {self.rows[label].setting}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        self._update(trial, result, "running")
+        self._update(trial, result)
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        result = trial.last_result or {}
-        if failure := result.get("failure"):
-            self._update(trial, {}, "failed")
-            self._say(trial, f"failed: {failure}")
-        elif schema.TRAIN_SECONDS in result:
-            self._update(trial, {}, "done")
-            self._say(trial, f"done: {_percent(result.get(schema.BEST_VALIDATION_CERTIFIED))} certified on validation")
+    def ended(self, label: str, point: Mapping[str, Any], result: dict[str, Any], failure: str | None) -> None:
+        """A trial has come to its end."""
+        before = self.rows.get(label, _Row(label, self._setting(point), {}, ""))  # one that was refused never started
+        state = "done" if failure is None else "failed"
+        self.rows[label] = replace(before, result={**before.result, **result}, state=state)
+        best = _percent(result.get(schema.BEST_VALIDATION_CERTIFIED))
+        self._say(label, f"done: {best} certified on validation" if failure is None else f"failed: {failure}")
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._update(trial, {}, "failed")
-        self._say(trial, "failed; the record has the reason")
+    def lost(self, label: str) -> None:
+        """A trial's process has died."""
+        self.rows[label] = replace(self.rows[label], state="lost")
+        self._say(label, "lost its process; it goes on from its checkpoint")
 
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, "lost its process; it goes on from its checkpoint")
+    def _update(self, trial: Trial, result: dict[str, Any]) -> None:
+        label = trial.config["trial"]
+        if label not in self.rows:
+            self.rows[label] = _Row(label, self._setting(json.loads(trial.config["job"])["point"]), {}, "")
+        self.rows[label] = replace(self.rows[label], result={**self.rows[label].result, **result}, state="running")
 
-    def _update(self, trial: Trial, result: dict[str, Any], state: str) -> None:
-        before = self.rows.get(trial.trial_id)
-        if before is None:
-            point = json.loads(trial.config["job"])["point"]
-            setting = describe_settings({path: point[path] for path in self.searched if path in point})
-            before = _Row(len(self.rows), trial.config["trial"], setting, {}, "")
-        self.rows[trial.trial_id] = replace(before, result={**before.result, **result}, state=state)
+    def _setting(self, point: Mapping[str, Any]) -> str:
+        return describe_settings({path: point[path] for path in self.searched if path in point})
 
-    def _say(self, trial: Trial, text: str) -> None:
+    def _say(self, label: str, text: str) -> None:
         if not self.console.is_terminal:
             of = "" if self.total is None else f" of {self.total}"
-            self.console.print(f"trial {trial.config['trial']}{of} {text}", highlight=False)
+            self.console.print(f"trial {label}{of} {text}", highlight=False)
 
     def _render(self) -> Group:
         table = Table(expand=True, box=SIMPLE_HEAD)
@@ -158,7 +157,7 @@ class SweepView(Callback):
             table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
         # running ones first, then the best: where the screen ends, the worst are left out
         rows = sorted(list(self.rows.values()), key=_Row.place)
-        ended = sum(row.state != "running" for row in rows)
+        ended = self.before + sum(row.state in ("done", "failed") for row in rows)
         for row in rows:
             table.add_row(
                 row.label,

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.trial import TrialState
@@ -95,11 +95,21 @@ class Job:
 Scores = Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Past:
+    """A training of before: when it started and, if it did, ended (on any clock), and what it came to."""
+
+    job: Job
+    started: float
+    ended: float | None = None
+    scores: Scores | None = None  # None: it failed, if it ended
+
+
 class Search:
     """Proposes a sweep's trainings one by one, and is told what they came to."""
 
     def __init__(self, space: SearchSpace, config: SearchConfig, seed: int) -> None:
-        """Raises SettingError: a grid of a space that has values without end."""
+        """Raises SettingError: a grid of a space that has values without end, or fewer points than its race needs."""
         self.space, self.config, self.seed = space, config, seed
         self.study = optuna.create_study(
             directions=["maximize" if OBJECTIVES[name][1] else "minimize" for name in config.objectives]
@@ -116,20 +126,34 @@ class Search:
                 raise SettingError(f"sampler=grid: {error}") from None
         limit = len(self.first) if config.sampler == "grid" else math.inf
         self.limit = min(limit, math.inf if config.trials is None else config.trials)
+        if self.limit < config.race:
+            raise SettingError(f"race={config.race}: needs at least {config.race} points; the grid has {limit}")
 
-    def recall(self, jobs: Iterable[Job]) -> None:
-        """Take over what was started before. What it came to is told by `tell`; the rest is still to end.
+    def recall(self, history: Iterable[Past]) -> None:
+        """Take over what was done before, in the order in which it happened: samplers learn from that order.
 
-        A point between others that is not among them, since somebody has deleted its record, counts as failed.
+        What has not ended is still to be told of. A point between others that is not there, since somebody has deleted
+        its record, counts as failed.
         """
-        self.started = {job.label: job for job in jobs}
-        points = {job.number: job for job in self.started.values() if job.round == 1 and job.repeat == 0}
+        past = list(history)
+        self.started = {one.job.label: one.job for one in past}
+        points = {one.job.number: one for one in past if one.job.round == 1 and one.job.repeat == 0}
+        ends = sorted((one for one in past if one.ended is not None), key=lambda one: one.ended or 0, reverse=True)
         for number in range(1, max(points, default=0) + 1):
-            if number in points:
-                self._ask(dict(points[number].point))
-            else:
+            if number not in points:
                 job = self.started[str(number)] = Job(number, self._ask(None))
                 self.tell(job, None)
+                continue
+            while ends and (ends[-1].ended or 0) <= points[number].started:
+                if ends[-1].job.number > number:  # clocks that were set back
+                    break
+                self._tell(ends.pop())
+            self._ask(dict(points[number].job.point))
+        while ends:
+            self._tell(ends.pop())
+
+    def _tell(self, past: Past) -> None:
+        self.tell(past.job, past.scores)
 
     def next_job(self, in_time: bool = True) -> Job | None:
         """The next training, or None: there is none before others have ended, or none at all (see `finished`).
@@ -207,7 +231,7 @@ class Search:
 
     def _going_on(self, round_: int) -> list[Job]:
         """The trainings of a round whose points are sure to be in the next."""
-        to_come = self._expected(round_) - self._ended_in(round_)
+        to_come = max(0, self._expected(round_) - self._ended_in(round_))
         sure = max(0, self._places(round_ + 1) - to_come)
         return sorted(self._in_round(round_), key=self.rank, reverse=True)[:sure]
 
@@ -230,9 +254,8 @@ class Search:
         """A new point: drawn, or this one; what it leaves out is drawn."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.sampler = self._sampler(len(self.points) + 1)
-            if point:
-                self.study.enqueue_trial(point)
+            sampler = self._sampler(len(self.points) + 1)
+            self.study.sampler = _Given(sampler, point) if point else sampler
             trial = self.study.ask()
             drawn = self.space.suggest(trial)
         self.trials.append(trial)
@@ -249,3 +272,31 @@ class Search:
         if self.config.sampler == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=seed)
+
+
+class _Given(optuna.samplers.BaseSampler):
+    """A sampler whose values give place to those of a point, and whose state is as if it had drawn them.
+
+    Optuna's enqueued trials don't do the latter: a generation of NSGA-II or CMA-ES would not count them.
+    """
+
+    def __init__(self, sampler: optuna.samplers.BaseSampler, point: Mapping[str, Value]) -> None:
+        self.sampler, self.point = sampler, point
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return self.sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+        drawn = self.sampler.sample_relative(study, trial, search_space)
+        return {name: self.point.get(name, value) for name, value in drawn.items()}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        if param_name in self.point:
+            return self.point[param_name]
+        return self.sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        self.sampler.before_trial(study, trial)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        self.sampler.after_trial(study, trial, state, values)

@@ -3,7 +3,7 @@
 MLflow's record is the only state of a sweep. The driver creates a trial's run, with its point, before the trial starts;
 the trial ends it. So whatever dies, a trial is known exactly once, and `--resume` goes on from the record alone: what
 has ended is told to the search again, what has not goes on from its checkpoint, and the rest is still to come. Ray Tune
-schedules: of a process or machine that dies, it starts the trial again elsewhere. What training itself says is wrong,
+schedules; the trial of a process or machine that dies is proposed to it again. What training itself says is wrong,
 such as a loss that is not finite, would be so again: that trial has failed, with its reason in the record.
 """
 
@@ -17,8 +17,9 @@ import shutil
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,19 +29,24 @@ from typing import Any, Self
 import ray
 import torch
 import yaml
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
+from ray.tune import Callback
+from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 from rich.console import Console
+from sqlalchemy.exc import OperationalError
 
-from linflab.platform.checkpoints import exclusive_lock
+from linflab.platform.checkpoints import exclusive_lock, partial_path
 from linflab.platform.config import Experiment, build_experiment, parse_override, read_recipe
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import SettingError, WorkerDied
+from linflab.platform.errors import Busy, SettingError, WorkerDied
 from linflab.platform.progress import SweepView
-from linflab.platform.search import Job, Scores, Search, SearchConfig
+from linflab.platform.search import Job, Past, Scores, Search, SearchConfig
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run, checkpoints_of, end_open_runs, patient_client
 from linflab.platform.training import EpochReport, check_fits
@@ -50,11 +56,12 @@ from linflab.reports import schema
 from linflab.reports.records import search_runs, sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
 
-logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # a trial that dies is told of
+for _name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # what becomes of a trial that dies, we say
 
 FIXED = ("dataset", "eps", "evaluation", "compute", "training.include_validation")  # what a sweep can't vary
 DEATHS = 3  # how often a trial's process may die without that it comes further
-RESTARTS = 100  # of a trial by Tune, in one launch; where its process can't even start
+RESTARTS = 100  # of a trial in one launch; where its process can't even start
 FAILURE = "failure"  # what a trial reports to Tune where it has no result: why
 TrainFunction = Callable[..., dict[str, float]]  # as `run_trial`
 
@@ -101,6 +108,8 @@ class SweepPlan:
             SettingError: they won't do.
         """
         search = self.search.model_dump()
+        if budget is not None and self.search.race > 1:
+            raise SettingError(f"budget={budget}: how many points take part is fixed in a race; start another sweep")
         if seeds is not None:
             search["seeds"] = seeds
         if budget is None:
@@ -121,7 +130,6 @@ class SweepPlan:
     def save(self, storage: Storage) -> None:
         """Keep what was asked for, so that the sweep can be resumed whatever becomes of recipe and space."""
         path = _plan_file(storage, self.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "recipe": self.recipe,
             "overrides": list(self.overrides),
@@ -129,9 +137,12 @@ class SweepPlan:
             "space": self.space.model_dump(mode="json"),
             "search": self.search.model_dump(mode="json"),
         }
-        partial_file = path.with_suffix(".partial")
-        partial_file.write_text(yaml.safe_dump(content, sort_keys=False))
-        os.replace(partial_file, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_path(path).open("w") as file:
+            file.write(yaml.safe_dump(content, sort_keys=False))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path(path), path)
 
     @classmethod
     def load(cls, storage: Storage, name: str) -> Self:
@@ -142,14 +153,21 @@ class SweepPlan:
         """
         try:
             content = yaml.safe_load(_plan_file(storage, name).read_text())
+        except yaml.YAMLError:
+            content = None
         except OSError:
             known = [path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.yaml"))]
             raise SettingError(
                 f"resume={name}: there is no such sweep in {storage.root}; there are: {', '.join(known) or 'none yet'}"
             ) from None
-        tree, overrides = content["settings"], tuple(content["overrides"])
+        try:
+            tree, overrides = content["settings"], tuple(content["overrides"])
+            space = SearchSpace.model_validate(content["space"])
+            search = SearchConfig.model_validate(content["search"])
+        except (TypeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SettingError(f"resume={name}: {_plan_file(storage, name)} can't be read ({reason})") from None
         base = build_experiment(tree, dict(map(parse_override, overrides)))
-        space, search = SearchSpace.model_validate(content["space"]), SearchConfig.model_validate(content["search"])
         return cls(name, content["recipe"], overrides, tree, base, space, search)
 
 
@@ -248,8 +266,8 @@ def run_sweep(
         with record.parent as parent:
             search = record.search(retry_failed)
             if not search.finished():
-                view = SweepView(console, list(plan.space.parameters), search.total)
-                proposals = _Proposals(search, record)
+                view = SweepView(console, list(plan.space.parameters), search.total, len(search.ended))
+                proposals = _Proposals(search, record, view)
                 try:
                     with view, _terminated_as_interrupted():
                         _tuner(plan, storage, proposals, view, train).fit()
@@ -319,16 +337,18 @@ class _Record:
         runs = search_runs(self.client, f"tags.`mlflow.parentRunId` = '{self.parent.id}'")
         jobs = [Job(**json.loads(run.data.tags[schema.JOB])) for run in runs]
         self.run_ids = {job.label: run.info.run_id for job, run in zip(jobs, runs, strict=True)}
-        search.recall(jobs)
-        # in the order in which they ended: those of earlier rounds and first seeds come first
-        for job, run in sorted(zip(jobs, runs, strict=True), key=lambda pair: pair[1].info.end_time or 0):
-            if run.info.status == "FINISHED":
-                search.tell(job, run.data.metrics)
-                checkpoints_of(self.storage, run.info.run_id).remove()
-            elif run.info.status == "FAILED" and not retry_failed:
-                search.tell(job, None)
-            else:
+        past = []
+        for job, run in zip(jobs, runs, strict=True):
+            failed = run.info.status == "FAILED" and schema.FAILURE in run.data.tags and not retry_failed
+            ended = run.info.end_time if run.info.status == "FINISHED" or failed else None
+            past.append(Past(job, run.info.start_time, ended, None if failed else run.data.metrics))
+            if ended is None:
                 self.pending.append(job)
+                if run.info.status == "RUNNING":  # by the record of a process that is gone
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+            elif not failed:
+                checkpoints_of(self.storage, run.info.run_id).remove()
+        search.recall(past)
         self.pending.sort(key=lambda job: (job.round, job.number))
         return search
 
@@ -337,8 +357,8 @@ class _Record:
         """Spent on the sweep so far, over all launches."""
         return (time.monotonic() - self.began) / 3600
 
-    def begin(self, job: Job) -> str | None:
-        """The run of a trial that is about to start; None if its settings are refused: then it has failed already."""
+    def begin(self, job: Job) -> tuple[str, str]:
+        """The run of a trial that is about to start, and why its settings are refused, if so: then it has failed."""
         plan = self.plan
         tags = {
             "mlflow.parentRunId": self.parent.id,
@@ -352,36 +372,41 @@ class _Record:
             schema.SEARCHED: ",".join(job.point),
             schema.OBJECTIVES: ",".join(plan.search.objectives),
         }
-        known = self.run_ids.get(job.label)
+        settings: dict[str, Any] | None = None
+        refusal = ""
         try:
             experiment = plan.experiment(job)
         except SettingError as error:
-            settings = {**plan.base.settings(), **job.point}
-            run = Run(self.client, known) if known else Run.start(self.storage, plan.base, "", tags, settings)
-            run.fail(f"SettingError: {error}")
-            return None
-        if known is None:
-            run = Run.start(self.storage, experiment, f"{plan.name}-{job.label}", tags)
-            self.run_ids[job.label] = known = run.id
+            experiment, settings = plan.base, {**plan.base.settings(), **job.point}
+            refusal = f"SettingError: {error}"
+        if (known := self.run_ids.get(job.label)) is None:
+            run = Run.start(self.storage, experiment, f"{plan.name}-{job.label}", tags, settings)
+            self.run_ids[job.label] = run.id
         else:
-            self.client.set_tag(known, schema.LAUNCH, self.launch)
-        return known
+            run = Run(self.client, known)
+            run.describe(experiment, settings)  # the driver may have died before it did
+            starts = self.client.get_run(known).data.tags.get(schema.STARTS)
+            run.log_tags({schema.LAUNCH: self.launch, **({schema.STARTS: f"{starts}|"} if starts else {})})
+        if refusal:
+            run.fail(refusal)
+        return run.id, refusal
 
     def ended(self, job: Job, failure: str | None, ended: int) -> None:
         """Note that a trial has ended; where it could not say so itself, its run is ended as failed."""
         self.parent.log_metrics({schema.SWEEP_SECONDS: 3600 * self.hours}, step=ended)
         run_id = self.run_ids[job.label]
-        if failure is not None and self.client.get_run(run_id).info.status in ("RUNNING", "SCHEDULED"):
+        if failure is not None and self.client.get_run(run_id).info.status not in ("FINISHED", "FAILED"):
             Run(self.client, run_id).fail(failure)
 
 
 class _Proposals(Searcher):
     """The search and its record as Ray Tune asks for them: what to train next, and what came of it."""
 
-    def __init__(self, search: Search, record: _Record) -> None:
+    def __init__(self, search: Search, record: _Record, view: SweepView) -> None:
         super().__init__()
-        self.search, self.record = search, record
+        self.search, self.record, self.view = search, record, view
         self.jobs: dict[str, Job] = {}  # by Tune's name of the trial
+        self.deaths: Counter[str] = Counter()
         self.finished = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -395,23 +420,55 @@ class _Proposals(Searcher):
             if job is None:
                 self.finished = self.search.finished(in_time)
                 return Searcher.FINISHED if self.finished else None
-            run_id = self.record.begin(job)
-            if run_id is not None:
+            run_id, refusal = self.record.begin(job)
+            if not refusal:
                 break
-            self.search.tell(job, None)
+            self._end(job, None, refusal)
         self.jobs[trial_id] = job
         return {"trial": job.label, "run_id": run_id, "job": json.dumps(dataclasses.asdict(job))}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        job, scores = self.jobs.pop(trial_id), result or {}
-        failure = f"its process died {RESTARTS} times" if error else scores.get(FAILURE)
-        if failure is None and schema.TRAIN_SECONDS not in scores:
-            return  # stopped, as by Ctrl-C: it has not ended
-        self.search.tell(job, None if failure is not None else _numbers(scores))
-        self.record.ended(job, failure, len(self.search.ended))
+        scores = result or {}
+        failure = scores.get(FAILURE)
+        if not error and (failure is not None or schema.TRAIN_SECONDS in scores):  # else it was stopped, as by Ctrl-C
+            self._end(self.jobs.pop(trial_id), None if failure is not None else _numbers(scores), failure)
+
+    def on_error(self, trial_id: str, error: Exception | None) -> None:
+        """A trial's process has died, or could not start: it goes on elsewhere, unless that would be in vain."""
+        job = self.jobs.pop(trial_id)
+        cause = getattr(error, "cause", None) or error
+        self.deaths[job.label] += 1
+        lost = cause is None or isinstance(
+            cause, RayActorError | WorkerDied | Busy | MlflowException | OperationalError
+        )
+        if lost and self.deaths[job.label] < RESTARTS:
+            self.record.pending.append(job)
+            self.view.lost(job.label)
+        else:
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+            self._end(job, None, f"its process died {self.deaths[job.label]} times: {reason}" if lost else reason)
+
+    def _end(self, job: Job, scores: Scores | None, failure: str | None) -> None:
+        self.search.tell(job, scores)
+        self.view.ended(job.label, job.point, dict(scores or {}), failure)
+        with suppress(MlflowException, OperationalError):  # Tune would take them for the trial's own
+            self.record.ended(job, failure, len(self.search.ended))
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: see `__getstate__`."""
+
+
+class _Errors(Callback):
+    """Tells the search why Tune gave a trial up, which Tune itself does not."""
+
+    def __init__(self, proposals: _Proposals) -> None:
+        self.proposals = proposals
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = None
+        with suppress(Exception):  # nearly anything can happen as errors of others are unpickled
+            error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        self.proposals.on_error(trial.trial_id, error)
 
 
 def _numbers(result: Mapping[str, Any]) -> Scores:
@@ -438,9 +495,8 @@ def _tuner(
         run_config=tune.RunConfig(
             name=plan.name,
             storage_path=str(storage.ray),
-            failure_config=tune.FailureConfig(max_failures=RESTARTS),
             verbose=0,
-            callbacks=[view],
+            callbacks=[view, _Errors(proposals)],
         ),
     )
 
@@ -466,8 +522,8 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
                 scored=job.round == plan.search.rounds,
                 **reporting,
             )
-        except WorkerDied:
-            raise  # Tune starts the trial again; how often, its run counts
+        except (WorkerDied, Busy, MlflowException, OperationalError):
+            raise  # says nothing of the training: the trial is started again
         except Exception as error:
             if again and _out_of_memory(error):  # neighbours may have taken it; once more, from the checkpoint
                 again = False

@@ -20,10 +20,11 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
+from sqlalchemy.exc import OperationalError
 
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
-from linflab.platform.errors import Interrupted
+from linflab.platform.errors import Interrupted, WorkerDied
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, Trained
 from linflab.platform.weights import save_weights
@@ -76,14 +77,15 @@ def patiently(call: Callable[[], T]) -> T:
     """What the call returns, once MLflow's store is in reach.
 
     Raises:
-        MlflowException: it is not within `PATIENCE` seconds; or at once, what else the call raises.
+        MlflowException, OperationalError: it is not within `PATIENCE` seconds; or at once, what else the call raises.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return call()
-        except MlflowException as error:
-            if error.error_code not in OUT_OF_REACH or time.monotonic() > deadline:
+        except (MlflowException, OperationalError) as error:  # the latter where a store is opened
+            code = error.error_code if isinstance(error, MlflowException) else OUT_OF_REACH[0]
+            if code not in OUT_OF_REACH or time.monotonic() > deadline:
                 raise
             time.sleep(1)
 
@@ -92,7 +94,7 @@ class Run:
     """An open MLflow run; as a context manager it ends the run, as failed with its reason on an exception.
 
     Attributes:
-        starts: after which epochs processes began to train it, this one included.
+        starts: after which epochs processes of this launch began to train it, this one included.
         finished: it had ended well before.
         metrics: the latest ones, of before.
     """
@@ -126,14 +128,18 @@ class Run:
         }
         run = client.create_run(mlflow_experiment(client, storage, experiment), tags={**everywhere, **tags})
         self = cls(client, run.info.run_id)
-        params = [Param(path, str(value)) for path, value in (settings or experiment.settings()).items()]
         try:
-            client.log_batch(self.id, params=params, synchronous=True)
-            client.log_text(self.id, experiment.to_yaml(), schema.EXPERIMENT_FILE)
+            self.describe(experiment, settings)
         except BaseException:
-            client.set_terminated(self.id, "FAILED")
+            client.set_terminated(self.id, "KILLED")
             raise
         return self
+
+    def describe(self, experiment: Experiment, settings: Mapping[str, object] | None = None) -> None:
+        """Record the experiment, and its settings (or other ones) as parameters; again changes nothing."""
+        params = [Param(path, str(value)) for path, value in (settings or experiment.settings()).items()]
+        self.client.log_batch(self.id, params=params, synchronous=True)
+        self.client.log_text(self.id, experiment.to_yaml(), schema.EXPERIMENT_FILE)
 
     @classmethod
     def resume(cls, storage: Storage, run_id: str, again: bool = False) -> Self:
@@ -146,13 +152,13 @@ class Run:
             return self
         losses = client.get_metric_history(run_id, schema.TRAIN_LOSS)
         self.logged_epoch = max((metric.step for metric in losses), default=0)
-        starts = before.data.tags.get(schema.STARTS)
-        self.starts = [*map(int, starts.split(",") if starts else ()), self.logged_epoch]
+        *earlier, launch = before.data.tags.get(schema.STARTS, "").split("|")
+        self.starts = [*map(int, filter(None, launch.split(","))), self.logged_epoch]
         client.update_run(run_id, status="RUNNING")
         if schema.FAILURE in before.data.tags:
             client.delete_tag(run_id, schema.FAILURE)
         here = {schema.HARDWARE: hardware(), schema.VERSIONS: versions()}
-        self.log_tags({**here, schema.STARTS: ",".join(map(str, self.starts))})
+        self.log_tags({**here, schema.STARTS: "|".join([*earlier, ",".join(map(str, self.starts))])})
         return self
 
     @staticmethod
@@ -215,7 +221,8 @@ class Run:
         if kind is None:
             self.client.set_terminated(self.id, "FINISHED")
             return
-        if issubclass(kind, KeyboardInterrupt | SystemExit | Interrupted):
+        # not what training says of itself: it can go on
+        if issubclass(kind, KeyboardInterrupt | SystemExit | Interrupted | WorkerDied | MlflowException):
             self.client.set_terminated(self.id, "KILLED")
             return
         self.fail(f"{kind.__name__}: {error}")
@@ -223,7 +230,7 @@ class Run:
 
 def end_open_runs(storage: Storage, launch: str, but: str = "") -> None:
     """Mark what still runs by the record, of one launch, `but` one run, as killed: for when its processes are gone."""
-    client = MlflowClient(storage.tracking_uri)
+    client = patient_client(storage)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     query = f"tags.`{schema.LAUNCH}` = '{launch}' AND attributes.status = 'RUNNING'"
     for run in client.search_runs(experiments, query):

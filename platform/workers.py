@@ -10,8 +10,10 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import RayTrainError  # what Ray says of a worker, as against what a worker says
 from ray.util.actor_pool import ActorPool
 from ray.util.queue import Queue
 from torch import Tensor, nn
@@ -61,6 +63,9 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
             f"compute.workers={workers} of compute.cpus_per_worker={cpus}: need {workers * cpus} CPUs; "
             f"there are {there.get('CPU', 0):g}"
         )
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if cpus > largest:
+        raise SettingError(f"compute.cpus_per_worker={cpus}: the largest machine of the cluster has {largest:g} CPUs")
     if not uses_gpus(experiment):
         return {"CPU": cpus}
     share = experiment.compute.gpus_per_worker
@@ -127,8 +132,10 @@ def train_on_workers(
         result = trainer.fit()
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
-        died = any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures)
-        raise (WorkerDied if died else TrainingError)(str(failures[0])) from error
+        own = [failure for failure in failures if not _lost(failure)]
+        raise (TrainingError(str(own[0])) if own else WorkerDied(str(failures[0]))) from error
+    except ray.exceptions.RayActorError as error:  # Ray Train's own process is gone
+        raise WorkerDied(str(error)) from error
     finally:
         if reports is not None:
             reports.put(None)
@@ -136,6 +143,12 @@ def train_on_workers(
             reports.shutdown()
     assert result.return_value is not None  # a worker that returns nothing has raised
     return result.return_value
+
+
+def _lost(failure: Exception) -> bool:
+    """Whether a worker's failure is that it, or one that it waited for, is gone; not an error of its own."""
+    ours = isinstance(failure, SettingError | TrainingError)
+    return isinstance(failure, RayTrainError | dist.DistError) or (not ours and "gloo" in str(failure))
 
 
 def summary(report: EpochReport) -> dict[str, float]:

@@ -77,13 +77,13 @@ def front_figure(trials: pd.DataFrame, on_front: pd.DataFrame) -> Figure:
 
 
 def importance_figure(shares: Mapping[str, float], of: str) -> Figure:
-    """What share of the differences in a metric each setting explains, as bars; see `importances`."""
+    """How much each setting mattered for a metric, as bars; see `importances`."""
     figure, axes = _axes("")
-    figure.suptitle(f"What moves {of}", fontsize=9)  # over names and bars; a title would be over the bars alone
+    figure.suptitle(f"What matters for {of}", fontsize=9)  # over names and bars; a title would be over the bars alone
     names = list(shares)[::-1]
     bars = axes.barh(names, [100 * shares[name] for name in names], color=PALE, edgecolor=INK, linewidth=0.6)
     axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
-    axes.set(xlabel="share of the differences (%, fANOVA)", xlim=(0, 100))
+    axes.set(xlabel="relative importance (%, fANOVA)", xlim=(0, 100))
     axes.grid(visible=False)
     axes.tick_params(axis="y", labelsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""How much of the differences between a sweep's trials each searched setting explains."""
+"""Which of the settings that a sweep searched mattered most."""
 
 import json
 import warnings
@@ -10,11 +10,14 @@ from linflab.reports import schema
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study it makes
 
-ENOUGH = 8  # trials; of fewer, nothing can be said
+ENOUGH = 12  # trials
 
 
 def importances(trials: pd.DataFrame, metric: str) -> dict[str, float]:
-    """Share of the variance of a metric that each setting explains alone, the largest first; {} for too few trials.
+    """Importance of each setting for a metric, relative to one another (their sum is 1), the largest first.
+
+    Of the variance between trials, as a random forest models it, the part that the setting explains alone; noise looks
+    like differences too, so it needs many trials. {} for fewer than `ENOUGH`.
 
     Trials of one length and one seed are compared: those of a race's first round. Settings that only some trials have
     are left out. Functional ANOVA (Hutter et al., ICML 2014), as in Optuna.

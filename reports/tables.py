@@ -145,7 +145,8 @@ def _parse_name(name: str) -> tuple[int, int, int]:
 def _notes(trials: pd.DataFrame) -> list[str]:
     first = trials.iloc[0]
     notes = [
-        "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial.",
+        "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial"
+        + (", but not for shortened trainings." if trials[schema.EPOCHS].nunique() > 1 else "."),
         f"Rows are ordered by {ORDERS[objectives_of(trials)[0]]}. Each row's epoch was chosen by certified accuracy on "
         "the validation split (Val. certified), which is held out of the training set.",
         f"Certified: certifier {_certifiers(trials)}, radius above eps = {_short(first['eps'])} in pixels.",
@@ -159,9 +160,11 @@ def _notes(trials: pd.DataFrame) -> list[str]:
     if len(objectives) > 1:
         numbers = ", ".join(f"#{name}" for name in front(trials, objectives)[schema.TRIAL])
         notes.append(f"On the front of {' and '.join(objectives)}, none of them worse than another in all: {numbers}.")
-    if (explained := importances(trials, OBJECTIVES[objectives[0]][0])) and len(explained) > 1:
-        shares = ", ".join(f"{_short_name(path)} {100 * share:.0f} %" for path, share in explained.items())
-        notes.append(f"Of the differences in {ORDERS[objectives[0]]} each setting explains: {shares} (fANOVA).")
+    if found := importances(trials, OBJECTIVES[objectives[0]][0]):
+        shares = ", ".join(f"{_short_name(path)} {100 * share:.0f} %" for path, share in found.items())
+        notes.append(
+            f"Importance of the settings for {ORDERS[objectives[0]]}, relative to one another: {shares} (fANOVA)."
+        )
     hardware = "; ".join(sorted(set(trials[schema.HARDWARE])))
     seconds = trials[schema.TRAIN_SECONDS].sum()
     spent = f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
@@ -182,23 +185,26 @@ ORDERS = {
 
 
 def _repetitions(trials: pd.DataFrame) -> list[str]:
-    """Mean and standard deviation of the best trial over its seeds."""
+    """Mean and standard deviation over seeds, of the trials that were repeated."""
     names = trials[schema.TRIAL].astype(str).map(_parse_name)
-    repeated = trials[[repeat > 0 for *_, repeat in names]]
-    if repeated.empty:
-        return []
-    number, round_, _ = _parse_name(str(repeated[schema.TRIAL].iloc[0]))
-    mine = trials[[name[:2] == (number, round_) for name in names]].dropna(subset=[schema.TEST_CERTIFIED])
     columns = {
         "Val. certified": schema.BEST_VALIDATION_CERTIFIED,
         "Test": schema.TEST_CLEAN,
         "Robust": schema.TEST_ROBUST,
         "Certified": schema.TEST_CERTIFIED,
     }
-    of = ", ".join(
-        f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items()
-    )
-    return [f"#{number} with {len(mine)} seeds, the one it was chosen by included, mean ± standard deviation: {of}."]
+    notes = []
+    for number, round_ in dict.fromkeys(name[:2] for name in names if name[2] > 0):  # in the table's order
+        mine = trials[[name[:2] == (number, round_) for name in names]].dropna(subset=[schema.TEST_CERTIFIED])
+        if len(mine) < 2:
+            continue
+        of = ", ".join(
+            f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items()
+        )
+        notes.append(
+            f"#{number} with {len(mine)} seeds, the one it was chosen by included, mean ± standard deviation: {of}."
+        )
+    return notes
 
 
 WAYS = {

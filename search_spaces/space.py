@@ -90,7 +90,8 @@ class Uniform(_Range):
         low, high = self.bounds(point)
         if self.step is None:
             return super().values(name, point)
-        return [low + k * self.step for k in range(int((high - low) / self.step + 1e-8) + 1)]
+        count = int((high - low) / self.step + 1e-8) + 1
+        return [min(high, float(f"{low + k * self.step:.12g}")) for k in range(count)]  # 0.3, not 0.1 + 0.1 + 0.1
 
     def __str__(self) -> str:
         return self._to() + (f" in steps of {self.step:g}" if self.step else "") + self._under()

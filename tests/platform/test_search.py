@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linflab.platform.errors import SettingError
-from linflab.platform.search import Job, Search, SearchConfig
+from linflab.platform.search import Job, Past, Search, SearchConfig
 from linflab.platform.sweep import search_config
 from linflab.reports import schema
 from linflab.search_spaces.space import SearchSpace, load_space
@@ -68,9 +69,11 @@ def test_a_search_that_was_cut_goes_on_to_the_same_end(order: int, at_once: int,
     first = Search(DEMO, config, seed=1)
     work(first, random.Random(order), at_once, steps=cut)
     second = Search(DEMO, config, seed=1)
-    second.recall(first.started.values())
-    for label, found in first.ended.items():
-        second.tell(first.started[label], found)
+    ends = {label: 100.0 + when for when, label in enumerate(first.ended)}
+    second.recall(
+        Past(job, float(when), ends.get(job.label), first.ended.get(job.label))
+        for when, job in enumerate(first.started.values())
+    )
     for job in first.started.values():
         if job.label not in second.ended:
             second.tell(job, scores(value_of(job)))
@@ -81,6 +84,50 @@ def test_a_search_that_was_cut_goes_on_to_the_same_end(order: int, at_once: int,
         whole = Search(DEMO, config, seed=1)
         work(whole, random.Random(0), 1)
         assert whole.ended == second.ended
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "cmaes"])
+def test_a_search_that_is_resumed_knows_what_it_had_learned(sampler: str) -> None:
+    """Point for point what it would have tried without the cut, where trials end one by one."""
+
+    def go_on(search: Search, until: int) -> list[Past]:
+        past = []
+        while len(search.ended) < until and (job := search.next_job()) is not None:
+            found = scores(-abs(float(job.point["objective.theta"]) - 0.21))
+            search.tell(job, found)
+            past.append(Past(job, 2.0 * job.number, 2.0 * job.number + 1, found))
+        return past
+
+    config = search_config("30", sampler=sampler)
+    whole, cut, resumed = (Search(DEMO, config, seed=3) for _ in range(3))
+    go_on(whole, 30)
+    resumed.recall(go_on(cut, 17))
+    go_on(resumed, 30)
+    assert resumed.points == whole.points
+
+
+def test_a_point_whose_record_was_deleted_counts_as_failed() -> None:
+    search = Search(DEMO, search_config("5", sampler="random"), seed=0)
+    work(search, random.Random(0), at_once=1)
+    past = [Past(job, float(k), k + 0.5, search.ended[label]) for k, (label, job) in enumerate(search.started.items())]
+    again = Search(DEMO, search_config("6", sampler="random"), seed=0)
+    again.recall(one for one in past if one.job.number != 3)
+    assert again.ended["3"] is None and again.points == search.points
+    assert again.next_job().number == 6
+
+
+def test_a_race_whose_failed_trials_are_tried_again_promotes_no_more_than_it_has_places() -> None:
+    config = search_config("9", sampler="random", race=9)
+    search = Search(DEMO, config, seed=0)
+    work(search, random.Random(0), at_once=2, failing=frozenset({"2", "5", "3.2"}))
+    past = [Past(job, float(k), k + 0.5, search.ended[label]) for k, (label, job) in enumerate(search.started.items())]
+    again = Search(DEMO, config, seed=0)
+    again.recall(replace(one, ended=None) if search.ended[one.job.label] is None else one for one in past)
+    for job in list(again.started.values()):
+        if job.label not in again.ended:
+            again.tell(job, scores(0.0))
+    work(again, random.Random(0), at_once=2)
+    assert len([job for job in again.started.values() if job.round == 2]) <= 3 + 1
 
 
 def test_the_best_of_each_round_go_on() -> None:
@@ -168,6 +215,11 @@ def test_a_grid_has_every_point_once_under_conditions_and_drawn_bounds() -> None
         {"model.kind": "linf_dist_mlp", "model.depth": depth, "model.width": width}
         for depth, width in ((2, 2), (2, 3), (3, 3))
     ]
+
+
+def test_a_grid_smaller_than_its_race_is_refused() -> None:
+    with pytest.raises(SettingError, match="race=27: needs at least 27 points; the grid has 15"):
+        Search(SearchSpace.model_validate(GRID), search_config("100", sampler="grid", race=27), seed=0)
 
 
 def test_a_grid_without_end_is_refused() -> None:

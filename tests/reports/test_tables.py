@@ -133,7 +133,6 @@ def test_importances_find_the_setting_that_matters() -> None:
     )
     shares = importances(trials, "m")
     assert list(shares)[:2] == ["a", "b"] and shares["a"] > 0.6 and shares["c"] < 0.1
-    assert sum(shares.values()) == pytest.approx(1)
     assert importances(trials.head(5), "m") == {} and importances(trials.assign(m=1.0), "m") == {}
 
 
