@@ -89,7 +89,7 @@ def _bare(experiment: Experiment) -> float:
 
 def _no_op_trials(storage: Storage, trials: int) -> None:
     os.environ["LINFLAB_DATA"] = str(data_folder())
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_A_NODE})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_A_NODE, "include_dashboard": False})
     for _ in range(NODES - 1):
         cluster.add_node(num_cpus=CPUS_A_NODE)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
