@@ -305,7 +305,8 @@ class _Record:
         self.plan, self.storage, self.parent, self.launch = plan, storage, parent, launch
         self.client = patient_client(storage)
         self.run_ids: dict[str, str] = {}
-        self.pending: list[Job] = []  # started by an earlier launch, and to be ended by this one
+        self.pending: list[Job] = []  # that had started, and are to go on
+        self.begun: set[str] = set()  # by this launch
         self.began = time.monotonic() - parent.metrics.get(schema.SWEEP_SECONDS, 0.0)
 
     @classmethod
@@ -384,9 +385,11 @@ class _Record:
             self.run_ids[job.label] = run.id
         else:
             run = Run(self.client, known)
-            run.describe(experiment, settings)  # the driver may have died before it did
-            starts = self.client.get_run(known).data.tags.get(schema.STARTS)
-            run.log_tags({schema.LAUNCH: self.launch, **({schema.STARTS: f"{starts}|"} if starts else {})})
+            if job.label not in self.begun:
+                run.describe(experiment, settings)  # the driver of before may have died before it did
+                starts = self.client.get_run(known).data.tags.get(schema.STARTS)
+                run.log_tags({schema.LAUNCH: self.launch, **({schema.STARTS: f"{starts}|"} if starts else {})})
+        self.begun.add(job.label)
         if refusal:
             run.fail(refusal)
         return run.id, refusal

@@ -3,6 +3,7 @@
 import collections
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -139,7 +140,7 @@ def test_a_sweep_in_chaos_comes_to_the_table_of_a_calm_one(tmp_path: Path) -> No
     trials = wild.trials("twelve")
     assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 13)}
     assert set(trials["status"]) == {"FINISHED"}
-    assert trials[schema.STARTS].str.contains(",").sum() >= 3, "too few trials were hit"
+    assert trials[schema.STARTS].str.contains("[,|]").sum() >= 3, "too few trials were hit"
     ours, theirs = wild.storage / "reports" / "twelve.csv", calm.storage / "reports" / "twelve.csv"
     assert ours.read_bytes() == theirs.read_bytes()
     assert wild.histories("twelve") == calm.histories("twelve")
@@ -175,17 +176,16 @@ def test_a_trial_of_two_workers_goes_on_when_one_is_killed(tmp_path: Path) -> No
     epochs = 20
     settings = [*SHORT, f"training.epochs={epochs}", "compute.workers=2"]
     sweep.start(RECIPE, "demo", *settings, "--budget", "2", "--name", "pairs")
-    for trial in (1, 2):
-        sweep.wait_for(f"trial {trial} of 2 started")
-        before, deadline = sweep.checkpoints(), time.monotonic() + 120
-        while sweep.checkpoints() == before and time.monotonic() < deadline:
-            time.sleep(0.05)
-        random.Random(0).choice(sweep.processes("RayTrainWorker") or sweep.processes("_RayTrainWorker")).kill()
-        sweep.wait_for("lost its process", times=trial)
+    before, deadline = sweep.checkpoints(), time.monotonic() + 120
+    while sweep.checkpoints() == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    random.Random(0).choice(sweep.processes("RayTrainWorker")).kill()
+    sweep.wait_for("trial 1 of 2 lost its process")
     sweep.finish()
     trials = sweep.trials("pairs")
     assert sorted(trials[schema.TRIAL]) == ["1", "2"] and set(trials["status"]) == {"FINISHED"}
-    assert all(not starts.startswith("0,0") and "," in starts for starts in trials[schema.STARTS])
+    starts = dict(zip(trials[schema.TRIAL], trials[schema.STARTS], strict=True))
+    assert re.fullmatch(r"0,[1-9]\d*", starts["1"]) and starts["2"] == "0"
     for history in sweep.histories("pairs").values():
         assert [step for step, _ in history[schema.TRAIN_LOSS]] == list(range(1, epochs + 1))
 
