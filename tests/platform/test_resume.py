@@ -15,8 +15,12 @@ import torch
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment, load_experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import Interrupted, SettingError
+from linflab.platform.errors import Interrupted, SettingError, TrainingError
+from linflab.platform.storage import Storage
+from linflab.platform.tracking import Run
 from linflab.platform.training import EpochReport, StepReport, fit
+from linflab.platform.trial import run_trial
+from linflab.reports import schema
 from tests.conftest import QUICK, RECIPE
 
 AUGMENTED = [*QUICK, "augmentation.padding=1", "training.checkpoint_epochs=1"]
@@ -161,3 +165,19 @@ def test_sigterm_writes_a_checkpoint(tmp_path: Path, linflab: Callable[..., subp
     said = (tmp_path / "runs.log").read_text()
     assert "--resume" in said and f"--storage {tmp_path / 'runs'}" in said
     assert newest(tmp_path / "runs") > 0
+
+
+def test_a_run_whose_processes_die_without_coming_further_fails(tmp_path: Path) -> None:
+    """Where it is told how often that may happen, as by a sweep; one that comes further may die any number of times."""
+    storage, settings = Storage.open(tmp_path), experiment("evaluation.attack.steps=1")
+    for starts, fails in (("0,0,0,0", True), ("0,0,0", False), ("0,0,0,0|", False), ("0,0,0,0|0", False)):
+        run = Run.start(storage, settings, "often", {schema.STARTS: starts})
+        if fails:
+            with pytest.raises(TrainingError, match="died 4 times after epoch 0"):
+                run_trial(settings, storage, "", {}, checkpointed=True, resume=run.id, deaths=3)
+        else:
+            run_trial(settings, storage, "", {}, checkpointed=True, resume=run.id, deaths=3, scored=False)
+        record = run.client.get_run(run.id)
+        assert record.info.status == ("FAILED" if fails else "FINISHED")
+        assert ("died 4 times" in record.data.tags.get(schema.FAILURE, "")) == fails
+        assert schema.TEST_CERTIFIED not in record.data.metrics
