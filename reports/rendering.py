@@ -56,15 +56,19 @@ def print_table(table: Table, console: Console) -> None:
     if rows[METHOD].nunique() == 1:  # then it need not take width from every row
         title, rows = f"{title}, {rows[METHOD].iloc[0]}", rows.drop(columns=METHOD)
     shown = TerminalTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    texts = _texts(rows)
+    taken = sum(3 + max(map(len, [*str(name).split(), *texts[name]])) for name in texts if name != SETTING)
     for name, dtype in rows.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
         shown.add_column(
             str(name).replace(" ", "\n"),
             justify="right" if right else "left",
             no_wrap=right or name == NUMBER,
-            min_width=24 if name == SETTING else None,
+            overflow="fold" if name == SETTING else "ellipsis",
+            # a setting in a line, where the terminal is wide enough for all columns
+            min_width=max(1, min(24, console.width - taken - 3)) if name == SETTING else None,
         )
-    for _, row in _texts(rows).iterrows():
+    for _, row in texts.iterrows():
         shown.add_row(*map(Text, row))
     console.print(shown, soft_wrap=False)
     console.print()

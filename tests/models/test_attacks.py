@@ -114,7 +114,7 @@ def test_hooks_are_gone_where_an_attack_fails() -> None:
 
 
 def test_each_attack_alone_breaks_no_less_than_all_leave(digits_net: TrainedOnDigits) -> None:
-    """The union is at most each part; by surrogate gradients, next to nothing is left between attack and certificate."""
+    """The union is at most each part; surrogate gradients leave next to nothing between attack and certificate."""
     net, split = digits_net.trained.network, digits_net.dataset.test
     images, labels = split.batch(torch.arange(len(split)))
     config = AttackConfig(kinds=KINDS, steps=20, targets=3, queries=100)

@@ -256,7 +256,7 @@ def test_disk_full_while_checkpointing(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_resume_and_that_does_it(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs")
-    sweep.start(RECIPE, "demo", *SHORT, "--budget", "3", "--name", "cut")
+    sweep.start(RECIPE, "demo", *SHORT, "training.epochs=30", "--budget", "3", "--name", "cut")
     sweep.wait_for("started", times=2)
     time.sleep(4)
     sweep.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which a shell's background jobs ignore

@@ -188,6 +188,15 @@ def test_terminal_fits_in_80_columns(table: Table) -> None:
     assert "width=96" in text and "80.00" in text and "pair.cc" in text
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_column_is_cut_off_on_a_narrow_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    print_table(sweep_table("s", RACE), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "8.2-seed1" in text and text.count("48.00") >= 1 and max(map(len, text.splitlines())) <= width
+    assert "Robust" in text and "Certified" in text.split("─")[0]
+
+
 def test_files(table: Table, tmp_path: Path) -> None:
     paths = write_table(table, tmp_path / "reports", "s")
     assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["s.csv", "s.md", "s.tex"]
