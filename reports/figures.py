@@ -57,8 +57,9 @@ def front_figure(trials: pd.DataFrame, on_front: pd.DataFrame) -> Figure:
 
     Both are rows of `read_trials`.
     """
-    figure, axes = _axes(f"{trials['dataset'].iloc[0]}, eps = {trials['eps'].iloc[0]}, {len(trials)} trainings")
     clean, certified = schema.BEST_VALIDATION_CLEAN, schema.BEST_VALIDATION_CERTIFIED
+    count = trials[certified].notna().sum()
+    figure, axes = _axes(f"{trials['dataset'].iloc[0]}, eps = {trials['eps'].iloc[0]}, {count} trainings")
     axes.plot(100 * trials[clean], 100 * trials[certified], "o", color=PALE, mec=INK, mew=0.6, ms=4)
     best = on_front.sort_values(clean)
     axes.plot(100 * best[clean], 100 * best[certified], "D-", color=INK, ms=5, lw=1, label="front")
@@ -72,7 +73,7 @@ def front_figure(trials: pd.DataFrame, on_front: pd.DataFrame) -> Figure:
         )
     axes.set(xlabel="clean accuracy on validation (%)", ylabel="certified accuracy on validation (%)")
     axes.margins(0.12)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, loc="best")
     return figure
 
 
