@@ -185,7 +185,7 @@ def test_a_trial_of_two_workers_goes_on_when_one_is_killed(tmp_path: Path) -> No
     trials = sweep.trials("pairs")
     assert sorted(trials[schema.TRIAL]) == ["1", "2"] and set(trials["status"]) == {"FINISHED"}
     starts = dict(zip(trials[schema.TRIAL], trials[schema.STARTS], strict=True))
-    assert re.fullmatch(r"0,[1-9]\d*", starts["1"]) and starts["2"] == "0"
+    assert re.fullmatch(r"0(,[1-9]\d*)+", starts["1"]) and starts["2"] == "0"
     for history in sweep.histories("pairs").values():
         assert [step for step, _ in history[schema.TRAIN_LOSS]] == list(range(1, epochs + 1))
 
@@ -256,9 +256,9 @@ def test_disk_full_while_checkpointing(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_resume_and_that_does_it(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs")
-    sweep.start(RECIPE, "demo", *SHORT, "training.epochs=30", "--budget", "3", "--name", "cut")
+    sweep.start(RECIPE, "demo", *SHORT, "--budget", "3", "--name", "cut")
     sweep.wait_for("started", times=2)
-    time.sleep(4)
+    time.sleep(2)
     sweep.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which a shell's background jobs ignore
     assert sweep.process.wait(timeout=60) == 130
     assert f"`linflab sweep --resume cut --storage {sweep.storage}` goes on" in sweep.log.read_text()
