@@ -129,9 +129,18 @@ def test_each_attack_alone_breaks_no_less_than_all_leave(digits_net: TrainedOnDi
         assert not (safe & ~robust).any() and not (robust & ~clean).any()
         assert robust.sum() < clean.sum()  # it is no attack that breaks nothing
     assert together.sum() <= min(robust.sum() for robust in alone.values())
-    # on so small a network sparse gradients are nearly as good; single images differ between instruction sets
-    assert alone["surrogate_pgd"].sum() <= alone["pgd"].sum() + 1
     assert alone["surrogate_pgd"].sum() - safe.sum() <= 4
+
+
+def test_surrogate_gradients_break_more_than_sparse_ones(digits_net: TrainedOnDigits) -> None:
+    """At as many steps, and by more than single images, which differ between instruction sets."""
+    net, split = digits_net.trained.network, digits_net.dataset.test
+    images, labels = split.batch(torch.arange(len(split)))
+    sparse, dense = (
+        withstands(net, images, labels, 0.2, AttackConfig(kinds=(kind,), steps=20), generator()).sum()
+        for kind in ("pgd", "surrogate_pgd")
+    )
+    assert dense < sparse - 5
 
 
 def test_apgd_breaks_what_long_pgd_breaks() -> None:
