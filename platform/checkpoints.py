@@ -9,25 +9,26 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from linflab.platform.errors import Busy, SettingError, TrainingError
 
 
-def write_partial(path: Path, state: dict[str, Any]) -> Path:
-    """Write tensors and plain data beside `path`, safe on the disk; an atomic rename then puts the file in place."""
-    partial = partial_path(path)
-    with partial.open("wb") as file:
-        torch.save(state, file)
+def write_partial(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file beside `path`, safe on the disk; an atomic rename then puts it in place."""
+    place = partial_path(path)
+    with place.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    return partial
+    return place
 
 
 def partial_path(path: Path) -> Path:
@@ -100,7 +101,7 @@ class Checkpoints:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = write_partial(self.latest, state)
+            written = write_partial(self.latest, partial(torch.save, state))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
             with suppress(OSError):
                 partial_path(self.latest).unlink(missing_ok=True)
@@ -111,7 +112,7 @@ class Checkpoints:
             ) from error
         if self.latest.exists():
             os.replace(self.latest, self.previous)
-        os.replace(partial, self.latest)
+        os.replace(written, self.latest)
 
     def load(self) -> dict[str, Any]:
         """The latest checkpoint that can be read, on the CPU; warns where that is not the latest.

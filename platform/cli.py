@@ -173,10 +173,8 @@ def sweep(
         _load_space(space)
         place = Storage.open(storage)
 
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError
-
     from linflab.platform.sweep import SweepPlan, plan_sweep, run_sweep, search_config
+    from linflab.platform.tracking import STORE_ERRORS
 
     if resume:
         plan = SweepPlan.load(place, resume).extended(budget, seeds)
@@ -192,7 +190,7 @@ def sweep(
     again += [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
     try:
         lost = run_sweep(plan, place, console, retry_failed)
-    except (MlflowException, OperationalError) as error:
+    except STORE_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(f"the record is out of reach ({reason}); `{shlex.join(again)}` goes on later") from None
     except KeyboardInterrupt:
@@ -499,11 +497,12 @@ def _estimate(experiment: Experiment, dataset: Dataset) -> None:
 
 
 def _report_sweep(name: str, place: Storage) -> None:
+    from linflab.reports import schema
     from linflab.reports.figures import front_figure, importance_figure, write_figure
     from linflab.reports.importance import importances
     from linflab.reports.records import read_trials
     from linflab.reports.rendering import print_table, write_table
-    from linflab.reports.tables import OBJECTIVES, ORDERS, front, in_order, objectives_of, sweep_table
+    from linflab.reports.tables import ORDERS, front, in_order, objectives_of, sweep_table
 
     try:
         trials = read_trials(place.tracking_uri, name)
@@ -521,7 +520,7 @@ def _report_sweep(name: str, place: Storage) -> None:
     if not (best := front(trials, ("certified", "clean"))).empty:
         files += write_figure(front_figure(trials, best), place.reports, f"{name}_front")
     first = objectives_of(trials)[0]
-    if shares := importances(trials, OBJECTIVES[first][0]):
+    if shares := importances(trials, schema.OBJECTIVE_METRICS[first][0]):
         files += write_figure(importance_figure(shares, ORDERS[first]), place.reports, f"{name}_importance")
     for path in files:
         console.print(f"  {path}")

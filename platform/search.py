@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from linflab.platform.errors import SettingError
 from linflab.reports import schema
-from linflab.reports.tables import OBJECTIVES
 from linflab.search_spaces.space import SearchSpace, Value
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study it makes
@@ -112,7 +111,7 @@ class Search:
         """Raises SettingError: a grid of a space that has values without end, or fewer points than its race needs."""
         self.space, self.config, self.seed = space, config, seed
         self.study = optuna.create_study(
-            directions=["maximize" if OBJECTIVES[name][1] else "minimize" for name in config.objectives]
+            directions=["maximize" if schema.OBJECTIVE_METRICS[name][1] else "minimize" for name in config.objectives]
         )
         self.trials: list[optuna.Trial] = []
         self.points: list[dict[str, Value]] = []
@@ -145,7 +144,7 @@ class Search:
                 self.tell(job, None)
                 continue
             while ends and (ends[-1].ended or 0) <= points[number].started:
-                if ends[-1].job.number > number:  # clocks that were set back
+                if ends[-1].job.number >= number:  # clocks that were set back
                     break
                 self._tell(ends.pop())
             self._ask(dict(points[number].job.point))
@@ -173,7 +172,7 @@ class Search:
             return  # points are compared with one another at one length and with one seed
         trial = self.trials[job.number - 1]
         if scores is not None:
-            self.study.tell(trial, [scores[OBJECTIVES[name][0]] for name in self.config.objectives])
+            self.study.tell(trial, [scores[schema.OBJECTIVE_METRICS[name][0]] for name in self.config.objectives])
         else:  # pruned ranks below all others, where there is one objective; several know no such state
             self.study.tell(trial, state=TrialState.PRUNED if len(self.config.objectives) == 1 else TrialState.FAIL)
 
@@ -196,7 +195,7 @@ class Search:
         """Orders trainings of one round that have a result; never by the test set."""
         scores = self.ended[job.label]
         assert scores is not None
-        metric, more = OBJECTIVES[self.config.objectives[0]]
+        metric, more = schema.OBJECTIVE_METRICS[self.config.objectives[0]]
         first = scores[metric] if more else -scores[metric]
         return first, scores[schema.BEST_VALIDATION_CERTIFIED], scores[schema.BEST_VALIDATION_CLEAN], -job.number
 

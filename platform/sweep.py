@@ -29,7 +29,6 @@ from typing import Any, Self
 import ray
 import torch
 import yaml
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 from ray import cloudpickle, tune
@@ -39,16 +38,15 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 from rich.console import Console
-from sqlalchemy.exc import OperationalError
 
-from linflab.platform.checkpoints import exclusive_lock, partial_path
+from linflab.platform.checkpoints import exclusive_lock, write_partial
 from linflab.platform.config import Experiment, build_experiment, parse_override, read_recipe
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Busy, SettingError, WorkerDied
 from linflab.platform.progress import SweepView
 from linflab.platform.search import Job, Past, Scores, Search, SearchConfig
 from linflab.platform.storage import Storage
-from linflab.platform.tracking import Run, checkpoints_of, end_open_runs, patient_client
+from linflab.platform.tracking import STORE_ERRORS, Run, checkpoints_of, end_open_runs, patient_client
 from linflab.platform.training import EpochReport, check_fits
 from linflab.platform.trial import run_trial, train_command
 from linflab.platform.workers import start_ray, summary, train_on_workers, worker_resources
@@ -138,11 +136,8 @@ class SweepPlan:
             "search": self.search.model_dump(mode="json"),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_path(path).open("w") as file:
-            file.write(yaml.safe_dump(content, sort_keys=False))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path(path), path)
+        text = yaml.safe_dump(content, sort_keys=False)
+        os.replace(write_partial(path, lambda file: file.write(text.encode())), path)
 
     @classmethod
     def load(cls, storage: Storage, name: str) -> Self:
@@ -441,9 +436,7 @@ class _Proposals(Searcher):
         job = self.jobs.pop(trial_id)
         cause = getattr(error, "cause", None) or error
         self.deaths[job.label] += 1
-        lost = cause is None or isinstance(
-            cause, RayActorError | WorkerDied | Busy | MlflowException | OperationalError
-        )
+        lost = cause is None or isinstance(cause, (RayActorError, WorkerDied, Busy, *STORE_ERRORS))
         if lost and self.deaths[job.label] < RESTARTS:
             self.record.pending.append(job)
             self.view.lost(job.label)
@@ -454,7 +447,7 @@ class _Proposals(Searcher):
     def _end(self, job: Job, scores: Scores | None, failure: str | None) -> None:
         self.search.tell(job, scores)
         self.view.ended(job.label, job.point, dict(scores or {}), failure)
-        with suppress(MlflowException, OperationalError):  # Tune would take them for the trial's own
+        with suppress(*STORE_ERRORS):  # Tune would take them for the trial's own
             self.record.ended(job, failure, len(self.search.ended))
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
@@ -525,7 +518,7 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
                 scored=job.round == plan.search.rounds,
                 **reporting,
             )
-        except (WorkerDied, Busy, MlflowException, OperationalError):
+        except (WorkerDied, Busy, *STORE_ERRORS):
             raise  # says nothing of the training: the trial is started again
         except Exception as error:
             if again and _out_of_memory(error):  # neighbours may have taken it; once more, from the checkpoint

@@ -35,6 +35,7 @@ OUT_OF_REACH = (
     "TEMPORARILY_UNAVAILABLE",
     "INTERNAL_ERROR",
 )  # a database that is locked or gone; no server, or an ill one
+STORE_ERRORS = (MlflowException, OperationalError)  # the latter where a store is opened
 T = TypeVar("T")
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes
@@ -77,13 +78,13 @@ def patiently(call: Callable[[], T]) -> T:
     """What the call returns, once MLflow's store is in reach.
 
     Raises:
-        MlflowException, OperationalError: it is not within `PATIENCE` seconds; or at once, what else the call raises.
+        STORE_ERRORS: it is not within `PATIENCE` seconds; or at once, what else the call raises.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return call()
-        except (MlflowException, OperationalError) as error:  # the latter where a store is opened
+        except STORE_ERRORS as error:
             code = error.error_code if isinstance(error, MlflowException) else OUT_OF_REACH[0]
             if code not in OUT_OF_REACH or time.monotonic() > deadline:
                 raise
@@ -222,7 +223,7 @@ class Run:
             self.client.set_terminated(self.id, "FINISHED")
             return
         # not what training says of itself: it can go on
-        if issubclass(kind, KeyboardInterrupt | SystemExit | Interrupted | WorkerDied | MlflowException):
+        if issubclass(kind, (KeyboardInterrupt, SystemExit, Interrupted, WorkerDied, *STORE_ERRORS)):
             self.client.set_terminated(self.id, "KILLED")
             return
         self.fail(f"{kind.__name__}: {error}")

@@ -1,6 +1,7 @@
 """Files of trained weights: the network's tensors, and the experiment that builds the network around them."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from linflab.platform.errors import SettingError
 def save_weights(path: Path, network: nn.Module, experiment: Experiment, epoch: int | None) -> None:
     """Write a network's weights, of this epoch of training, if known; the file is put in place by an atomic rename."""
     state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    os.replace(write_partial(path, {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}), path)
+    content = {"experiment": experiment.to_yaml(), "epoch": epoch, "network": state}
+    os.replace(write_partial(path, partial(torch.save, content)), path)
 
 
 def load_network(path: Path) -> tuple[Experiment, nn.Module]:

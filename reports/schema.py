@@ -51,6 +51,12 @@ FLOPS = "model/flops"
 PARAMETERS = "model/parameters"
 TRAIN_SECONDS = "train/seconds"
 
+OBJECTIVE_METRICS = {  # what a sweep can optimize: its metric, and whether more is better
+    "certified": (BEST_VALIDATION_CERTIFIED, True),
+    "clean": (BEST_VALIDATION_CLEAN, True),
+    "flops": (FLOPS, False),
+}
+
 # metrics of a sweep
 SWEEP_SECONDS = "sweep/seconds"  # spent so far, over all launches
 

@@ -32,13 +32,6 @@ class Table:
     commands: tuple[tuple[str, str], ...]
 
 
-OBJECTIVES = {  # of a sweep: metric, and whether more is better
-    "certified": (schema.BEST_VALIDATION_CERTIFIED, True),
-    "clean": (schema.BEST_VALIDATION_CLEAN, True),
-    "flops": (schema.FLOPS, False),
-}
-
-
 def sweep_table(sweep: str, trials: pd.DataFrame) -> Table:
     """One row a trial, best first by the sweep's first objective on validation; trials without a result come last.
 
@@ -93,7 +86,7 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
     ]
     trials = trials.reindex(columns=trials.columns.union(columns))
     # equals are told apart by other accuracies on validation, then by number: never by the test set
-    metric, more = OBJECTIVES[objectives_of(trials)[0]]
+    metric, more = schema.OBJECTIVE_METRICS[objectives_of(trials)[0]]
     names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
     keys = trials.assign(
         repeat=[repeat for *_, repeat in names],
@@ -120,7 +113,7 @@ def front(trials: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
     names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
     last = max(round_ for _, round_, _ in names)
     there = trials[[round_ == last and not repeat for _, round_, repeat in names]]
-    metrics = [OBJECTIVES[name] for name in objectives]
+    metrics = [schema.OBJECTIVE_METRICS[name] for name in objectives]
     there = there.dropna(subset=[metric for metric, _ in metrics])
     costs = [tuple(-row[metric] if more else row[metric] for metric, more in metrics) for _, row in there.iterrows()]
     kept = [
@@ -160,7 +153,7 @@ def _notes(trials: pd.DataFrame) -> list[str]:
     if len(objectives) > 1:
         numbers = ", ".join(f"#{name}" for name in front(trials, objectives)[schema.TRIAL])
         notes.append(f"On the front of {' and '.join(objectives)}, none of them worse than another in all: {numbers}.")
-    if found := importances(trials, OBJECTIVES[objectives[0]][0]):
+    if found := importances(trials, schema.OBJECTIVE_METRICS[objectives[0]][0]):
         shares = ", ".join(f"{_short_name(path)} {100 * share:.0f} %" for path, share in found.items())
         notes.append(
             f"Importance of the settings for {ORDERS[objectives[0]]}, relative to one another: {shares} (fANOVA)."
