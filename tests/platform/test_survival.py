@@ -254,6 +254,7 @@ def test_disk_full_while_checkpointing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(storage / "checkpoints")], check=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_resume_and_that_does_it(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs")
     sweep.start(RECIPE, "demo", *SHORT, "--budget", "3", "--name", "cut")

@@ -148,6 +148,7 @@ def test_sweep_goes_on_past_failing_trials(tmp_path: Path, linflab: Command) -> 
     assert table.count("has no result (failed)") == failed
 
 
+@pytest.mark.slow
 def test_two_ray_train_workers_agree_with_one(tmp_path: Path, linflab: Command) -> None:
     accuracies = []
     for workers in (1, 2):
