@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,10 +26,13 @@ from linflab.platform.config import Experiment, load_experiment, read_recipe, re
 from linflab.platform.datasets import Dataset, facts_of, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.storage import Storage
+from linflab.reports.papers import table_names, table_title
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from linflab.reports.pages import Page
 
 # Ray, MLflow and pandas take seconds to import: the commands that use them import them, after the input is checked.
 
@@ -52,6 +55,9 @@ Recipe = Annotated[str, typer.Argument(help="a recipe's name, or the path of a Y
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, such as model.width=128")]
 StorageFolder = Annotated[
     Path, typer.Option("--storage", envvar="LINFLAB_STORAGE", help="folder of records, weights and tables")
+]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", help="folder for the files; by default reports/ of the storage folder")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RUNS = Path("runs")
@@ -79,6 +85,7 @@ def train(
 
     from linflab.platform.evaluation import scoring_of
     from linflab.platform.progress import TrainingBar
+    from linflab.platform.publishing import publish_launch, publish_run
     from linflab.platform.tracking import end_open_runs, run_to_resume
     from linflab.platform.training import check_fits
     from linflab.platform.trial import check_machine, run_trial, selection, train_command
@@ -116,6 +123,10 @@ def train(
         raise Interrupted(f"{what}; what was logged is kept, and {how}") from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
+    if cut:
+        publish_run(place, cut)
+    else:
+        publish_launch(place, launch)
     certificate = scoring_of(experiment, _network_without_weights(experiment)[0], attacked=True).certificate
     clean, robust, certified = (
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
@@ -195,7 +206,9 @@ def sweep(
         raise TrainingError(f"the record is out of reach ({reason}); `{shlex.join(again)}` goes on later") from None
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; what was recorded is kept, and `{shlex.join(again)}` goes on") from None
-    _report_sweep(plan.name, place)
+    from linflab.platform.publishing import publish_sweep
+
+    _show_sweep(publish_sweep(place, plan.name))
     console.print(f"Browse the runs: {_ui_command(place)}")
     if lost:
         raise TrainingError(
@@ -226,10 +239,110 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
     _print_rows([{str(key): value for key, value in row.items()} for row in rows], list(found.columns), as_json)
 
 
+@report_app.callback(invoke_without_command=True)
+def report(
+    context: typer.Context,
+    everything: Annotated[
+        bool, typer.Option("--all", help="all tables and sweeps, and a page for each run in a table, with an index")
+    ] = False,
+    storage: StorageFolder = RUNS,
+    out: OutFolder = None,
+) -> None:
+    """Tables and figures from records, as Markdown, LaTeX, HTML and CSV; quoted rows beside measured ones."""
+    if context.invoked_subcommand is None and not everything:
+        typer.echo(context.get_help())
+    elif context.invoked_subcommand is None:
+        from linflab.platform.reporting import report_all
+
+        _wrote(report_all(_place(storage), out), "All reports are linked by")
+    elif everything:
+        raise SettingError(f"all: is all there is; leave {context.invoked_subcommand} out")
+
+
 @report_app.command("sweep")
-def report_sweep(name: Annotated[str, typer.Argument(help="the sweep's name")], storage: StorageFolder = RUNS) -> None:
+def report_sweep(
+    name: Annotated[str, typer.Argument(help="the sweep's name")],
+    storage: StorageFolder = RUNS,
+    out: OutFolder = None,
+) -> None:
     """The comparison table of a sweep: one row a trial, best first by certified accuracy on validation."""
-    _report_sweep(name, Storage.with_records(storage))
+    from linflab.platform.reporting import report_sweep
+
+    _show_sweep(report_sweep(Storage.with_records(storage), name, out))
+
+
+@report_app.command("run")
+def report_run(
+    run: Annotated[str, typer.Argument(help="a run's id, or its beginning")],
+    storage: StorageFolder = RUNS,
+    out: OutFolder = None,
+) -> None:
+    """One run: its row of a table, its learning curves and certificates."""
+    from linflab.platform.reporting import report_run
+
+    _show(report_run(Storage.with_records(storage), run, out))
+
+
+@report_app.command("compare")
+def report_compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP...", help="ids of runs, names of sweeps")],
+    quoted: Annotated[bool, typer.Option(help="with what papers report of the same data and eps")] = True,
+    storage: StorageFolder = RUNS,
+    out: OutFolder = None,
+) -> None:
+    """Runs, and the best trials of sweeps with all their seeds, side by side."""
+    from linflab.platform.reporting import report_comparison
+
+    _show(report_comparison(Storage.with_records(storage), names, quoted, out))
+
+
+@report_app.command("table")
+def report_table(
+    file: Annotated[str, typer.Argument(help="a YAML file that says which rows and columns; or a shipped table")],
+    storage: StorageFolder = RUNS,
+    out: OutFolder = None,
+) -> None:
+    """A table of one's own: which data sets, methods, columns and quoted rows it has is said in YAML."""
+    from linflab.platform.reporting import report_table
+
+    _show(report_table(_place(storage), file, out))
+
+
+def _add_shipped_table(name: str) -> None:
+    @report_app.command(name, help=f"The shipped table: {table_title(name)}.")
+    def command(storage: StorageFolder = RUNS, out: OutFolder = None) -> None:
+        report_table(name, storage, out)
+
+
+for _name in table_names():
+    _add_shipped_table(_name)
+
+
+def _place(storage: Path) -> Storage:
+    """The storage, which may have no records yet: quoted rows need none."""
+    return Storage.with_records(storage) if Storage.at(storage).database.exists() else Storage.at(storage)
+
+
+def _show(page: "Page") -> None:
+    from linflab.reports.rendering import print_table
+
+    print_table(page.table, console)
+    _wrote(page.files, "As files:")
+
+
+def _show_sweep(page: "Page") -> None:
+    from linflab.reports.rendering import print_table
+
+    print_table(page.table, console)
+    best = page.table.rows[0]
+    console.print(f"\nThe best trial again (number {best.cell('#').text}):\n  {best.command}")
+    _wrote(page.files, "As files:")
+
+
+def _wrote(files: Iterable[Path], what: str) -> None:
+    console.print(what)
+    for path in files:
+        console.print(f"  {path}")
 
 
 @app.command()
@@ -494,36 +607,6 @@ def _estimate(experiment: Experiment, dataset: Dataset) -> None:
     )
     if experiment.compute.workers > 1:
         console.print(f"Of {experiment.compute.workers} workers one was timed, without what passes between them.")
-
-
-def _report_sweep(name: str, place: Storage) -> None:
-    from linflab.reports import schema
-    from linflab.reports.figures import front_figure, importance_figure, write_figure
-    from linflab.reports.importance import importances
-    from linflab.reports.records import read_trials
-    from linflab.reports.rendering import print_table, write_table
-    from linflab.reports.tables import ORDERS, front, in_order, objectives_of, sweep_table
-
-    try:
-        trials = read_trials(place.tracking_uri, name)
-    except LookupError as error:
-        raise SettingError(str(error.args[0])) from None
-    if trials.empty:
-        raise SettingError(f"sweep={name}: no trial of it has started yet")
-    table = sweep_table(name, trials)
-    print_table(table, console)
-    number, command = table.commands[0]
-    console.print(f"\nThe best trial again (number {number}):\n  {command}")
-    console.print("The table and its figures as files:")
-    files = write_table(table, place.reports, name)
-    trials = in_order(trials)
-    if not (best := front(trials, ("certified", "clean"))).empty:
-        files += write_figure(front_figure(trials, best), place.reports, f"{name}_front")
-    first = objectives_of(trials)[0]
-    if shares := importances(trials, schema.OBJECTIVE_METRICS[first][0]):
-        files += write_figure(importance_figure(shares, ORDERS[first]), place.reports, f"{name}_importance")
-    for path in files:
-        console.print(f"  {path}")
 
 
 def _load_space(name: str) -> SearchSpace:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from linflab.platform.training import EpochReport, StepReport
 from linflab.reports import schema
-from linflab.reports.tables import describe_settings
+from linflab.reports.wording import describe_settings
 
 
 class TrainingBar:

@@ -1,11 +1,11 @@
 """The folder that holds all that runs leave behind.
 
 <storage>/mlflow.db     runs: tags, parameters, metrics (SQLite)
-<storage>/artifacts/    experiment and weights of every run
+<storage>/artifacts/    experiment, weights and figures of every run
 <storage>/sweeps/       what each sweep was asked for
 <storage>/ray/          what Ray writes while it works
 <storage>/checkpoints/  where trainings that have not ended are
-<storage>/reports/      tables
+<storage>/reports/      tables and figures
 """
 
 import sqlite3
@@ -31,7 +31,7 @@ class Storage:
         Raises:
             SettingError: it can't be made or written to, or what is there is no storage.
         """
-        storage = cls._at(root)
+        storage = cls.at(root)
         try:
             for folder in (storage.root, storage.artifacts, storage.ray, storage.reports):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +50,19 @@ class Storage:
         Raises:
             SettingError: nothing has been recorded there, or what is there is no storage.
         """
-        storage = cls._at(root)
+        storage = cls.at(root)
         if not storage.database.exists():
             raise SettingError(f"storage={storage.root}: holds no records (no {storage.database.name}); {ELSEWHERE}")
         storage._check_database()
         return storage
 
     @classmethod
-    def _at(cls, root: Path) -> "Storage":
+    def at(cls, root: Path) -> "Storage":
+        """The storage at this folder, whatever is there.
+
+        Raises:
+            SettingError: a path that can't be one.
+        """
         if set("?%#") & set(str(root)):
             raise SettingError(
                 f"storage={root}: must be a path without ?, % and #, which mean more in a database's URI"

@@ -315,7 +315,7 @@ class _Record:
             schema.BUDGET: budget,
             schema.SAMPLER: search.sampler,
             schema.OBJECTIVES: ",".join(search.objectives),
-            "mlflow.note.content": f"{budget} over: {plan.space.description}",
+            schema.NOTE: f"{budget} over: {plan.space.description}",
         }
         mine = f"tags.`{schema.SWEEP}` = '{plan.name}' AND tags.`{schema.KIND}` = 'sweep'"
         found = search_runs(client, mine)

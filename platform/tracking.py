@@ -7,9 +7,12 @@ import logging
 import math
 import os
 import platform as machine
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +21,11 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 from sqlalchemy.exc import OperationalError
@@ -107,6 +115,7 @@ class Run:
         self.finished = False
         self.metrics: dict[str, float] = {}
         self.logged_epoch = 0
+        self.monitors: list[BaseMetricsMonitor] = []
 
     @classmethod
     def start(
@@ -126,6 +135,7 @@ class Run:
             schema.EXPERIMENT: experiment.digest(),
             schema.HARDWARE: hardware(),
             schema.VERSIONS: versions(),
+            **({schema.COMMIT: commit} if (commit := git_commit()) else {}),
         }
         run = client.create_run(mlflow_experiment(client, storage, experiment), tags={**everywhere, **tags})
         self = cls(client, run.info.run_id)
@@ -186,9 +196,26 @@ class Run:
                 schema.TRAIN_LOSS: report.train_loss,
                 **validation,
                 schema.EPOCH_SECONDS: report.seconds,
+                **self._system_metrics(),
             },
             step=report.epoch,
         )
+
+    def _system_metrics(self) -> dict[str, float]:
+        """What MLflow's UI shows as system metrics: an epoch's use of CPUs, or what there is of it at its end.
+
+        MLflow's own thread, which would measure by the clock, gives up where the store is out of reach.
+        """
+        if not self.monitors:
+            self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+            with suppress(Exception):  # it can raise nearly anything, where there is no GPU
+                self.monitors.append(GPUMonitor())
+        found: dict[str, float] = {}
+        for monitor in self.monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            found |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+        return found
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         now = get_current_time_millis()
@@ -253,6 +280,18 @@ def run_to_resume(storage: Storage, experiment: Experiment) -> str | None:
 def checkpoints_of(storage: Storage, run_id: str) -> Checkpoints:
     """Where a run's checkpoints are."""
     return Checkpoints(storage.checkpoints / run_id)
+
+
+@cache
+def git_commit() -> str:
+    """The commit of linflab's own code, with `-dirty` where it was changed since; empty where it is no checkout."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return ""
+    describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
 
 
 def hardware() -> str:

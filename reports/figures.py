@@ -1,6 +1,6 @@
 """Figures for papers: readable in grey, and without telling colours apart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from linflab.reports import schema
+from linflab.reports.wording import short_name
 
 SIZE = (4.2, 2.9)  # inches: a column of a paper
 INK, PALE = "#20406a", "#9db7d5"
@@ -90,9 +91,109 @@ def importance_figure(shares: Mapping[str, float], of: str) -> Figure:
     return figure
 
 
+def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, of: str) -> Figure:
+    """A metric over each setting that was searched, a point a trial; of those that all trials of one length share.
+
+    Args:
+        trials: rows of `read_trials`.
+        paths: the settings, at most twelve are shown.
+        metric: a column of `trials`, a share.
+        of: what it is, in words.
+    """
+    paths = paths[:12]
+    columns = min(3, len(paths))
+    rows = -(-len(paths) // columns)
+    figure = Figure(figsize=(1 + 1.9 * columns, 0.4 + 1.7 * rows), layout="constrained")
+    figure.suptitle(f"{of[0].upper()}{of[1:]} (%) over each setting", fontsize=9)
+    for place, path in enumerate(paths):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        there = trials[trials[path].notna() & trials[metric].notna()]
+        values = pd.to_numeric(there[path], errors="coerce")
+        _plain(axes)
+        if values.notna().all() and len(values):
+            if values.min() > 0 and values.max() / values.min() > 10:
+                axes.set_xscale("log")
+        else:
+            values = there[path].astype(str)
+        dots = len(there) > 1000  # drawn as pixels in a PDF, too
+        axes.plot(values, 100 * there[metric], "o", color=PALE, mec=INK, mew=0.6, ms=3.5, rasterized=dots)
+        axes.set_xlabel(short_name(path), fontsize=8)
+        axes.tick_params(labelsize=7, which="both")
+    return figure
+
+
+def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> Figure:
+    """A training over its epochs: the accuracies on validation images, the loss, and the schedules of p and rate.
+
+    Args:
+        history: metrics of an epoch (`linflab.reports.schema`), each by epoch; what is missing is left out.
+        title: what was trained.
+    """
+    panels = (
+        (
+            "accuracy on validation (%)",
+            100,
+            {schema.VALIDATION_CLEAN: "clean", schema.VALIDATION_CERTIFIED: "certified"},
+        ),
+        ("training loss", 1, {schema.TRAIN_LOSS: ""}),
+        ("p (log)", 1, {schema.P: ""}),
+        ("learning rate", 1, {schema.LEARNING_RATE: ""}),
+    )  # fmt: skip
+    figure = Figure(figsize=(2 * SIZE[0] * 0.8, 2 * SIZE[1] * 0.8), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    last = max((epoch for curve in history.values() for epoch in curve), default=1)
+    for place, (what, unit, names) in enumerate(panels):
+        axes = figure.add_subplot(2, 2, place + 1)
+        _plain(axes)
+        for (name, label), style in zip(names.items(), ("-", "--"), strict=False):
+            curve = history.get(name, {})
+            values = [unit * curve.get(epoch, np.nan) for epoch in range(1, last + 1)]
+            marker = "o" if last <= 30 else ""
+            axes.plot(range(1, last + 1), values, style, marker=marker, ms=2.5, color=INK, lw=1.2, label=label)
+        if schema.P in names:
+            axes.set_yscale("log")
+            finite = max(history.get(schema.P, {}), default=last)
+            if finite < last:
+                axes.axvspan(finite + 0.5, last + 0.5, color="0.92")
+                axes.text(last + 0.4, axes.get_ylim()[0], "p = inf ", fontsize=7, ha="right", va="bottom", rotation=90)
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize=7)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.set_ylabel(what, fontsize=8)
+        axes.set_xlim(0.5, last + 0.5)
+        axes.tick_params(labelsize=7)
+    return figure
+
+
+def margin_figure(radii: np.ndarray, eps: float, dataset: str) -> Figure:
+    """The distribution of the margin on training data, in pixels, as the share of images at or below each value.
+
+    At delta + r it is the first term of the generalisation bound of l_inf-dist nets: the share of training samples
+    whose margin is not large (Zhang et al., ICML 2021, the theorem on the robust generalization error).
+
+    Args:
+        radii: (N), std times half the margin of each training image, negative where it is misclassified.
+        eps: the radius at which the experiment certifies.
+        dataset: its name.
+    """
+    figure, axes = _axes(f"{dataset}, {len(radii)} training images")
+    order = np.sort(radii)
+    axes.step(order, 100 * np.arange(1, len(order) + 1) / len(order), where="post", color=INK)
+    at = 100 * float((radii <= eps).mean())
+    axes.axvline(eps, color="black", lw=0.8, ls="--")
+    axes.annotate(f"eps = {eps:.4g}: {at:.1f} %", (eps, at), xytext=(6, -3), textcoords="offset points", fontsize=8,
+                  va="top")  # fmt: skip
+    axes.set(xlabel="half the margin (pixels of [0, 1])", ylabel="training images at or below (%)", ylim=(0, 100))
+    low, high = np.quantile(order, [0.001, 0.999])
+    axes.set_xlim(low, max(high, 1.05 * eps))
+    return figure
+
+
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write NAME.png and NAME.pdf to a folder; returns their paths."""
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it has been laid out, once for both
     for path in paths:
         figure.savefig(path, dpi=200)
     return paths
@@ -102,7 +203,11 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=9)
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes

@@ -1,106 +1,281 @@
-"""A table as Markdown, LaTeX, CSV, or on the terminal. A value that is missing is a dash, never a zero."""
+"""A table as Markdown, LaTeX, HTML, CSV, or on the terminal."""
 
+import csv
+import html
+import io
 import os
+import re
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
+from tabulate import tabulate
 
-from linflab.reports.tables import METHOD, NUMBER, SETTING, Table
+from linflab.reports.tables import METHOD, NUMBER, SETTING, Cell, Row, Table
 
-DASH = "-"
+MOST_SHOWN = 40  # rows on a terminal
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "±": r"$\pm$", "|": r"\textbar{}", "[": "{[}", "*": "{*}",
+}  # fmt: skip
+LATEX_HEAD = r"""% For papers with \usepackage{booktabs}: \input this file, or paste the table. Alone, it is a document.
+\expandafter\ifx\csname @nodocument\endcsname\relax\else
+  \documentclass{article}\usepackage{booktabs}\expandafter\def\csname linflab@end\endcsname{\end{document}}
+  \begin{document}
+\fi"""
+SYMBOLS = {"l_inf": r"$\ell_\infty$", "eps": r"$\epsilon$"}
 
 
 def to_markdown(table: Table) -> str:
     """Title, table, notes, and for every row the command that repeats it."""
-    body = _texts(table.rows).map(lambda text: text.replace("|", "\\|"))
-    numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.rows.dtypes]
-    aligned = body.to_markdown(
-        index=False, disable_numparse=True, colalign=["right" if right else "left" for right in numeric]
+    right = [column in table.numeric for column in table.columns]
+    lines = []
+    for group, rows in groupby(table.rows, key=lambda row: row.group):
+        if group:
+            lines.append([f"**{_markdown(group)}**"] + [""] * (len(table.columns) - 1))
+        lines += [[_markdown_cell(row, column, table) for column in table.columns] for row in rows]
+    aligned = tabulate(
+        lines,
+        headers=list(table.columns),
+        tablefmt="pipe",
+        disable_numparse=True,
+        colalign=["right" if flag else "left" for flag in right] if lines else None,
     )
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    commands = "\n".join(f"- #{number}: `{command}`" for number, command in table.commands)
-    return f"## {table.title}\n\n{aligned}\n\n{notes}\n\nEach row again, by its number:\n\n{commands}\n"
+    notes = [*table.notes, *(f"({row.mark}) {row.note}" for row in table.rows if row.mark)]
+    blocks = [f"## {_markdown(table.title)}", aligned, "\n".join(f"- {_markdown(note)}" for note in notes)]
+    blocks += [f"![{_markdown(what)}]({file})" for what, file in table.figures.items()]
+    if commands := [(_name(row), line) for row in table.rows for line in row.command.splitlines()]:
+        again = "\n".join(f"- {name}: `{command}`" for name, command in commands)
+        blocks.append(f"Each row again:\n\n{again}")
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([|*<])", r"\\\1", text)
+
+
+def _markdown_cell(row: Row, column: str, table: Table) -> str:
+    cell = row.cell(column)
+    shown = _markdown(cell.text) + (f" <sup>{row.mark}</sup>" if _marked(row, column, table) else "")
+    return {"best": f"**{shown}**", "best of kind": f"<u>{shown}</u>"}.get(cell.emphasis, shown)
+
+
+def _name(row: Row) -> str:
+    return f"({row.mark})" if row.mark else f"#{row.cell(NUMBER).text}"
+
+
+def _marked(row: Row, column: str, table: Table) -> bool:
+    return bool(row.mark) and column == table.columns[0]
 
 
 def to_latex(table: Table) -> str:
-    """A `table` environment with booktabs rules; notes and commands are comments above it."""
-    texts = _texts(table.rows)
-    styler = texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
-    numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.rows.dtypes]
-    body = styler.to_latex(
-        hrules=True,
-        caption=_escape_latex(table.title),
-        position="t",
-        position_float="centering",
-        column_format="".join("r" if right else "l" for right in numeric),
-    )
-    comments = ["needs \\usepackage{booktabs}", *table.notes]
-    comments += [f"row {number}: {command}" for number, command in table.commands]
-    return "".join(f"% {comment}\n" for comment in comments) + body
+    """A `table` environment with booktabs rules, to be pasted or \\input into a paper; by itself it compiles, too.
+
+    What repeats a row is a comment.
+    """
+    width = len(table.columns)
+    lines = [LATEX_HEAD]
+    lines += [f"% {_name(row)}: {line}" for row in table.rows for line in row.command.splitlines()]
+    kinds = {SETTING: r"p{0.4\linewidth}"} | {column: "r" for column in table.numeric}
+    alignment = "".join(kinds.get(column, "l") for column in table.columns)
+    lines += [r"\begin{table}[t]", r"\centering", rf"\caption{{{_latex(table.title)}}}"]
+    lines += [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule"]
+    lines.append(" & ".join(_latex(column) for column in table.columns) + r" \\")
+    for group, rows in groupby(table.rows, key=lambda row: row.group):
+        lines.append(r"\midrule")
+        if group:
+            lines += [rf"\multicolumn{{{width}}}{{l}}{{{_latex(group)}}} \\", r"\midrule"]
+        lines += [" & ".join(_latex_cell(row, column, table) for column in table.columns) + r" \\" for row in rows]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    notes = [_latex(note) for note in table.notes]
+    notes += [f"$^{{{row.mark}}}$ {_latex(row.note)}" for row in table.rows if row.mark]
+    if notes:
+        body = r"\par ".join(notes)
+        lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {body}\end{{minipage}}")
+    return "\n".join([*lines, r"\end{table}", r"\csname linflab@end\endcsname", ""])
+
+
+def _latex(text: str) -> str:
+    parts = re.split(r"(\bl_inf\b|\beps\b)", text)
+    return "".join(SYMBOLS.get(part) or "".join(LATEX.get(letter, letter) for letter in part) for part in parts)
+
+
+def _latex_cell(row: Row, column: str, table: Table) -> str:
+    cell = row.cell(column)
+    shown = _latex(cell.text) + (f"$^{{{row.mark}}}$" if _marked(row, column, table) else "")
+    command = {"best": r"\textbf", "best of kind": r"\underline"}.get(cell.emphasis)
+    return f"{command}{{{shown}}}" if command else shown
 
 
 def to_csv(table: Table) -> str:
-    """The rows with unrounded numbers, and the command that repeats each as last column; missing values are empty."""
-    commands = dict(table.commands)
-    return table.rows.assign(Command=table.rows[NUMBER].map(commands)).to_csv(index=False)
+    """The rows with unrounded numbers; quoted ones as they are printed. Missing values are empty.
+
+    After the columns of the table: deviations over seeds where there are any, group, kind and source where the table
+    has them, and the command that repeats each row (of several, one a line).
+    """
+    spreads = [column for column in table.columns if any(row.cell(column).spread is not None for row in table.rows)]
+    more: dict[str, Callable[[Row], str]] = {
+        "Group": lambda row: row.group,
+        "Kind": lambda row: row.kind,
+        "Source": lambda row: row.source,
+    }
+    more = {name: of for name, of in more.items() if any(of(row) for row in table.rows)}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*table.columns, *(f"{column} sd" for column in spreads), *more, "Command"])
+    for row in table.rows:
+        cells = [_plain(row.cell(column), exact=row.kind != "quoted") for column in table.columns]
+        deviations = [row.cell(column).spread for column in spreads]
+        writer.writerow([*cells, *deviations, *(of(row) for of in more.values()), row.command])
+    return out.getvalue()
+
+
+def _plain(cell: Cell, exact: bool) -> object:
+    if cell.value is None:
+        return None if cell == Cell() else cell.text
+    return cell.value if exact else cell.text
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; margin: 1rem 0; }
+th, td { padding: .25rem .8rem; text-align: left; vertical-align: top; }
+thead th { border-bottom: 1px solid; }
+th.group { border-top: 1px solid; border-bottom: 1px solid; font-weight: 600; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.notes, .again { font-size: .85rem; } code { font-size: .85em; overflow-wrap: anywhere; }
+sup a { text-decoration: none; } img { max-width: 32rem; width: 100%; background: white; }
+"""
+
+
+def to_html(table: Table, images: Callable[[str], str] = lambda file: file) -> str:
+    """A page of its own, without scripts, that needs no network.
+
+    Args:
+        images: the address of a figure by the name of its file, such as a `data:` address that holds it.
+    """
+    return html_page(table.title, html_body(table, images))
+
+
+def html_page(title: str, body: str) -> str:
+    """A page of this body."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_html(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body>\n<h1>{_html(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def html_body(table: Table, images: Callable[[str], str]) -> str:
+    """Table, notes, figures and commands as HTML."""
+    numeric = [' class="number"' if column in table.numeric else "" for column in table.columns]
+    head = "".join(f"<th{kind}>{_html(column)}</th>" for column, kind in zip(table.columns, numeric, strict=True))
+    lines = []
+    for group, rows in groupby(table.rows, key=lambda row: row.group):
+        if group:
+            lines.append(f'<tr><th class="group" colspan="{len(table.columns)}">{_html(group)}</th></tr>')
+        for row in rows:
+            cells = (
+                f"<td{kind}>{_html_cell(row, column, table)}</td>"
+                for column, kind in zip(table.columns, numeric, strict=True)
+            )
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+    notes = [f"<li>{_html(note)}</li>" for note in table.notes]
+    notes += [f'<li id="note-{row.mark}">({row.mark}) {_html(row.note)}</li>' for row in table.rows if row.mark]
+    commands = [
+        f"<li>{_html(_name(row))}: <code>{html.escape(line)}</code></li>"
+        for row in table.rows
+        for line in row.command.splitlines()
+    ]
+    parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>', *lines, "</tbody></table></div>"]
+    parts.append(f'<ul class="notes">{"".join(notes)}</ul>' if notes else "")
+    parts += [
+        f'<figure><img src="{html.escape(images(file))}" alt="{_html(what, symbols=False)}"></figure>'
+        for what, file in table.figures.items()
+    ]
+    if commands:
+        parts.append(f'<h2>Each row again</h2>\n<ul class="again">{"".join(commands)}</ul>')
+    return "\n".join(part for part in parts if part)
+
+
+def _html(text: str, symbols: bool = True) -> str:
+    escaped = html.escape(text)
+    return (
+        re.sub(r"\bl_inf\b", "\N{SCRIPT SMALL L}<sub>∞</sub>", re.sub(r"\beps\b", "ε", escaped)) if symbols else escaped
+    )
+
+
+def _html_cell(row: Row, column: str, table: Table) -> str:
+    cell = row.cell(column)
+    shown = _html(cell.text)
+    shown = {"best": f"<b>{shown}</b>", "best of kind": f"<u>{shown}</u>"}.get(cell.emphasis, shown)
+    if _marked(row, column, table):
+        shown += f'<sup><a href="#note-{row.mark}">{row.mark}</a></sup>'
+    return shown
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Show a table on the terminal."""
-    rows = table.rows
-    title = table.title
-    if rows[METHOD].nunique() == 1:  # then it need not take width from every row
-        title, rows = f"{title}, {rows[METHOD].iloc[0]}", rows.drop(columns=METHOD)
+    """Show a table on the terminal: its first rows, where it is long."""
+    rows, title, columns = table.rows[:MOST_SHOWN], table.title, list(table.columns)
+    methods = {row.cell(METHOD).text for row in table.rows}
+    if len(methods) == 1 and NUMBER in columns:  # then it need not take width from every row
+        title = f"{title}, {methods.pop()}"
+        columns.remove(METHOD)
     shown = TerminalTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-    texts = _texts(rows)
-    taken = sum(3 + max(map(len, [*str(name).split(), *texts[name]])) for name in texts if name != SETTING)
-    for name, dtype in rows.dtypes.items():
-        right = pd.api.types.is_numeric_dtype(dtype)
+    widths = {
+        column: max([len(part) for part in column.split()] + [len(row.cell(column).text) for row in rows])
+        for column in columns
+    }
+    taken = sum(3 + widths[column] for column in columns if column != SETTING)
+    for column in columns:
+        right = column in table.numeric
+        least = max(len(row.group) for row in rows) if column == columns[0] and rows else 0
         shown.add_column(
-            str(name).replace(" ", "\n"),
+            escape(column.replace(" ", "\n")),
             justify="right" if right else "left",
-            no_wrap=right or name == NUMBER,
-            overflow="fold" if name == SETTING else "ellipsis",
+            no_wrap=right or column == NUMBER,
+            overflow="fold" if column == SETTING else "ellipsis",
             # a setting in a line, where the terminal is wide enough for all columns
-            min_width=max(1, min(24, console.width - taken - 3)) if name == SETTING else None,
+            min_width=max(1, min(24, console.width - taken - 3)) if column == SETTING else least or None,
         )
-    for _, row in texts.iterrows():
-        shown.add_row(*map(Text, row))
+    for group, of_group in groupby(rows, key=lambda row: row.group):
+        if group:
+            shown.add_row(Text(group, style="bold"))
+        for row in of_group:
+            shown.add_row(*(_terminal_cell(row, column, table) for column in columns))
     console.print(shown, soft_wrap=False)
+    if len(table.rows) > len(rows):
+        console.print(f"{len(table.rows) - len(rows)} more rows are in the files.")
     console.print()
-    for note in table.notes:
+    for note in [*table.notes, *(f"[{row.mark}] {row.note}" for row in rows if row.mark)]:
         console.print(Text(note), style="dim", soft_wrap=False)
 
 
-def write_table(table: Table, folder: Path, name: str) -> list[Path]:
-    """Write NAME.md, NAME.tex and NAME.csv to a folder, each put in place whole; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, text in (("md", to_markdown(table)), ("tex", to_latex(table)), ("csv", to_csv(table))):
-        path = folder / f"{name}.{suffix}"
-        partial = folder / f".{name}.{suffix}.partial"
-        partial.write_text(text)
-        os.replace(partial, path)
-        paths.append(path)
-    return paths
+def _terminal_cell(row: Row, column: str, table: Table) -> Text:
+    cell = row.cell(column)
+    mark = f" [{row.mark}]" if _marked(row, column, table) else ""
+    return Text(cell.text + mark, style={"best": "bold", "best of kind": "underline"}.get(cell.emphasis, ""))
 
 
-def _texts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every cell as it is to be read: reals with two decimals."""
-    return rows.apply(lambda column: column.map(_text)).astype(object)
+def write_table(table: Table, folder: Path, name: str, images: Callable[[str], str] = lambda file: file) -> list[Path]:
+    """Write NAME.md, NAME.tex, NAME.html and NAME.csv to a folder; returns their paths. For `images` see `to_html`."""
+    texts = {"md": to_markdown(table), "tex": to_latex(table), "html": to_html(table, images), "csv": to_csv(table)}
+    return [write_text(folder / f"{name}.{suffix}", text) for suffix, text in texts.items()]
 
 
-def _text(value: object) -> str:
-    if value is None or value is pd.NA or value != value:
-        return DASH
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _escape_latex(text: str) -> str:
-    for symbol in "_#%&":
-        text = text.replace(symbol, f"\\{symbol}")
-    return text
+def write_text(path: Path, text: str) -> Path:
+    """Write a file and put it in place whole, with its folder; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    return path

@@ -27,6 +27,8 @@ FAILURE = "linflab.failure"  # why a run failed, one line
 EXPERIMENT = "linflab.experiment"  # a digest of all settings: the same for repetitions of one experiment
 HARDWARE = "linflab.hardware"
 VERSIONS = "linflab.versions"
+COMMIT = "mlflow.source.git.commit"  # of linflab's own code; the UI has it as the source's version
+NOTE = "mlflow.note.content"  # what the UI shows as a run's description, Markdown
 
 # metrics of an epoch
 P = "train/p"
@@ -63,4 +65,9 @@ SWEEP_SECONDS = "sweep/seconds"  # spent so far, over all launches
 # artifacts
 EXPERIMENT_FILE = "experiment.yaml"
 WEIGHTS_FILE = "weights.pt"
+MODEL_FOLDER = "model"  # for mlflow.pytorch.load_model
+FIGURES_FOLDER = "figures"
+MARGINS_FILE = "training_margins.csv"  # in it: image, half its margin in pixels
+RADII_FILE = "radii.csv"  # in it: test image, its certified radius in pixels
+REPORT_FOLDER = "report"  # of a sweep: its table and figures
 SCORES_FOLDER = "scores"  # of every scoring again, by its number: a folder

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from linflab.models.distance import cpu, reference
-from linflab.models.distance.convolution import LpDistanceConv2d
+from linflab.models.distance import convolution, cpu, reference
 
 __all__ = [
     "linf_distance_bounds",
@@ -106,7 +105,7 @@ def lp_distance_conv2d(x: Tensor, weight: Tensor, p: float = math.inf, stride: i
         raise ValueError(f"{name} takes kernels no larger than the padded image, got {weight.shape} for {x.shape}")
     _check(name, weight.flatten(1), x=x.new_empty(0, math.prod(weight.shape[1:])))
     _check_p(name, p)
-    return LpDistanceConv2d.apply(x, weight, float(p), stride, padding)
+    return convolution.lp_distance_conv2d(x, weight, float(p), stride, padding)
 
 
 def sort_distance(x: Tensor, weight: Tensor, q: float, terms: int = 10) -> Tensor:

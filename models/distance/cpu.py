@@ -235,18 +235,19 @@ def _sort_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, Non
     return grad_x, grad_weight, None, None
 
 
-def _no_second_gradients(ctx: Any, *gradients: Tensor) -> None:
+def no_second_gradients(ctx: Any, *gradients: Tensor) -> None:
+    """What the gradients of an op that is differentiable once do when they are differentiated: raise."""
     raise RuntimeError("distances are differentiable once; gradients of their gradients are not implemented")
 
 
 library.register_autograd("linflab::lp_distance", _gradients, setup_context=_save_for_backward)
-library.register_autograd("linflab::lp_distance_backward", _no_second_gradients)
+library.register_autograd("linflab::lp_distance_backward", no_second_gradients)
 library.register_autograd(
     "linflab::lp_distance_on_subsets", _gradients_on_subsets, setup_context=_save_for_backward_on_subsets
 )
-library.register_autograd("linflab::lp_distance_on_subsets_backward", _no_second_gradients)
+library.register_autograd("linflab::lp_distance_on_subsets_backward", no_second_gradients)
 library.register_autograd("linflab::sort_distance", _sort_gradients, setup_context=_save_for_sort_backward)
-library.register_autograd("linflab::sort_distance_backward", _no_second_gradients)
+library.register_autograd("linflab::sort_distance_backward", no_second_gradients)
 
 
 def serves(x: Tensor) -> bool:

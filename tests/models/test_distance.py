@@ -333,6 +333,9 @@ def test_custom_ops_keep_the_rules_of_torch_library() -> None:
         (torch.randn(5, 3), transposed, weight.detach(), y, 8.0),
         test_utils=("test_schema", "test_faketensor"),
     )
+    images, filters = torch.randn(3, 2, 6, 5, requires_grad=True), torch.randn(4, 2, 3, 3, requires_grad=True)
+    for x in (images, images.detach()):  # a first layer needs no gradients of its inputs
+        library.opcheck(torch.ops.linflab.lp_distance_conv2d.default, (x, filters, 8.0, 2, 1))
 
 
 def test_without_a_compiled_module() -> None:

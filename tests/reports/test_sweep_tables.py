@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import random
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from linflab.reports import schema
 from linflab.reports.importance import importances
 from linflab.reports.records import read_trials, sweep_names
 from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
-from linflab.reports.tables import Table, front, sweep_table
+from linflab.reports.sweep_tables import front, sweep_table
+from linflab.reports.tables import Table
 
 SETTINGS = {
     "dataset": "digits",
@@ -79,11 +79,11 @@ def table(tracking_uri: str) -> Table:
 
 
 def test_best_by_validation_first_and_failed_last(table: Table) -> None:
-    assert table.rows["#"].tolist() == ["4", "3", "1", "2"]
-    assert table.rows["Val. certified"].tolist()[:3] == [80, 80, 50]
-    assert math.isnan(table.rows["Certified"].tolist()[3])
-    assert table.rows["FLOPs"].tolist()[0] == "82.7M"
-    assert table.rows["Setting"].tolist()[0] == "width=96, p_start=8.12"
+    assert table.column("#") == ["4", "3", "1", "2"]
+    assert table.column("Val. certified")[:3] == [80, 80, 50]
+    assert table.column("Certified")[3] is None
+    assert table.rows[0].cell("FLOPs").text == "82.7M"
+    assert table.column("Setting")[0] == "width=96, p_start=8.12"
 
 
 RACE = pd.DataFrame(
@@ -110,10 +110,10 @@ RACE = pd.DataFrame(
 def test_a_race_with_two_objectives_and_repetitions() -> None:
     """By clean accuracy, in full before shortened, repetitions last; and what the notes count."""
     table = sweep_table("s", RACE)
-    names = table.rows["#"].tolist()
+    names = table.column("#")
     assert names[:3] == ["8.2", "9.2", "7.2"] and names[3:12] == [str(number) for number in range(9, 0, -1)]
-    assert names[12:] == ["8.2-seed1", "8.2-seed2"] and table.rows["Epochs"].tolist()[2:4] == ["9", "3"]
-    assert table.rows["Val. clean"].tolist()[0] == 80
+    assert names[12:] == ["8.2-seed1", "8.2-seed2"] and table.column("Epochs")[2:4] == ["9", "3"]
+    assert table.column("Val. clean")[0] == 80
     assert front(RACE, ("clean", "certified"))[schema.TRIAL].tolist() == ["9.2", "8.2"]
     notes = "\n".join(table.notes)
     assert "#8 with 3 seeds" in notes and "Val. certified 48.00 ± 2.00, Test 80.00 ± 10.00" in notes
@@ -167,7 +167,7 @@ def test_markdown(table: Table) -> None:
 
 def test_latex(table: Table) -> None:
     text = to_latex(table)
-    for words in (r"\toprule", r"\midrule", r"\bottomrule", r"l\_inf-dist Net", r"\# &", r"p\_start=8.12"):
+    for words in (r"\toprule", r"\midrule", r"\bottomrule", r"$\ell_\infty$-dist Net", r"\# &", r"p\_start=8.12"):
         assert words in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 5 and all(line.count("&") == 7 for line in body)
@@ -199,5 +199,5 @@ def test_no_column_is_cut_off_on_a_narrow_terminal(width: int) -> None:
 
 def test_files(table: Table, tmp_path: Path) -> None:
     paths = write_table(table, tmp_path / "reports", "s")
-    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["s.csv", "s.md", "s.tex"]
-    assert [path.suffix for path in paths] == [".md", ".tex", ".csv"]
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["s.csv", "s.html", "s.md", "s.tex"]
+    assert [path.suffix for path in paths] == [".md", ".tex", ".html", ".csv"]

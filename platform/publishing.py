@@ -1,0 +1,148 @@
+"""What is added to the record of a network that people will look at: its model for MLflow, and its figures.
+
+A single training gets it, and the best trial of a sweep; not every trial, since weights of the paper's size are
+hundreds of megabytes.
+"""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from linflab.models.robustness.certification import certifier_of, lipschitz_radius
+from linflab.platform.datasets import Split, load_dataset
+from linflab.platform.evaluation import batches
+from linflab.platform.reporting import report_sweep
+from linflab.platform.scoring import weights_of_run
+from linflab.platform.storage import Storage
+from linflab.platform.tracking import patient_client
+from linflab.platform.trial import device_of
+from linflab.platform.weights import load_network
+from linflab.reports import schema
+from linflab.reports.figures import (
+    certified_accuracy_figure,
+    learning_curves,
+    margin_figure,
+    radius_histogram,
+    write_figure,
+)
+from linflab.reports.pages import Page
+from linflab.reports.records import read_history, read_runs, read_trials
+from linflab.reports.rendering import to_markdown
+from linflab.reports.sweep_tables import in_order
+from linflab.reports.tables import Table
+
+LONGEST_NOTE = 8000  # letters that MLflow keeps of a tag
+NOTES_AT_MOST = 5  # notes of a table that its short form has
+
+
+def publish_run(storage: Storage, run_id: str) -> None:
+    """Add to a finished run the model (`mlflow.pytorch.load_model`), and figures of its training and its certificates.
+
+    Of networks that are Lipschitz by construction, the margins of all training images and the certified radii of all
+    test images, as CSV and as figures. A run that has been published stays as it is.
+
+    Raises:
+        SettingError: the run has no weights, or its data set is gone.
+    """
+    client = patient_client(storage)
+    if client.list_artifacts(run_id, schema.MODEL_FOLDER):
+        return
+    experiment, network = load_network(weights_of_run(storage, run_id))
+    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
+    network = network.to(device_of(experiment))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / schema.FIGURES_FOLDER
+        folder.mkdir()
+        write_figure(
+            learning_curves(read_history(client, run_id), f"{experiment.method} on {experiment.dataset}"),
+            folder,
+            "learning_curves",
+        )
+        if certifier_of(network) == "lipschitz":
+            size = experiment.evaluation.batch_size
+            margins, radii = (_radii(network, split, size) for split in (dataset.train, dataset.test))
+            _write_numbers(folder / schema.MARGINS_FILE, "half_margin", margins)
+            _write_numbers(folder / schema.RADII_FILE, "certified_radius", radii)
+            write_figure(margin_figure(margins, experiment.eps, experiment.dataset), folder, "training_margins")
+            by = "lipschitz"
+            write_figure(
+                certified_accuracy_figure(radii, experiment.dataset, by, robust={}), folder, "certified_accuracy"
+            )
+            write_figure(radius_histogram(radii, experiment.dataset, by), folder, "radius_histogram")
+        client.log_artifacts(run_id, str(folder), schema.FIGURES_FOLDER)
+        images, _ = dataset.test.batch(torch.arange(2, device=dataset.test.indices.device))
+        _save_model(network.cpu(), images.cpu(), Path(name) / schema.MODEL_FOLDER)
+        client.log_artifacts(run_id, str(Path(name) / schema.MODEL_FOLDER), schema.MODEL_FOLDER)
+
+
+def publish_launch(storage: Storage, launch: str) -> None:
+    """Publish the runs of a launch."""
+    for run_id in read_runs(storage.tracking_uri, {schema.LAUNCH: launch}).get("run_id", []):
+        publish_run(storage, run_id)
+
+
+def publish_sweep(storage: Storage, name: str) -> Page:
+    """Write the report of a sweep that has ended, add it to the sweep's run, and publish its best trial.
+
+    The head of the table becomes the note that the UI shows.
+
+    Raises:
+        SettingError: as `report_sweep`.
+    """
+    page = report_sweep(storage, name, None)
+    best = in_order(read_trials(storage.tracking_uri, name)).iloc[0]
+    if best["status"] == "FINISHED":
+        publish_run(storage, best["run_id"])
+    client = patient_client(storage)
+    parents = read_runs(storage.tracking_uri, {schema.KIND: "sweep", schema.SWEEP: name})
+    for path in page.files:
+        client.log_artifact(parents["run_id"].iloc[0], str(path), schema.REPORT_FOLDER)
+    client.set_tag(parents["run_id"].iloc[0], schema.NOTE, short_note(page.table))
+    return page
+
+
+def short_note(table: Table) -> str:
+    """As many of a table's rows, from the first, as MLflow's description of a run has room for."""
+    for rows in range(min(len(table.rows), LONGEST_NOTE // 100), 0, -1):  # a row with its command has more than 100
+        more = len(table.rows) - rows
+        notes = table.notes[:NOTES_AT_MOST] + ((f"{more} more rows are in the artifacts.",) if more else ())
+        kept = Table(table.title, table.columns, table.rows[:rows], notes)
+        text = to_markdown(kept)
+        if len(text) <= LONGEST_NOTE:
+            return text
+    return table.title
+
+
+def _radii(network: nn.Module, split: Split, batch_size: int) -> np.ndarray:
+    found = [lipschitz_radius(network, *split.batch(positions)).cpu() for positions in batches(split, batch_size)]
+    return torch.cat(found).double().numpy()
+
+
+def _write_numbers(path: Path, name: str, numbers: np.ndarray) -> None:
+    lines = (f"{place},{number:.7g}" for place, number in enumerate(numbers.tolist()))
+    path.write_text("\n".join([f"image,{name}", *lines, ""]))
+
+
+def _save_model(network: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """MLflow's form of a network, as the graph of torch.export: data, no code."""
+    import mlflow.pytorch
+    from mlflow.models import infer_signature
+
+    with torch.no_grad():
+        outputs = network(images)
+    for name in ("mlflow", "torch.export"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pytorch.save_model(
+            network,
+            path,
+            signature=infer_signature(images.numpy(), outputs.numpy()),
+            input_example=images.numpy(),
+            pip_requirements=["linflab"],  # its operators are in the graph: import linflab.models.distance to load it
+        )

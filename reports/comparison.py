@@ -1,0 +1,351 @@
+"""Comparison tables: rows quoted from papers, and rows measured here, side by side.
+
+A table is defined by YAML (`papers/`, or a file of one's own):
+
+    title: Our nets
+    columns: [Method, FLOPs, Test, Robust, Certified]
+    groups: [{dataset: fashion_mnist, eps: 0.1}]
+    quoted: [zhang2021_table1]          # names of sources in literature.yaml
+    measured: {seeds: 3, by: [method, model.width], where: {training.epochs: 25}}
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Annotated, Literal, Self
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from linflab.reports import schema
+from linflab.reports.literature import dataset_title, parse_eps, quotations, sources
+from linflab.reports.papers import table_names
+from linflab.reports.records import parameters
+from linflab.reports.sweep_tables import in_order
+from linflab.reports.tables import (
+    CERTIFIED,
+    EPOCH_SECONDS,
+    EPOCHS,
+    FLOPS,
+    HOURS,
+    METHOD,
+    MODEL,
+    MORE_IS_BETTER,
+    ROBUST,
+    RUNS,
+    TEST,
+    VALIDATION,
+    Cell,
+    Row,
+    Table,
+    emphasized,
+    eps_text,
+    flops,
+    number,
+    percent,
+    text,
+)
+from linflab.reports.wording import attacks, certifiers, describe_settings, machines, workers
+
+SEED, FINAL = "seed", "training.include_validation"
+SIZES = ("depth", "width", "dense_width", "hidden", "q")  # settings of a network that tell its size
+Column = Literal[
+    "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Test", "Robust", "Certified", "Hours", "Runs",
+    "Per-epoch Time (seconds)",
+]  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Group(_Strict):
+    """Rows of one data set and eps."""
+
+    dataset: str
+    eps: Annotated[float, BeforeValidator(parse_eps)]
+
+    @property
+    def title(self) -> str:
+        return f"{dataset_title(self.dataset)} (eps = {eps_text(self.eps)})"
+
+
+class Measured(_Strict):
+    """Which rows are made of the record: one for each method, or whatever `by` names, chosen on validation.
+
+    Attributes:
+        by: settings, by dotted path; runs that agree in them compete for one row.
+        where: only runs with these settings.
+        seeds: settings that were trained with fewer seeds count only where none was trained with so many.
+    """
+
+    by: tuple[str, ...] = ("method",)
+    where: dict[str, str | bool | int | float | None] = {}
+    seeds: int = Field(default=3, ge=1)
+
+
+class TableDefinition(_Strict):
+    """What a comparison table has; see the head of this file."""
+
+    title: str
+    columns: tuple[Column, ...] = Field(default=("Method", "FLOPs", "Test", "Robust", "Certified"), min_length=1)
+    groups: tuple[Group, ...] = Field(min_length=1)
+    quoted: tuple[str, ...] = ()
+    measured: Measured | None = Measured()
+
+    @model_validator(mode="after")
+    def _sources_are_known(self) -> Self:
+        for name in self.quoted:
+            if name not in sources():
+                raise ValueError(f"quoted={name}: there is no such source; there are: {', '.join(sources())}")
+        return self
+
+
+def load_definition(name: str) -> TableDefinition:
+    """A shipped table by its name, or one of the user's by the path of its YAML file.
+
+    Raises:
+        ValueError: there is no such table, or it can't be understood; says where.
+    """
+    if name in table_names():
+        content = (resources.files("linflab.reports.papers") / f"{name}.yaml").read_text()
+    else:
+        try:
+            content = Path(name).read_text()
+        except (OSError, UnicodeDecodeError):
+            raise ValueError(
+                f"table={name}: is neither a file nor one of the shipped tables, {', '.join(table_names())}"
+            ) from None
+    try:
+        tree = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise ValueError(f"table={name}: is no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"table={name}: must have title and groups, as in {{title: ..., groups: [...]}}")
+    try:
+        return TableDefinition.model_validate(tree)
+    except ValidationError as error:
+        complaint = error.errors()[0]
+        if complaint["type"] == "value_error":
+            raise ValueError(f"table={name}: {complaint['ctx']['error']}") from None
+        place = ".".join(str(part) for part in complaint["loc"])
+        message = complaint["msg"][0].lower() + complaint["msg"][1:]
+        given = "" if complaint["type"] == "missing" else f"={complaint['input']}"
+        raise ValueError(f"table={name}: {place}{given}: {message}") from None
+
+
+def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
+    """The table of a definition; `runs` is what `read_runs` returns of trials, and may be empty."""
+    runs = _with_columns(runs)
+    rows: list[Row] = []
+    notes: list[str] = []
+    letters = _letters()
+    for group in definition.groups:
+        for quotation in quotations():
+            if quotation.row.source in definition.quoted and _same(quotation.dataset, quotation.eps, group):
+                rows.append(_in_group(quotation.row, group))
+        if definition.measured is None:
+            continue
+        there = _of_group(runs, group)
+        for path, value in definition.measured.where.items():
+            there = there[[_equal(found, value) for found in there.get(path, pd.Series(None, index=there.index))]]
+        scored = there[(there["status"] == "FINISHED") & there[schema.TEST_CERTIFIED].notna()]
+        mine = [
+            _measured_row(chosen, group, definition.measured.by, how, next(letters))
+            for chosen, how in _chosen(scored, definition.measured)
+        ]
+        rows += mine
+        if not mine:
+            notes.append(f"Of {group.title}, no run with test scores is on record.")
+        if left_out := _left_out(there):
+            notes.append(f"Of {group.title}, left out: {left_out}.")
+    return _table(definition.title, definition.columns, rows, notes)
+
+
+def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool) -> Table:
+    """One row for each run, by its id or the beginning of it, and for each sweep, by its name: its best, all seeds.
+
+    Args:
+        runs: what `read_runs` returns of trials.
+        quoted: beside them, what papers report of the same data sets and eps.
+
+    Raises:
+        LookupError: there is no such run or sweep, or it has no test scores.
+    """
+    runs = _with_columns(runs)
+    found = [(name, *_named(runs, name)) for name in names]
+    groups: dict[Group, list[tuple[pd.DataFrame, str]]] = {}
+    for _, chosen, how in found:
+        first = chosen.iloc[0]
+        groups.setdefault(Group(dataset=first["dataset"], eps=first["eps"]), []).append((chosen, how))
+    letters = _letters()
+    rows: list[Row] = []
+    for group, mine in groups.items():
+        if quoted:
+            same = [quote.row for quote in quotations() if _same(quote.dataset, quote.eps, group)]
+            rows += [_in_group(row, group) for row in same if CERTIFIED in row.cells]
+        rows += [_measured_row(chosen, group, ("method",), how, next(letters)) for chosen, how in mine]
+    columns = (METHOD, FLOPS, VALIDATION, TEST, ROBUST, CERTIFIED)
+    return _table(f"Comparison of {', '.join(names)}", columns, rows, [])
+
+
+def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
+    """The runs that a row is made of, and how it was chosen."""
+    trials = runs[runs[schema.SWEEP] == name]
+    if len(trials):
+        trials = in_order(trials)
+        best = trials.iloc[0]
+        number = str(best[schema.TRIAL])
+        seeds = trials[[str(trial).split("-seed")[0] == number for trial in trials[schema.TRIAL]]]
+        seeds = seeds[seeds[schema.TEST_CERTIFIED].notna()]
+        if len(seeds):
+            return seeds, f"the best of sweep {name} on validation, its trial {number}"
+        raise LookupError(f"{name}: no trial of this sweep has test scores yet")
+    mine = runs[[run_id.startswith(name) for run_id in runs["run_id"]]]
+    if len(mine) != 1:
+        sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) or "none yet"
+        many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
+        raise LookupError(f"{name}: there {many}; sweeps: {sweeps}")
+    if mine[schema.TEST_CERTIFIED].isna().all():
+        raise LookupError(f"{name}: this run has no test scores ({mine['status'].iloc[0].lower()})")
+    return mine, f"run {mine['run_id'].iloc[0]}, as asked for"
+
+
+def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
+    columns = [
+        "run_id", "status", "started", "dataset", "eps", "method", SEED, FINAL, schema.METHOD, schema.COMMAND,
+        schema.SWEEP, schema.TRIAL, schema.HARDWARE, schema.CERTIFIER, schema.ATTACK, schema.EPOCHS, schema.FLOPS,
+        schema.BEST_VALIDATION_CERTIFIED, schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED,
+        schema.TEST_CERTIFIED_EXACT, schema.TEST_BROKEN, schema.TRAIN_SECONDS, schema.SELECTION,
+    ]  # fmt: skip
+    return runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
+
+
+def _letters() -> Iterator[str]:
+    yield from ascii_lowercase
+    yield from (first + second for first in ascii_lowercase for second in ascii_lowercase)
+
+
+def _same(dataset: str, eps: float, group: Group) -> bool:
+    return dataset == group.dataset and abs(eps - group.eps) < 1e-9
+
+
+def _of_group(runs: pd.DataFrame, group: Group) -> pd.DataFrame:
+    near = (pd.to_numeric(runs["eps"], errors="coerce") - group.eps).abs() < 1e-9
+    return runs[(runs["dataset"] == group.dataset) & near]
+
+
+def _in_group(row: Row, group: Group) -> Row:
+    return dataclasses.replace(row, group=group.title)
+
+
+def _equal(found: object, wanted: object) -> bool:
+    """Whether a parameter, which is text, is the value."""
+    if isinstance(wanted, int | float) and not isinstance(wanted, bool):
+        try:
+            return float(str(found)) == wanted
+        except ValueError:
+            return False
+    return str(found) == str(wanted)
+
+
+def _left_out(runs: pd.DataFrame) -> str:
+    states = runs["status"].astype(str).str.lower().value_counts()
+    parts = [f"{count} runs that {'are' if state == 'running' else 'were' if state == 'killed' else 'have'} {state}"
+             for state, count in states.items() if state != "finished"]  # fmt: skip
+    unscored = int(((runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].isna()).sum())
+    return ", ".join(parts + ([f"{unscored} that were not scored on the test set"] if unscored else []))
+
+
+def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataFrame, str]]:
+    """For each row the runs that it is made of, and how they were chosen: never by the test set."""
+    if scored.empty:
+        return
+    same = [name for name in parameters(scored) if name not in (SEED, FINAL) and not name.startswith("compute.")]
+    settings = scored[same].fillna("").astype(str)
+    scored = scored.assign(configuration=settings.groupby(same, sort=False).ngroup())
+    scored = scored.drop_duplicates(["configuration", SEED, FINAL])  # the same run again: the latest stands
+    rows = settings.reindex(columns=list(measured.by)).fillna("").loc[scored.index]
+    for _, candidates in scored.groupby([rows[path] for path in measured.by], sort=True):
+        final = candidates[FINAL] == "True"
+        competing = candidates[~final & candidates[schema.BEST_VALIDATION_CERTIFIED].notna()]
+        if competing.empty:
+            chosen = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
+            yield chosen, "not chosen by validation, which none of its runs has: the latest settings on record"
+            continue
+        by = competing.groupby("configuration", sort=False)[schema.BEST_VALIDATION_CERTIFIED].agg(["size", "mean"])
+        enough = by[by["size"] >= min(measured.seeds, by["size"].max())]
+        best = enough["mean"].idxmax()
+        how = f"settings chosen by certified accuracy on validation ({100 * enough['mean'][best]:.2f})"
+        if len(by) > 1:
+            how += f" among {len(enough)}"
+            how += f" of {len(by)}, which have the most seeds" if len(enough) < len(by) else ""
+        again = candidates[final & (candidates["configuration"] == best)]
+        if len(again):
+            yield again, f"{how}, then trained on training and validation images"
+        else:
+            yield competing[competing["configuration"] == best], how
+
+
+def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str, mark: str) -> Row:
+    runs = runs.iloc[pd.to_numeric(runs[SEED], errors="coerce").argsort(kind="stable")]
+    first = runs.iloc[0]
+    of = {path: first.get(path) for path in by if path != "method"}
+    method = str(first["method"]) + (f" ({describe_settings(of)})" if of else "")
+    network = {path: first[path] for path in runs.columns if path.startswith("model.") and path.split(".")[-1] in SIZES}
+    network = {path: value for path, value in network.items() if value == value}
+    epochs = pd.to_numeric(runs[schema.EPOCHS], errors="coerce")
+    seconds = runs[schema.TRAIN_SECONDS]
+    cells = {
+        METHOD: text(method),
+        MODEL: text(describe_settings(network)),
+        EPOCHS: text(first[schema.EPOCHS]),
+        FLOPS: flops(first[schema.FLOPS]),
+        VALIDATION: _share(runs[schema.BEST_VALIDATION_CERTIFIED]),
+        TEST: _share(runs[schema.TEST_CLEAN]),
+        ROBUST: _share(runs[schema.TEST_ROBUST]),
+        CERTIFIED: _share(runs[schema.TEST_CERTIFIED]),
+        EPOCH_SECONDS: number((seconds / epochs).mean(), digits=1),
+        HOURS: number((seconds / 3600).mean()),
+        RUNS: Cell(str(len(runs)), len(runs)),
+    }
+    seeds = ", ".join(str(seed) for seed in runs[SEED])
+    several = len(runs) > 1
+    parts = [f"{len(runs)} runs (seeds {seeds}), mean ± standard deviation" if several else f"1 run (seed {seeds})"]
+    parts += [how, f"certifier {certifiers(runs)}", f"robust under {attacks(runs)}"]
+    spent = seconds.mean()
+    cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
+    each = f" on {workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
+    parts.append(f"{first[schema.EPOCHS]} epochs{each}{cost}, on {machines(runs)}")
+    broken = runs[schema.TEST_BROKEN].sum()
+    if broken > 0:
+        parts.append(f"attacks broke {int(broken)} samples that had been certified")
+    commands = "\n".join(str(command) for command in runs[schema.COMMAND].dropna())
+    note = f"measured: {'; '.join(parts)}."
+    return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
+
+
+def _share(values: pd.Series) -> Cell:
+    there = values.dropna()
+    return percent(there.mean(), there.std() if len(there) > 1 else None) if len(there) else Cell()
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> Table:
+    said = []
+    if set(columns) & {VALIDATION, TEST, ROBUST, CERTIFIED}:
+        said.append("Accuracies in percent.")
+    kinds = {row.kind for row in rows}
+    if "measured" in kinds:
+        said.append("Rows with a letter were measured by this installation; the others are quoted.")
+    compared = [column for column in columns if column in MORE_IS_BETTER]
+    if compared:
+        both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""
+        said.append(f"Bold: the best of its group{both}.")
+    if EPOCH_SECONDS in columns and "measured" in kinds:
+        said.append("Seconds of an epoch that was measured include its scoring on validation images.")
+    for name in dict.fromkeys(row.source for row in rows if row.source):
+        said.append(f"Quoted: {sources()[name].describe()}.")
+    return Table(title, tuple(columns), emphasized(rows, compared), (*said, *notes))

@@ -1,0 +1,102 @@
+"""The records as DataFrames: the same from the database and from a server, whatever state the store is in."""
+
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from linflab.reports import schema
+from linflab.reports.records import parameters, read_history, read_runs, read_sweeps, read_trials
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client = MlflowClient(f"sqlite:///{path}")
+    parent = client.create_run("0", tags={schema.KIND: "sweep", schema.SWEEP: "it's", schema.BUDGET: "3 trials"})
+    for number in range(3):
+        tags = {schema.KIND: "trial", schema.SWEEP: "it's", schema.TRIAL: str(number)}
+        run = client.create_run("0", tags=tags, start_time=1000 + number)
+        client.log_param(run.info.run_id, "model.width", str(number))
+        for step in (1, 2):
+            client.log_metric(run.info.run_id, schema.TRAIN_LOSS, step / 2, step=step)
+        client.log_metric(run.info.run_id, schema.BEST_VALIDATION_CERTIFIED, [0.5, 0.7, float("nan")][number])
+        if number:
+            client.set_terminated(run.info.run_id, ["", "FINISHED", "FAILED"][number])
+    deleted = client.create_run("0", tags={schema.KIND: "trial", schema.SWEEP: "it's"})
+    client.delete_run(deleted.info.run_id)
+    client.set_terminated(parent.info.run_id, "KILLED")
+    return path
+
+
+def test_runs_by_tags(store: Path) -> None:
+    runs = read_runs(f"sqlite:///{store}", {schema.KIND: "trial"})
+    assert runs[schema.TRIAL].tolist() == ["2", "1", "0"]  # the latest first
+    assert runs["status"].tolist() == ["FAILED", "FINISHED", "RUNNING"]
+    assert runs["model.width"].tolist() == ["2", "1", "0"] and runs[schema.TRAIN_LOSS].tolist() == [1, 1, 1]
+    assert runs[schema.BEST_VALIDATION_CERTIFIED].isna().tolist() == [True, False, False]
+    assert parameters(runs) == ["model.width"]
+    assert read_runs(f"sqlite:///{store}", {schema.KIND: "trial", schema.TRIAL: "1"})["started"].tolist() == [1001]
+    assert read_runs(f"sqlite:///{store}", {schema.KIND: "no"}).empty
+
+
+def test_sweeps(store: Path) -> None:
+    (sweep,) = read_sweeps(f"sqlite:///{store}").to_dict("records")
+    assert sweep["sweep"] == "it's" and sweep["state"] == "killed" and sweep["budget"] == "3 trials"
+    assert (sweep["finished"], sweep["failed"], sweep["best"]) == (1, 1, 0.7)
+
+
+def test_history(store: Path) -> None:
+    client = MlflowClient(f"sqlite:///{store}")
+    run_id = read_runs(f"sqlite:///{store}", {schema.TRIAL: "1"})["run_id"][0]
+    assert read_history(client, run_id) == {schema.TRAIN_LOSS: {1: 0.5, 2: 1.0}}
+
+
+@pytest.mark.slow
+def test_a_server_says_the_same_as_the_database(store: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        for tags in ({schema.KIND: "trial"}, {schema.KIND: "trial", schema.SWEEP: "it's"}):
+            found = read_runs(f"http://127.0.0.1:{port}", tags)
+            expected = read_runs(f"sqlite:///{store}", tags)
+            pd.testing.assert_frame_equal(found[expected.columns], expected, check_dtype=False)
+            assert set(found) == set(expected)
+        assert len(read_trials(f"http://127.0.0.1:{port}", "it's")) == 3
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_stores_that_are_empty_or_broken(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.db"
+    sqlite3.connect(empty).close()
+    assert read_runs(f"sqlite:///{empty}", {}).empty and read_sweeps(f"sqlite:///{empty}").empty
+    with pytest.raises(LookupError, match="there are: none yet"):
+        read_trials(f"sqlite:///{empty}", "s")
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"SQLite format 3\0" + bytes(2000))
+    with pytest.raises(SQLAlchemyError):
+        read_runs(f"sqlite:///{broken}", {})
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE runs (id INTEGER)")
+    with pytest.raises(SQLAlchemyError):
+        read_runs(f"sqlite:///{other}", {})
