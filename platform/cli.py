@@ -568,7 +568,14 @@ def ui(
 ) -> None:
     """Browse the runs in the MLflow UI, on this machine only."""
     place = Storage.with_records(storage)
-    console.print(f"Opening http://127.0.0.1:{port} in about 15 seconds; Ctrl-C ends it.")
+    from linflab.reports.records import read_experiments
+
+    console.print(
+        "MLflow opens in about 15 seconds, on this machine only; Ctrl-C ends it. The runs, by data set and eps:"
+    )
+    for name, number in read_experiments(place.tracking_uri).items():
+        # without the mode, MLflow opens its pages for language models
+        console.print(f"  {name}: http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     raise typer.Exit(subprocess.call(command))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mlflow.entities import LoggedModelOutput
+from mlflow.tracking import MlflowClient
 from torch import nn
 
 from linflab.models.robustness.certification import certifier_of, lipschitz_radius
@@ -50,7 +52,7 @@ def publish_run(storage: Storage, run_id: str) -> None:
         SettingError: the run has no weights, or its data set is gone.
     """
     client = patient_client(storage)
-    if client.list_artifacts(run_id, schema.MODEL_FOLDER):
+    if client.list_artifacts(run_id, schema.FIGURES_FOLDER):  # which are added last
         return
     experiment, network = load_network(weights_of_run(storage, run_id))
     dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
@@ -74,10 +76,18 @@ def publish_run(storage: Storage, run_id: str) -> None:
                 certified_accuracy_figure(radii, experiment.dataset, by, robust={}), folder, "certified_accuracy"
             )
             write_figure(radius_histogram(radii, experiment.dataset, by), folder, "radius_histogram")
-        client.log_artifacts(run_id, str(folder), schema.FIGURES_FOLDER)
         images, _ = dataset.test.batch(torch.arange(2, device=dataset.test.indices.device))
-        _save_model(network.cpu(), images.cpu(), Path(name) / schema.MODEL_FOLDER)
-        client.log_artifacts(run_id, str(Path(name) / schema.MODEL_FOLDER), schema.MODEL_FOLDER)
+        save_model(network.cpu(), images.cpu(), Path(name) / schema.MODEL)
+        _log_model(client, run_id, Path(name) / schema.MODEL)
+        client.log_artifacts(run_id, str(folder), schema.FIGURES_FOLDER)
+
+
+def _log_model(client: MlflowClient, run_id: str, folder: Path) -> None:
+    experiment = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(experiment, schema.MODEL, source_run_id=run_id)
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 def publish_launch(storage: Storage, launch: str) -> None:
@@ -128,7 +138,7 @@ def _write_numbers(path: Path, name: str, numbers: np.ndarray) -> None:
     path.write_text("\n".join([f"image,{name}", *lines, ""]))
 
 
-def _save_model(network: nn.Module, images: torch.Tensor, path: Path) -> None:
+def save_model(network: nn.Module, images: torch.Tensor, path: Path) -> None:
     """MLflow's form of a network, as the graph of torch.export: data, no code."""
     import mlflow.pytorch
     from mlflow.models import infer_signature

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from linflab.reports import schema
 from linflab.reports.wording import short_name
@@ -152,12 +153,15 @@ def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> F
             axes.plot(range(1, last + 1), values, style, marker=marker, ms=2.5, color=INK, lw=1.2, label=label)
         if schema.P in names:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             finite = max(history.get(schema.P, {}), default=last)
             if finite < last:
                 axes.axvspan(finite + 0.5, last + 0.5, color="0.92")
                 axes.text(last + 0.4, axes.get_ylim()[0], "p = inf ", fontsize=7, ha="right", va="bottom", rotation=90)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch", fontsize=8)
         axes.set_ylabel(what, fontsize=8)
         axes.set_xlim(0.5, last + 0.5)

@@ -5,14 +5,17 @@ more than ten times as long. A server is asked by MLflow's client.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 import pandas as pd
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag
 from mlflow.tracking import MlflowClient
 from sqlalchemy import ColumnElement, Engine, create_engine, inspect, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from linflab.reports import schema
 
@@ -123,6 +126,14 @@ def parameters(runs: pd.DataFrame) -> list[str]:
     """Those columns of `read_runs` that are settings of the experiment."""
     own = ("run_id", "status", "started")
     return [name for name in runs.columns if "/" not in name and name not in own and not name.startswith(TAGS)]
+
+
+def read_experiments(tracking_uri: str) -> dict[str, str]:
+    """The ids of MLflow's experiments by name, but for the one that is always there."""
+    with suppress(SQLAlchemyError, MlflowException):
+        found = MlflowClient(tracking_uri).search_experiments(order_by=["name"])
+        return {each.name: each.experiment_id for each in found if each.name != "Default"}
+    return {}
 
 
 def read_sweeps(tracking_uri: str) -> pd.DataFrame:

@@ -153,7 +153,7 @@ thead th { border-bottom: 1px solid; }
 th.group { border-top: 1px solid; border-bottom: 1px solid; font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .notes, .again { font-size: .85rem; } code { font-size: .85em; overflow-wrap: anywhere; }
-sup a { text-decoration: none; } img { max-width: 32rem; width: 100%; background: white; }
+sub, sup { line-height: 0; } sup a { text-decoration: none; } img { max-width: 32rem; width: 100%; background: white; }
 """
 
 

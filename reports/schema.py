@@ -65,7 +65,7 @@ SWEEP_SECONDS = "sweep/seconds"  # spent so far, over all launches
 # artifacts
 EXPERIMENT_FILE = "experiment.yaml"
 WEIGHTS_FILE = "weights.pt"
-MODEL_FOLDER = "model"  # for mlflow.pytorch.load_model
+MODEL = "model"  # the name of a run's logged model: mlflow.pytorch.load_model("runs:/RUN_ID/model")
 FIGURES_FOLDER = "figures"
 MARGINS_FILE = "training_margins.csv"  # in it: image, half its margin in pixels
 RADII_FILE = "radii.csv"  # in it: test image, its certified radius in pixels

@@ -1,11 +1,11 @@
 """Reports of a real sweep, and what is added to its record."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import mlflow.pytorch
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from linflab.models.robustness.certification import lipschitz_radius
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.publishing import LONGEST_NOTE, _save_model, publish_run, short_note
+from linflab.platform.publishing import LONGEST_NOTE, publish_run, save_model, short_note
 from linflab.platform.scoring import weights_of_run
 from linflab.platform.storage import Storage
 from linflab.platform.weights import load_network, network_of
@@ -41,9 +41,11 @@ def artifact(finished_sweep: FinishedSweep, run_id: str, path: str) -> Path:
 def test_only_the_best_trial_has_a_model_and_it_is_the_network(finished_sweep: FinishedSweep, best: str) -> None:
     storage = Storage(finished_sweep.storage)
     client = MlflowClient(storage.tracking_uri)
-    trials = read_trials(storage.tracking_uri, finished_sweep.name)["run_id"]
-    assert {run for run in trials if client.list_artifacts(run, schema.MODEL_FOLDER)} == {best}
-    folder = artifact(finished_sweep, best, schema.MODEL_FOLDER)
+    (model,) = client.search_logged_models([client.get_run(best).info.experiment_id])
+    assert model.source_run_id == best and str(model.status) == "READY"
+    (output,) = client.get_run(best).outputs.model_outputs
+    assert output.model_id == model.model_id
+    folder = Path(mlflow.artifacts.download_artifacts(model.artifact_location))
     assert not list(folder.rglob("*.pth")) and list(folder.rglob("*.pt2"))  # a graph, no pickled code
     _, network = load_network(weights_of_run(storage, best))
     images = load_dataset("digits").test.batch(torch.arange(7))[0]
@@ -74,7 +76,7 @@ print(tuple(mlflow.pytorch.load_model("runs:/{best}/model")(torch.zeros(5, 1, 8,
 )  # fmt: skip
 def test_models_of_all_networks(overrides: list[str], tmp_path: Path) -> None:
     network = network_of(load_experiment(RECIPE, overrides)).eval()
-    _save_model(network, torch.rand(2, 1, 8, 8), tmp_path / "model")
+    save_model(network, torch.rand(2, 1, 8, 8), tmp_path / "model")
     images = torch.rand(9, 1, 8, 8)
     torch.testing.assert_close(
         mlflow.pytorch.load_model(str(tmp_path / "model"))(images), network(images), rtol=0, atol=0
@@ -178,6 +180,5 @@ def test_a_single_training_is_published(here: Here, tmp_path: Path) -> None:
     client = MlflowClient(Storage(tmp_path).tracking_uri)
     (run,) = read_runs(Storage(tmp_path).tracking_uri, {})["run_id"]
     there = {path.path for path in client.list_artifacts(run)}
-    assert there == {"experiment.yaml", "weights.pt", "figures", "model"}
-    model = json.loads((Path(client.download_artifacts(run, "model")) / "input_example.json").read_text())
-    assert len(model) > 0
+    assert {"experiment.yaml", "weights.pt", "figures"} <= there
+    assert len(client.get_run(run).outputs.model_outputs) == 1

@@ -1,0 +1,138 @@
+"""What readers open: pages and the MLflow UI in a real browser, LaTeX compiled by a real pdflatex."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from linflab.reports.comparison import comparison_table, load_definition
+from linflab.reports.papers import table_names
+from linflab.reports.rendering import write_table
+from tests.conftest import FinishedSweep, Here
+from tests.reports.test_comparison import TABLE, run
+
+needs_browser = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)",
+)
+needs_latex = pytest.mark.skipif(
+    not shutil.which("pdflatex"), reason="needs pdflatex with booktabs (Debian: texlive-latex-recommended)"
+)
+pytestmark = pytest.mark.browser
+SCREENSHOTS = Path("build/screenshots")  # to be looked at
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[WebDriver]:
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1100"):
+        options.add_argument(argument)
+    options.binary_location = str(shutil.which("chromium"))
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    yield driver
+    driver.quit()
+
+
+def shows(browser: WebDriver, *words: str, seconds: float = 60) -> str:
+    """Waits until the page shows all of the words; returns its text."""
+
+    def there(driver: WebDriver) -> str:
+        text = driver.find_element(By.TAG_NAME, "body").text
+        return text if all(word in text for word in words) else ""
+
+    waiting = WebDriverWait(browser, seconds, ignored_exceptions=[StaleElementReferenceException])
+    return waiting.until(there, f"the page never showed {words}")
+
+
+@needs_browser
+def test_pages(browser: WebDriver, here: Here, finished_sweep: FinishedSweep, tmp_path: Path) -> None:
+    """From the index to a table and a sweep: all cells, all figures, nothing from elsewhere."""
+    assert here("report", "--all", "--storage", str(finished_sweep.storage), "--out", str(tmp_path)).returncode == 0
+    browser.get(f"file://{tmp_path}/index.html")
+    browser.find_element(By.LINK_TEXT, "Comparison of l_inf-dist nets with existing methods").click()
+    cells = [cell.text for cell in browser.find_elements(By.TAG_NAME, "td")]
+    table = comparison_table(load_definition("table1"), pd.DataFrame())
+    expected = [row.cell(column).text for row in table.rows for column in table.columns]
+    assert [cell.replace("\N{SCRIPT SMALL L}\N{INFINITY}", "l_inf") for cell in cells] == expected
+    browser.save_screenshot(str(SCREENSHOTS / "table1.png"))
+    browser.back()
+    browser.find_element(By.PARTIAL_LINK_TEXT, "Sweep three").click()
+    shows(browser, "Each row again", "linflab train digits_eps0.1_linf_dist_net")
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert len(images) == 2 and all(image.get_property("naturalWidth") for image in images)
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert all(address.startswith("data:") for address in loaded)
+    browser.save_screenshot(str(SCREENSHOTS / "sweep.png"))
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@needs_browser
+def test_mlflow_ui(browser: WebDriver, finished_sweep: FinishedSweep) -> None:
+    """`linflab ui`: the sweep with its table as description, a trial with metrics and figures, found by clicking."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("linflab")), "ui", "--port", str(port)]
+    command += ["--storage", str(finished_sweep.storage)]
+    ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        assert ui.stdout is not None
+        address = next(line for line in ui.stdout if "digits eps 0.1: http" in line).split(": ")[1].strip()
+        WebDriverWait(browser, 120, ignored_exceptions=[Exception]).until(lambda driver: _open(driver, address))
+        shows(browser, "three", "matching runs")
+        browser.find_element(By.LINK_TEXT, "three").click()
+        text = shows(browser, "Sweep three: digits, eps = 0.1", "Child runs", "three-1", "three-2", "three-3")
+        assert re.search(r"Val\.\s+certified", text)
+        browser.save_screenshot(str(SCREENSHOTS / "mlflow_sweep.png"))
+        browser.find_element(By.PARTIAL_LINK_TEXT, "three-2").click()
+        shows(browser, "Parent run", "test/certified_accuracy", "p_schedule.start")
+        browser.save_screenshot(str(SCREENSHOTS / "mlflow_trial.png"))
+        browser.find_element(By.LINK_TEXT, "three").click()  # its parent
+        shows(browser, "Child runs")
+    finally:
+        os.killpg(ui.pid, signal.SIGTERM)
+        ui.wait(30)
+
+
+def _open(driver: WebDriver, address: str) -> bool:
+    driver.get(address)
+    return "MLflow" in driver.title
+
+
+def compiled(folder: Path, name: str) -> str:
+    """Runs pdflatex, which must find nothing wrong; returns what it says."""
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"{name}.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (folder / f"{name}.pdf").stat().st_size > 10_000
+    return done.stdout
+
+
+@needs_latex
+def test_latex_compiles_as_it_is_and_in_a_paper(tmp_path: Path, here: Here, finished_sweep: FinishedSweep) -> None:
+    odd = [run(1, 0.78, 0.77), run(2, 0.7, 0.75, method=r"\[a_b] 100% & ~$x^2$ #{} <é> ± |*")]
+    write_table(comparison_table(TABLE, pd.DataFrame(odd)), tmp_path, "odd")
+    assert here("report", "--all", "--storage", str(finished_sweep.storage), "--out", str(tmp_path)).returncode == 0
+    names = [*table_names(), "odd", "three"]
+    for name in names:
+        compiled(tmp_path, name)
+    inputs = "\n".join(rf"\input{{{name}}}" for name in names)
+    head = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\nText.\n"
+    (tmp_path / "paper.tex").write_text(f"{head}{inputs}\nMore.\n\\end{{document}}\n")
+    compiled(tmp_path, "paper")
