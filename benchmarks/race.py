@@ -21,7 +21,7 @@ from linflab.platform.sweep import plan_sweep, run_sweep, search_config
 from linflab.platform.tracking import hardware
 from linflab.reports import schema
 from linflab.reports.records import read_trials
-from linflab.reports.tables import in_order
+from linflab.reports.sweep_tables import in_order
 
 RECIPE, SPACE = "fashion_mnist_eps0.1_linf_dist_net_cpu", "training"
 SMALL = ["model.depth=3", "model.width=128", "training.epochs=9", "compute.cpus_per_worker=1"]

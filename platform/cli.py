@@ -6,9 +6,10 @@ Exit status: 0 done, 1 training went wrong, 2 wrong input and nothing was starte
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
-import subprocess
+import socket
 import sys
 import time
 import uuid
@@ -22,8 +23,6 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from linflab.platform.config import Experiment, load_experiment, read_recipe, recipe_names
-from linflab.platform.datasets import Dataset, facts_of, inventory, load_dataset, prepare_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
 from linflab.platform.storage import Storage
 from linflab.reports.papers import table_names, table_title
@@ -32,9 +31,12 @@ from linflab.search_spaces.space import SearchSpace, load_space, space_names
 if TYPE_CHECKING:
     from torch import nn
 
+    from linflab.platform.config import Experiment
+    from linflab.platform.datasets import Dataset
     from linflab.reports.pages import Page
 
-# Ray, MLflow and pandas take seconds to import: the commands that use them import them, after the input is checked.
+# PyTorch, Ray, MLflow and pandas take seconds to import: the commands that use them import them, the slowest ones after
+# the input is checked.
 
 app = typer.Typer(
     help="Train, certify and compare image classifiers that withstand l_inf perturbations.",
@@ -74,6 +76,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe, score it on the test set once, and record both."""
+    from linflab.platform.config import load_experiment
+    from linflab.platform.datasets import load_dataset
+
     experiment = load_experiment(recipe, overrides or [])
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
     if dry_run and resume:
@@ -123,10 +128,6 @@ def train(
         raise Interrupted(f"{what}; what was logged is kept, and {how}") from None
     finally:
         end_open_runs(place, launch)  # of workers that were killed
-    if cut:
-        publish_run(place, cut)
-    else:
-        publish_launch(place, launch)
     certificate = scoring_of(experiment, _network_without_weights(experiment)[0], attacked=True).certificate
     clean, robust, certified = (
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
@@ -135,6 +136,7 @@ def train(
         f"Test: clean {clean}, robust {robust}, certified ({certificate}) {certified} at eps = {experiment.eps:g}, "
         f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}: {selection(experiment)}."
     )
+    _publish(lambda: publish_run(place, cut) if cut else publish_launch(place, launch))
     console.print(f"Recorded in {place.root}. Browse it: {_ui_command(place)}")
 
 
@@ -167,6 +169,9 @@ def sweep(
     storage: StorageFolder = RUNS,
 ) -> None:
     """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
+    from linflab.platform.config import load_experiment
+    from linflab.platform.datasets import load_dataset
+
     asked = {"sampler": sampler, "objectives": objectives.split(",") if objectives else None, "race": race}
     if resume:
         refused = {"recipe": recipe, "space": space, "overrides": overrides, "name": name, **asked}
@@ -201,14 +206,20 @@ def sweep(
     again += [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
     try:
         lost = run_sweep(plan, place, console, retry_failed)
-    except STORE_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"the record is out of reach ({reason}); `{shlex.join(again)}` goes on later") from None
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; what was recorded is kept, and `{shlex.join(again)}` goes on") from None
+    except (SettingError, TrainingError):
+        raise
+    except Exception as error:  # of the record, the disk, or Ray
+        what = "the record can't be used" if isinstance(error, STORE_ERRORS) else "the sweep came to an early end"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise TrainingError(f"{what} ({reason}); once that is mended, `{shlex.join(again)}` goes on") from None
     from linflab.platform.publishing import publish_sweep
+    from linflab.platform.reporting import report_sweep
 
-    _show_sweep(publish_sweep(place, plan.name))
+    page = report_sweep(place, plan.name, None)
+    _show_sweep(page)
+    _publish(lambda: publish_sweep(place, plan.name, page))
     console.print(f"Browse the runs: {_ui_command(place)}")
     if lost:
         raise TrainingError(
@@ -224,9 +235,11 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
     """
     place = Storage.with_records(storage)
     from linflab.platform.checkpoints import exclusive_lock
+    from linflab.platform.reporting import one_error
     from linflab.reports.records import read_sweeps
 
-    found = read_sweeps(place.tracking_uri)
+    with one_error(place):
+        found = read_sweeps(place.tracking_uri)
     for number, name in enumerate(found["sweep"]):
         if found.loc[number, "state"] == "running":  # by the record: its process may be gone
             # where it can't be asked, as on storage of somebody else's, the record stands
@@ -249,6 +262,10 @@ def report(
     out: OutFolder = None,
 ) -> None:
     """Tables and figures from records, as Markdown, LaTeX, HTML and CSV; quoted rows beside measured ones."""
+    for name in ("storage", "out"):
+        source = context.get_parameter_source(name)
+        if context.invoked_subcommand is not None and source is not None and source.name == "COMMANDLINE":
+            raise SettingError(f"{name}: goes after {context.invoked_subcommand}, or with --all")
     if context.invoked_subcommand is None and not everything:
         typer.echo(context.get_help())
     elif context.invoked_subcommand is None:
@@ -265,7 +282,7 @@ def report_sweep(
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
 ) -> None:
-    """The comparison table of a sweep: one row a trial, best first by certified accuracy on validation."""
+    """The comparison table of a sweep: one row a trial, best first by its first objective, on validation."""
     from linflab.platform.reporting import report_sweep
 
     _show_sweep(report_sweep(Storage.with_records(storage), name, out))
@@ -318,6 +335,17 @@ for _name in table_names():
     _add_shipped_table(_name)
 
 
+def _publish(adding: Callable[[], None]) -> None:
+    """Add model and figures to what has been recorded: if that goes wrong, results are not lost with it."""
+    try:
+        adding()
+    except Exception as error:  # of the store, the disk, an export, a figure
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        console.print(
+            f"All scores are recorded, but its model and figures could not be added to the record ({reason})."
+        )
+
+
 def _place(storage: Path) -> Storage:
     """The storage, which may have no records yet: quoted rows need none."""
     return Storage.with_records(storage) if Storage.at(storage).database.exists() else Storage.at(storage)
@@ -332,10 +360,12 @@ def _show(page: "Page") -> None:
 
 def _show_sweep(page: "Page") -> None:
     from linflab.reports.rendering import print_table
+    from linflab.reports.tables import VALIDATION
 
     print_table(page.table, console)
     best = page.table.rows[0]
-    console.print(f"\nThe best trial again (number {best.cell('#').text}):\n  {best.command}")
+    if best.cell(VALIDATION).value is not None:
+        console.print(f"\nThe best trial again (number {best.cell('#').text}):\n  {best.command}")
     _wrote(page.files, "As files:")
 
 
@@ -348,6 +378,8 @@ def _wrote(files: Iterable[Path], what: str) -> None:
 @app.command()
 def recipes(as_json: AsJson = False) -> None:
     """The shipped recipes."""
+    from linflab.platform.config import read_recipe, recipe_names
+
     rows = []
     for name in recipe_names():
         tree = read_recipe(name)
@@ -358,8 +390,10 @@ def recipes(as_json: AsJson = False) -> None:
 @app.command()
 def describe(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The settings of a recipe, its network's layers, parameters and FLOPs, and the counted cost of a training step."""
-    experiment = load_experiment(recipe, overrides or [])
     from linflab.models.networks.cost import count_parameters, layer_costs
+    from linflab.platform.config import load_experiment
+
+    experiment = load_experiment(recipe, overrides or [])
 
     network, input_shape = _network_without_weights(experiment)
     layers = [dataclasses.asdict(layer) for layer in layer_costs(network, input_shape)]
@@ -410,6 +444,8 @@ def space_show(
 @app.command("schema")
 def json_schema(what: Annotated[str, typer.Argument(help="experiment, or space")]) -> None:
     """The JSON schema of recipes or search spaces, for editors that check and complete YAML."""
+    from linflab.platform.config import Experiment
+
     models: dict[str, type[BaseModel]] = {"experiment": Experiment, "space": SearchSpace}
     if what not in models:
         raise SettingError(f"schema={what}: must be one of {', '.join(models)}")
@@ -419,6 +455,8 @@ def json_schema(what: Annotated[str, typer.Argument(help="experiment, or space")
 @data_app.command("list")
 def data_list(as_json: AsJson = False) -> None:
     """The data sets, what is there of each and where, and whether its images have the published means."""
+    from linflab.platform.datasets import inventory
+
     rows = [dataclasses.asdict(entry) for entry in inventory()]
     if as_json:
         typer.echo(json.dumps(rows))
@@ -440,6 +478,8 @@ def data_prepare(
     ] = None,
 ) -> None:
     """Convert a data set's originals, downloaded or already there, to the form that training reads."""
+    from linflab.platform.datasets import prepare_dataset
+
     console.print(f"{name} is prepared, in {prepare_dataset(name, source)}")
 
 
@@ -555,9 +595,10 @@ def import_weights(
     overrides: Overrides = None,
 ) -> None:
     """Convert weights that the authors of l_inf-dist nets and SortNet published, for `linflab evaluate`."""
-    experiment = load_experiment(recipe, overrides or [])
+    from linflab.platform.config import load_experiment
     from linflab.platform.published_weights import import_weights as convert
 
+    experiment = load_experiment(recipe, overrides or [])
     count = convert(file, experiment, output)
     console.print(f"{count} tensors of {file} are in {output}, as the network of {recipe}.")
 
@@ -568,6 +609,12 @@ def ui(
 ) -> None:
     """Browse the runs in the MLflow UI, on this machine only."""
     place = Storage.with_records(storage)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SettingError(f"port={port}: can't be used ({error.strerror}); choose another, as in 5050") from None
     from linflab.reports.records import read_experiments
 
     console.print(
@@ -578,20 +625,22 @@ def ui(
         console.print(f"  {name}: http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    raise typer.Exit(subprocess.call(command))
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # signals to this process are then signals to MLflow
 
 
-def _network_without_weights(experiment: Experiment) -> tuple["nn.Module", tuple[int, ...]]:
+def _network_without_weights(experiment: "Experiment") -> tuple["nn.Module", tuple[int, ...]]:
     """The network of an experiment with shapes alone, and the shape (C, H, W) of its images."""
     import torch
 
+    from linflab.platform.datasets import facts_of
     from linflab.platform.weights import image_shape, network_of
 
     with torch.device("meta"):
         return network_of(experiment), image_shape(experiment, facts_of(experiment.dataset))
 
 
-def _estimate(experiment: Experiment, dataset: Dataset) -> None:
+def _estimate(experiment: "Experiment", dataset: "Dataset") -> None:
     from linflab.platform.estimate import estimate
     from linflab.platform.tracking import hardware
     from linflab.platform.trial import check_machine, device_of

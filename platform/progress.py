@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 from types import TracebackType
 from typing import Any, Self
 
@@ -133,7 +134,8 @@ class SweepView(Callback):
 
     def lost(self, label: str) -> None:
         """A trial's process has died."""
-        self.rows[label] = replace(self.rows[label], state="lost")
+        before = self.rows.get(label, _Row(label, "", {}, ""))  # one that could not even start
+        self.rows[label] = replace(before, state="lost")
         self._say(label, "lost its process; it goes on from its checkpoint")
 
     def _update(self, trial: Trial, result: dict[str, Any]) -> None:
@@ -155,10 +157,10 @@ class SweepView(Callback):
         for name in ("#", "Setting", "Epoch", "p", "Loss", "Val. certified", "Best", "State"):
             text = name in ("Setting", "State")
             table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
-        # running ones first, then the best: where the screen ends, the worst are left out
-        rows = sorted(list(self.rows.values()), key=_Row.place)
+        rows = list(self.rows.values())
         ended = self.before + sum(row.state in ("done", "failed") for row in rows)
-        for row in rows:
+        # running ones first, then the best: where the screen ends, the worst are left out
+        for row in nsmallest(self.console.height, rows, key=_Row.place):
             table.add_row(
                 row.label,
                 row.setting,

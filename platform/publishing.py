@@ -7,6 +7,7 @@ hundreds of megabytes.
 import logging
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.tracking import MlflowClient
 from torch import nn
 
+from linflab.models.robustness.bounds.rounding import exact_products
 from linflab.models.robustness.certification import certifier_of, lipschitz_radius
 from linflab.platform.datasets import Split, load_dataset
-from linflab.platform.evaluation import batches
-from linflab.platform.reporting import report_sweep
+from linflab.platform.evaluation import batches, scoring_of
 from linflab.platform.scoring import weights_of_run
 from linflab.platform.storage import Storage
-from linflab.platform.tracking import patient_client
+from linflab.platform.tracking import patient_client, patiently
 from linflab.platform.trial import device_of
 from linflab.platform.weights import load_network
 from linflab.reports import schema
@@ -65,13 +66,15 @@ def publish_run(storage: Storage, run_id: str) -> None:
             folder,
             "learning_curves",
         )
+        size, scoring = experiment.evaluation.batch_size, scoring_of(experiment, network, attacked=False)
         if certifier_of(network) == "lipschitz":
-            size = experiment.evaluation.batch_size
-            margins, radii = (_radii(network, split, size) for split in (dataset.train, dataset.test))
+            seen = [dataset.train] + ([dataset.validation] if experiment.training.include_validation else [])
+            margins = np.concatenate([_radii(network, split, size) for split in seen])
             _write_numbers(folder / schema.MARGINS_FILE, "half_margin", margins)
-            _write_numbers(folder / schema.RADII_FILE, "certified_radius", radii)
             write_figure(margin_figure(margins, experiment.eps, experiment.dataset), folder, "training_margins")
-            by = "lipschitz"
+        if scoring.certifier == "lipschitz":  # others would take a bisection
+            radii, by = _radii(network, dataset.test, size, scoring.sound), scoring.certificate
+            _write_numbers(folder / schema.RADII_FILE, "certified_radius", radii)
             write_figure(
                 certified_accuracy_figure(radii, experiment.dataset, by, robust={}), folder, "certified_accuracy"
             )
@@ -83,7 +86,10 @@ def publish_run(storage: Storage, run_id: str) -> None:
 
 
 def _log_model(client: MlflowClient, run_id: str, folder: Path) -> None:
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    if run.outputs is not None and run.outputs.model_outputs:  # of a time that was cut before the figures were added
+        return
+    experiment = run.info.experiment_id
     model = client.create_logged_model(experiment, schema.MODEL, source_run_id=run_id)
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
@@ -92,28 +98,28 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 def publish_launch(storage: Storage, launch: str) -> None:
     """Publish the runs of a launch."""
-    for run_id in read_runs(storage.tracking_uri, {schema.LAUNCH: launch}).get("run_id", []):
+    runs = patiently(lambda: read_runs(storage.tracking_uri, {schema.LAUNCH: launch}))
+    for run_id in runs.get("run_id", []):
         publish_run(storage, run_id)
 
 
-def publish_sweep(storage: Storage, name: str) -> Page:
-    """Write the report of a sweep that has ended, add it to the sweep's run, and publish its best trial.
+def publish_sweep(storage: Storage, name: str, page: Page) -> None:
+    """Add the report of a sweep that has ended to its run, the head of the table as the note that the UI shows.
 
-    The head of the table becomes the note that the UI shows.
+    Its best trial is published, too.
 
     Raises:
-        SettingError: as `report_sweep`.
+        SettingError: as `publish_run`.
     """
-    page = report_sweep(storage, name, None)
-    best = in_order(read_trials(storage.tracking_uri, name)).iloc[0]
-    if best["status"] == "FINISHED":
-        publish_run(storage, best["run_id"])
     client = patient_client(storage)
-    parents = read_runs(storage.tracking_uri, {schema.KIND: "sweep", schema.SWEEP: name})
+    of_sweep = {schema.KIND: "sweep", schema.SWEEP: name}
+    parents = patiently(lambda: read_runs(storage.tracking_uri, of_sweep))
     for path in page.files:
         client.log_artifact(parents["run_id"].iloc[0], str(path), schema.REPORT_FOLDER)
     client.set_tag(parents["run_id"].iloc[0], schema.NOTE, short_note(page.table))
-    return page
+    best = in_order(patiently(lambda: read_trials(storage.tracking_uri, name))).iloc[0]
+    if best["status"] == "FINISHED":
+        publish_run(storage, best["run_id"])
 
 
 def short_note(table: Table) -> str:
@@ -128,8 +134,11 @@ def short_note(table: Table) -> str:
     return table.title
 
 
-def _radii(network: nn.Module, split: Split, batch_size: int) -> np.ndarray:
-    found = [lipschitz_radius(network, *split.batch(positions)).cpu() for positions in batches(split, batch_size)]
+def _radii(network: nn.Module, split: Split, batch_size: int, sound: bool = False) -> np.ndarray:
+    with exact_products() if sound else nullcontext():
+        found = [
+            lipschitz_radius(network, *split.batch(positions), sound).cpu() for positions in batches(split, batch_size)
+        ]
     return torch.cat(found).double().numpy()
 
 

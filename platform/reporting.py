@@ -1,5 +1,6 @@
 """Reports on a storage's records: read, made into pages, and written to a folder."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ from linflab.platform.errors import SettingError
 from linflab.platform.storage import ELSEWHERE, Storage
 from linflab.reports import schema
 from linflab.reports.comparison import comparison_table, load_definition, table_of
-from linflab.reports.pages import Page, write_index, write_page, write_run_page, write_sweep_page
+from linflab.reports.pages import Page, page_name, write_index, write_page, write_run_page, write_sweep_page
 from linflab.reports.papers import table_names
 from linflab.reports.records import read_runs, read_trials
 
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
 TRIALS = {schema.KIND: "trial"}
 
 
@@ -26,20 +28,20 @@ def report_sweep(storage: Storage, name: str, out: Path | None) -> Page:
     Raises:
         SettingError: there is no such sweep, no trial of it, or no reading the record or writing the files.
     """
-    with _one_error(storage, out):
+    with one_error(storage, out):
         return write_sweep_page(name, _trials(storage, name), out or storage.reports)
 
 
 def report_run(storage: Storage, run: str, out: Path | None) -> Page:
     """The report of a run. Raises: as `report_sweep`."""
-    with _one_error(storage, out):
+    with one_error(storage, out):
         client = MlflowClient(storage.tracking_uri)
         return write_run_page(client, read_runs(storage.tracking_uri, TRIALS), run, out or storage.reports)
 
 
 def report_comparison(storage: Storage, names: Sequence[str], quoted: bool, out: Path | None) -> Page:
     """Runs and sweeps side by side. Raises: as `report_sweep`."""
-    with _one_error(storage, out):
+    with one_error(storage, out):
         table = table_of(read_runs(storage.tracking_uri, TRIALS), names, quoted)
         return write_page(table, out or storage.reports, "comparison")
 
@@ -54,9 +56,10 @@ def report_table(storage: Storage, name: str, out: Path | None) -> Page:
         definition = load_definition(name)
     except ValueError as error:
         raise SettingError(str(error)) from None
-    with _one_error(storage, out):
+    stem = name if name in table_names() else page_name("table", Path(name).stem)
+    with one_error(storage, out):
         table = comparison_table(definition, _runs(storage))
-        return write_page(table, out or storage.reports, Path(name).stem)
+        return write_page(table, out or storage.reports, stem)
 
 
 def report_all(storage: Storage, out: Path | None) -> list[Path]:
@@ -66,7 +69,7 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
         SettingError: the record can't be read, or the files can't be written.
     """
     folder = out or storage.reports
-    with _one_error(storage, out):
+    with one_error(storage, out):
         runs = _runs(storage)
         tables = [comparison_table(load_definition(name), runs) for name in table_names()]
         pages = [write_page(table, folder, name) for name, table in zip(table_names(), tables, strict=True)]
@@ -92,7 +95,12 @@ def _trials(storage: Storage, name: str) -> pd.DataFrame:
 
 
 @contextmanager
-def _one_error(storage: Storage, out: Path | None) -> Iterator[None]:
+def one_error(storage: Storage, out: Path | None = None) -> Iterator[None]:
+    """What goes wrong with records or files within, as one clear error.
+
+    Raises:
+        SettingError: for all that is not a mistake of ours.
+    """
     try:
         yield
     except LookupError as error:
@@ -103,4 +111,4 @@ def _one_error(storage: Storage, out: Path | None) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise SettingError(f"storage={storage.root}: its records can't be read ({reason}); {ELSEWHERE}") from None
     except OSError as error:
-        raise SettingError(f"out={out or storage.reports}: can't be written to ({error})") from None
+        raise SettingError(f"out={out or storage.reports}: can't be used ({error})") from None

@@ -9,7 +9,8 @@ are functions of the share of training done; hence a training of fewer epochs go
 p = inf, where its certified accuracy means what it means. With `race=9`, all points are trained for a ninth of the
 epochs, the best third of them anew for a third, and the best third of these in full: successive halving (Jamieson and
 Talwalkar, AISTATS 2016; factor 3), but every training whole. A point goes on as soon as nothing that is still to come
-can displace it, so who goes on does not depend on timing.
+can displace it, so who goes on does not depend on timing. Only where failed trainings are tried again after others have
+gone on in their place can there be more of these than a third.
 """
 
 import math
@@ -96,11 +97,11 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Past:
-    """A training of before: when it started and, if it did, ended (on any clock), and what it came to."""
+    """A training of before: when the search proposed it and, if it was, was told of it, and what it came to."""
 
     job: Job
-    started: float
-    ended: float | None = None
+    asked: float
+    told: float | None = None  # it is still to be
     scores: Scores | None = None  # None: it failed, if it ended
 
 
@@ -137,14 +138,14 @@ class Search:
         past = list(history)
         self.started = {one.job.label: one.job for one in past}
         points = {one.job.number: one for one in past if one.job.round == 1 and one.job.repeat == 0}
-        ends = sorted((one for one in past if one.ended is not None), key=lambda one: one.ended or 0, reverse=True)
+        ends = sorted((one for one in past if one.told is not None), key=lambda one: one.told or 0, reverse=True)
         for number in range(1, max(points, default=0) + 1):
             if number not in points:
                 job = self.started[str(number)] = Job(number, self._ask(None))
                 self.tell(job, None)
                 continue
-            while ends and (ends[-1].ended or 0) <= points[number].started:
-                if ends[-1].job.number >= number:  # clocks that were set back
+            while ends and (ends[-1].told or 0) <= points[number].asked:
+                if ends[-1].job.number >= number:  # records of before the order was kept, by clocks that were set back
                     break
                 self._tell(ends.pop())
             self._ask(dict(points[number].job.point))

@@ -29,6 +29,7 @@ from typing import Any, Self
 import ray
 import torch
 import yaml
+from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 from ray import cloudpickle, tune
@@ -60,6 +61,7 @@ for _name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
 FIXED = ("dataset", "eps", "evaluation", "compute", "training.include_validation")  # what a sweep can't vary
 DEATHS = 3  # how often a trial's process may die without that it comes further
 RESTARTS = 100  # of a trial in one launch; where its process can't even start
+SECONDS_TO_FREE = 5.0  # that neighbours have to let go of memory, before a trial that found none tries again
 FAILURE = "failure"  # what a trial reports to Tune where it has no result: why
 TrainFunction = Callable[..., dict[str, float]]  # as `run_trial`
 
@@ -212,6 +214,10 @@ def plan_sweep(
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, search)
     dataset = load_dataset(base.dataset, base.augmentation)
     check_fits(base, dataset)
+    if base.training.epochs < search.race:
+        raise SettingError(
+            f"race={search.race}: needs at least so many training.epochs; there are {base.training.epochs}"
+        )
     for path in space.parameters:
         if any(path == fixed or path.startswith(f"{fixed}.") for fixed in FIXED):
             raise SettingError(
@@ -267,6 +273,7 @@ def run_sweep(
                     with view, _terminated_as_interrupted():
                         _tuner(plan, storage, proposals, view, train).fit()
                 finally:
+                    record.save_hours()
                     end_open_runs(storage, record.launch, but=parent.id)
                     shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
                 if not proposals.finished:
@@ -302,6 +309,8 @@ class _Record:
         self.run_ids: dict[str, str] = {}
         self.pending: list[Job] = []  # that had started, and are to go on
         self.begun: set[str] = set()  # by this launch
+        self.last_moment = 0
+        self.saved = time.monotonic()
         self.began = time.monotonic() - parent.metrics.get(schema.SWEEP_SECONDS, 0.0)
 
     @classmethod
@@ -330,15 +339,25 @@ class _Record:
     def search(self, retry_failed: bool) -> Search:
         """The search, as far as the record goes."""
         search = Search(self.plan.space, self.plan.search, self.plan.base.seed)
-        runs = search_runs(self.client, f"tags.`mlflow.parentRunId` = '{self.parent.id}'")
-        jobs = [Job(**json.loads(run.data.tags[schema.JOB])) for run in runs]
-        self.run_ids = {job.label: run.info.run_id for job, run in zip(jobs, runs, strict=True)}
+        runs: dict[str, MlflowRun] = {}
+        for run in search_runs(self.client, f"tags.`mlflow.parentRunId` = '{self.parent.id}'"):  # the latest first
+            label = run.data.tags[schema.TRIAL]
+            if label in runs:  # made once more, since the store's answer was lost on the way
+                extra = runs[label] if run.info.status == "FINISHED" else run
+                self.client.delete_run(extra.info.run_id)
+                if extra is run:
+                    continue
+            runs[label] = run
+        self.run_ids = {label: run.info.run_id for label, run in runs.items()}
+        told = [int(run.data.tags.get(name, 0)) for run in runs.values() for name in (schema.ASKED, schema.TOLD)]
+        self.last_moment = max(told, default=0)
         past = []
-        for job, run in zip(jobs, runs, strict=True):
+        for run in runs.values():
+            job = Job(**json.loads(run.data.tags[schema.JOB]))
             failed = run.info.status == "FAILED" and schema.FAILURE in run.data.tags and not retry_failed
-            ended = run.info.end_time if run.info.status == "FINISHED" or failed else None
-            past.append(Past(job, run.info.start_time, ended, None if failed else run.data.metrics))
-            if ended is None:
+            ended = run.info.status == "FINISHED" or failed
+            past.append(Past(job, *self._moments(run, ended), None if failed else run.data.metrics))
+            if not ended:
                 self.pending.append(job)
                 if run.info.status == "RUNNING":  # by the record of a process that is gone
                     self.client.set_terminated(run.info.run_id, "KILLED")
@@ -347,6 +366,27 @@ class _Record:
         search.recall(past)
         self.pending.sort(key=lambda job: (job.round, job.number))
         return search
+
+    def _moments(self, run: MlflowRun, ended: bool) -> tuple[int, int | None]:
+        """When the search proposed a trial, and was told of its end."""
+        tags = run.data.tags
+        if schema.ASKED not in tags:  # recorded before these were
+            return run.info.start_time, run.info.end_time if ended else None
+        if ended and schema.TOLD not in tags:  # the driver died before it heard of it
+            self.client.set_tag(run.info.run_id, schema.TOLD, str(self._moment()))
+            return int(tags[schema.ASKED]), self.last_moment
+        return int(tags[schema.ASKED]), int(tags[schema.TOLD]) if ended else None
+
+    def _moment(self) -> int:
+        """Milliseconds since 1970, later than any before, whatever becomes of clocks."""
+        self.last_moment = max(int(1000 * time.time()), self.last_moment + 1)
+        return self.last_moment
+
+    def save_hours(self, seconds_since: float = 0.0) -> None:
+        """Record what has been spent, if that was not done within so many seconds."""
+        if time.monotonic() - self.saved >= seconds_since:
+            self.saved = time.monotonic()
+            self.parent.log_metrics({schema.SWEEP_SECONDS: 3600 * self.hours}, step=int(3600 * self.hours))
 
     @property
     def hours(self) -> float:
@@ -367,6 +407,7 @@ class _Record:
             schema.COMMAND: plan.command(job),
             schema.SEARCHED: ",".join(job.point),
             schema.OBJECTIVES: ",".join(plan.search.objectives),
+            schema.ASKED: str(self._moment()),
         }
         settings: dict[str, Any] | None = None
         refusal = ""
@@ -389,12 +430,13 @@ class _Record:
             run.fail(refusal)
         return run.id, refusal
 
-    def ended(self, job: Job, failure: str | None, ended: int) -> None:
-        """Note that a trial has ended; where it could not say so itself, its run is ended as failed."""
-        self.parent.log_metrics({schema.SWEEP_SECONDS: 3600 * self.hours}, step=ended)
+    def ended(self, job: Job, failure: str | None) -> None:
+        """Note that the search was told of a trial's end; where it could not say so itself, its run ends as failed."""
         run_id = self.run_ids[job.label]
+        self.client.set_tag(run_id, schema.TOLD, str(self._moment()))
         if failure is not None and self.client.get_run(run_id).info.status not in ("FINISHED", "FAILED"):
             Run(self.client, run_id).fail(failure)
+        self.save_hours()
 
 
 class _Proposals(Searcher):
@@ -425,6 +467,10 @@ class _Proposals(Searcher):
         self.jobs[trial_id] = job
         return {"trial": job.label, "run_id": run_id, "job": json.dumps(dataclasses.asdict(job))}
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        with suppress(*STORE_ERRORS):
+            self.record.save_hours(seconds_since=60)
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         scores = result or {}
         failure = scores.get(FAILURE)
@@ -448,7 +494,7 @@ class _Proposals(Searcher):
         self.search.tell(job, scores)
         self.view.ended(job.label, job.point, dict(scores or {}), failure)
         with suppress(*STORE_ERRORS):  # Tune would take them for the trial's own
-            self.record.ended(job, failure, len(self.search.ended))
+            self.record.ended(job, failure)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: see `__getstate__`."""
@@ -521,12 +567,15 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
         except (WorkerDied, Busy, *STORE_ERRORS):
             raise  # says nothing of the training: the trial is started again
         except Exception as error:
-            if again and _out_of_memory(error):  # neighbours may have taken it; once more, from the checkpoint
-                again = False
-                gc.collect()
-                torch.cuda.empty_cache()
-            else:
+            if "CUDA error" in str(error):  # nothing will work in this process any more, for this trial or others
+                raise WorkerDied(f"{type(error).__name__}: {error}") from None
+            if not again or not _out_of_memory(error):
                 metrics = {FAILURE: f"{type(error).__name__}: {error}"}
+        if metrics is None:  # neighbours may have taken the memory: once more, from the checkpoint
+            again = False
+            gc.collect()
+            torch.cuda.empty_cache()
+            time.sleep(SECONDS_TO_FREE)
     tune.report({"epoch": experiment.training.epochs, **metrics})
 
 

@@ -207,14 +207,15 @@ class Run:
         MLflow's own thread, which would measure by the clock, gives up where the store is out of reach.
         """
         if not self.monitors:
-            self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-            with suppress(Exception):  # it can raise nearly anything, where there is no GPU
-                self.monitors.append(GPUMonitor())
+            for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+                with suppress(Exception):  # nearly anything, where a machine has no such thing, as a GPU
+                    self.monitors.append(kind())
         found: dict[str, float] = {}
         for monitor in self.monitors:
             monitor.clear_metrics()
-            monitor.collect_metrics()
-            found |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            with suppress(Exception):  # no reason to end a training
+                monitor.collect_metrics()
+                found |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
         return found
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:

@@ -27,7 +27,7 @@ from linflab.models.robustness.objectives import (
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
-from linflab.platform.errors import Interrupted, SettingError, TrainingError
+from linflab.platform.errors import Interrupted, SettingError, TrainingError, WorkerDied
 from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of
 from linflab.platform.schedules import cosine_after, exponential
 
@@ -213,6 +213,8 @@ def fit(
     at = _Position(1, 0, 0.0, 0.0, torch.zeros(trainer.steps_per_epoch, device=trainer.device), best=None)
     if checkpoints is not None and checkpoints.exist():
         at = _restore(checkpoints.load(), trainer)
+    if workers > 1:
+        _check_agreement(at, trainer.device)
     trainer.connect()
 
     def check() -> None:
@@ -338,6 +340,20 @@ def _restore(state: dict[str, Any], trainer: Trainer) -> _Position:
         best = Trained(network, epoch, None if scores is None else Accuracy(**scores), seconds)
     losses = state["losses"].to(trainer.device)
     return _Position(state["epoch"], state["batch"], state["seconds"], state["earlier"], losses, best)
+
+
+def _check_agreement(at: _Position, device: torch.device) -> None:
+    """Check that all workers go on from one place: else each would train something else, and none would say so.
+
+    Raises:
+        WorkerDied: they read different checkpoints; to start again will do.
+    """
+    mine = torch.tensor([at.epoch, at.batch], device=device)
+    least, most = mine.clone(), mine.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise WorkerDied(f"workers read different checkpoints, of epochs {int(least[0])} to {int(most[0])}")
 
 
 def _check_same(written: str, experiment: Experiment) -> None:

@@ -109,6 +109,8 @@ def run_trial(
         TrainingError: training went wrong, or processes died too often.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
+        if not _agreed(experiment):
+            return {}
         dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
         fit(experiment, dataset, on_epoch, checkpoints=checkpoints_of(storage, resume) if resume else None)
         return {}
@@ -128,11 +130,23 @@ def run_trial(
             run = stack.enter_context(Run.start(storage, experiment, name, tags))
             if checkpointed:
                 stack.enter_context(checkpoints_of(storage, run.id).lock())
+        if dist.is_initialized():
+            _agreed(experiment, not run.finished)
         checkpoints = checkpoints_of(storage, run.id) if checkpointed else None
         metrics = run.metrics if run.finished else _train(experiment, run, on_epoch, on_step, checkpoints, scored)
     if checkpoints is not None:  # only now, when the record says that the run has finished
         checkpoints.remove()
     return metrics
+
+
+def _agreed(experiment: Experiment, trains: bool = False) -> bool:
+    """Whether the workers train: the first one says so, once no other process can; the others wait for it here.
+
+    Else they might read the checkpoint while workers of before still write the next one.
+    """
+    said = torch.tensor(int(trains), device=device_of(experiment))
+    dist.broadcast(said, src=0)
+    return bool(said.item())
 
 
 def _train(

@@ -1,7 +1,9 @@
 """Ray around one trial: several workers that train it, on CPUs over gloo or on CUDA devices over nccl, or score it."""
 
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from threading import Thread
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import data_folder, load_dataset
-from linflab.platform.errors import SettingError, TrainingError, WorkerDied
+from linflab.platform.errors import Busy, SettingError, TrainingError, WorkerDied
 from linflab.platform.evaluation import BatchScore, Scoring, score_batch
 from linflab.platform.storage import Storage
+from linflab.platform.tracking import STORE_ERRORS
 from linflab.platform.training import EpochReport, StepReport
 from linflab.platform.trial import device_of, run_trial
 from linflab.platform.weights import network_of
@@ -35,6 +38,8 @@ def start_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine for the life of this process."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # a process that Ray itself kills for want of memory ends the whole of Ray Tune; the kernel's kill does not
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
         os.environ["LINFLAB_DATA"] = str(data_folder())  # absolute: Ray's workers run in folders of their own
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
@@ -105,6 +110,7 @@ def train_on_workers(
     resources = worker_resources(experiment)
     follow = on_epoch is not None or on_step is not None
     reports = Queue(actor_options={"num_cpus": 0}) if follow else None
+    own_name = f"train-{uuid.uuid4().hex}"
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -123,7 +129,7 @@ def train_on_workers(
         scaling_config=ray.train.ScalingConfig(
             num_workers=experiment.compute.workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(storage_path=str(storage.ray), callbacks=list(callbacks)),
+        run_config=ray.train.RunConfig(name=own_name, storage_path=str(storage.ray), callbacks=list(callbacks)),
     )
     listener = Thread(target=_listen, args=(reports, on_epoch, on_step), daemon=True)
     if reports is not None:
@@ -141,12 +147,15 @@ def train_on_workers(
             reports.put(None)
             listener.join()
             reports.shutdown()
+        shutil.rmtree(storage.ray / own_name, ignore_errors=True)
     assert result.return_value is not None  # a worker that returns nothing has raised
     return result.return_value
 
 
 def _lost(failure: Exception) -> bool:
     """Whether a worker's failure is that it, or one that it waited for, is gone; not an error of its own."""
+    if isinstance(failure, (WorkerDied, Busy, *STORE_ERRORS)):
+        return True
     ours = isinstance(failure, SettingError | TrainingError)
     return isinstance(failure, RayTrainError | dist.DistError) or (not ours and "gloo" in str(failure))
 

@@ -12,19 +12,20 @@ A table is defined by YAML (`papers/`, or a file of one's own):
 import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import count, product
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Annotated, Literal, Self
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linflab.reports import schema
 from linflab.reports.literature import dataset_title, parse_eps, quotations, sources
 from linflab.reports.papers import table_names
 from linflab.reports.records import parameters
-from linflab.reports.sweep_tables import in_order
+from linflab.reports.sweep_tables import ORDERS, in_order, objectives_of
 from linflab.reports.tables import (
     CERTIFIED,
     EPOCH_SECONDS,
@@ -45,12 +46,12 @@ from linflab.reports.tables import (
     eps_text,
     flops,
     number,
-    percent,
     text,
 )
 from linflab.reports.wording import attacks, certifiers, describe_settings, machines, workers
 
 SEED, FINAL = "seed", "training.include_validation"
+NOT_COMPARED = (SEED, FINAL, "training.checkpoint_epochs", "evaluation.batch_size")  # as is compute
 SIZES = ("depth", "width", "dense_width", "hidden", "q")  # settings of a network that tell its size
 Column = Literal[
     "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Test", "Robust", "Certified", "Hours", "Runs",
@@ -79,12 +80,22 @@ class Measured(_Strict):
     Attributes:
         by: settings, by dotted path; runs that agree in them compete for one row.
         where: only runs with these settings.
-        seeds: settings that were trained with fewer seeds count only where none was trained with so many.
+        seeds: settings with fewer seeds don't compete, where some have so many; where none has, those with most do.
     """
 
     by: tuple[str, ...] = ("method",)
     where: dict[str, str | bool | int | float | None] = {}
     seeds: int = Field(default=3, ge=1)
+
+    @field_validator("by")
+    @classmethod
+    def _by_what_tells_methods_apart(cls, by: tuple[str, ...]) -> tuple[str, ...]:
+        if not by or len(set(by)) < len(by):
+            raise ValueError(f"by={list(by)}: must be settings, at least one, each once, as in [method, model.width]")
+        for path in by:
+            if path in NOT_COMPARED or path.startswith("compute."):
+                raise ValueError(f"by={path}: runs that differ in it alone are of one row")
+        return by
 
 
 class TableDefinition(_Strict):
@@ -114,14 +125,14 @@ def load_definition(name: str) -> TableDefinition:
         content = (resources.files("linflab.reports.papers") / f"{name}.yaml").read_text()
     else:
         try:
-            content = Path(name).read_text()
+            content = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise ValueError(
                 f"table={name}: is neither a file nor one of the shipped tables, {', '.join(table_names())}"
             ) from None
     try:
         tree = yaml.safe_load(content)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that are none
         raise ValueError(f"table={name}: is no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise ValueError(f"table={name}: must have title and groups, as in {{title: ..., groups: [...]}}")
@@ -150,8 +161,12 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
         if definition.measured is None:
             continue
         there = _of_group(runs, group)
+        for path in [*definition.measured.where, *definition.measured.by]:
+            if len(there) and path not in there:
+                notes.append(f"No run of {group.title} has a setting {path}.")
         for path, value in definition.measured.where.items():
-            there = there[[_equal(found, value) for found in there.get(path, pd.Series(None, index=there.index))]]
+            found = there[path] if path in there else pd.Series(None, index=there.index, dtype=object)
+            there = there[pd.Series([_equal(one, value) for one in found], index=there.index, dtype=bool)]
         scored = there[(there["status"] == "FINISHED") & there[schema.TEST_CERTIFIED].notna()]
         mine = [
             _measured_row(chosen, group, definition.measured.by, how, next(letters))
@@ -193,7 +208,7 @@ def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool) -> Table:
 
 
 def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
-    """The runs that a row is made of, and how it was chosen."""
+    """The runs that a row is made of, and how it was chosen: of a sweep, else of a run."""
     trials = runs[runs[schema.SWEEP] == name]
     if len(trials):
         trials = in_order(trials)
@@ -202,16 +217,27 @@ def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         seeds = trials[[str(trial).split("-seed")[0] == number for trial in trials[schema.TRIAL]]]
         seeds = seeds[seeds[schema.TEST_CERTIFIED].notna()]
         if len(seeds):
-            return seeds, f"the best of sweep {name} on validation, its trial {number}"
+            of = ORDERS[objectives_of(trials)[0]]
+            return seeds, f"the best of sweep {name} by {of}, its trial {number}"
         raise LookupError(f"{name}: no trial of this sweep has test scores yet")
-    mine = runs[[run_id.startswith(name) for run_id in runs["run_id"]]]
-    if len(mine) != 1:
-        sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) or "none yet"
-        many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
-        raise LookupError(f"{name}: there {many}; sweeps: {sweeps}")
+    mine = run_of(runs, name)
     if mine[schema.TEST_CERTIFIED].isna().all():
         raise LookupError(f"{name}: this run has no test scores ({mine['status'].iloc[0].lower()})")
     return mine, f"run {mine['run_id'].iloc[0]}, as asked for"
+
+
+def run_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The run of this id, or whose id alone begins so, as one row.
+
+    Raises:
+        LookupError: there is none, or there are several.
+    """
+    mine = runs[[run_id.startswith(name) for run_id in runs["run_id"]]]
+    if len(mine) != 1:
+        sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) if schema.SWEEP in runs else ""
+        many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
+        raise LookupError(f"{name}: there {many}; sweeps: {sweeps or 'none yet'}")
+    return mine
 
 
 def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
@@ -225,8 +251,9 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _letters() -> Iterator[str]:
-    yield from ascii_lowercase
-    yield from (first + second for first in ascii_lowercase for second in ascii_lowercase)
+    """a, b, ..., z, aa, ab and so on."""
+    for length in count(1):
+        yield from ("".join(letters) for letters in product(ascii_lowercase, repeat=length))
 
 
 def _same(dataset: str, eps: float, group: Group) -> bool:
@@ -264,12 +291,13 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
     """For each row the runs that it is made of, and how they were chosen: never by the test set."""
     if scored.empty:
         return
-    same = [name for name in parameters(scored) if name not in (SEED, FINAL) and not name.startswith("compute.")]
+    same = [name for name in parameters(scored) if name not in NOT_COMPARED and not name.startswith("compute.")]
     settings = scored[same].fillna("").astype(str)
     scored = scored.assign(configuration=settings.groupby(same, sort=False).ngroup())
     scored = scored.drop_duplicates(["configuration", SEED, FINAL])  # the same run again: the latest stands
     rows = settings.reindex(columns=list(measured.by)).fillna("").loc[scored.index]
-    for _, candidates in scored.groupby([rows[path] for path in measured.by], sort=True):
+    found = scored.groupby([rows[path] for path in measured.by], sort=False)
+    for _, candidates in sorted(found, key=lambda pair: [_sortable(str(value)) for value in pair[0]]):
         final = candidates[FINAL] == "True"
         competing = candidates[~final & candidates[schema.BEST_VALIDATION_CERTIFIED].notna()]
         if competing.empty:
@@ -280,9 +308,12 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
         enough = by[by["size"] >= min(measured.seeds, by["size"].max())]
         best = enough["mean"].idxmax()
         how = f"settings chosen by certified accuracy on validation ({100 * enough['mean'][best]:.2f})"
-        if len(by) > 1:
-            how += f" among {len(enough)}"
-            how += f" of {len(by)}, which have the most seeds" if len(enough) < len(by) else ""
+        if len(enough) < len(by):
+            how += (
+                f" among {len(enough)} of {len(by)} that were tried, those with at least {enough['size'].min()} seeds"
+            )
+        elif len(by) > 1:
+            how += f" among {len(by)} that were tried"
         again = candidates[final & (candidates["configuration"] == best)]
         if len(again):
             yield again, f"{how}, then trained on training and validation images"
@@ -290,10 +321,18 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
             yield competing[competing["configuration"] == best], how
 
 
+def _sortable(value: str) -> tuple[bool, float, str]:
+    """Numbers by size, before words."""
+    try:
+        return False, float(value), ""
+    except ValueError:
+        return True, 0.0, value
+
+
 def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str, mark: str) -> Row:
     runs = runs.iloc[pd.to_numeric(runs[SEED], errors="coerce").argsort(kind="stable")]
     first = runs.iloc[0]
-    of = {path: first.get(path) for path in by if path != "method"}
+    of = {path: first[path] for path in by if path != "method" and path in first and first[path] == first[path]}
     method = str(first["method"]) + (f" ({describe_settings(of)})" if of else "")
     network = {path: first[path] for path in runs.columns if path.startswith("model.") and path.split(".")[-1] in SIZES}
     network = {path: value for path, value in network.items() if value == value}
@@ -304,12 +343,12 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
         MODEL: text(describe_settings(network)),
         EPOCHS: text(first[schema.EPOCHS]),
         FLOPS: flops(first[schema.FLOPS]),
-        VALIDATION: _share(runs[schema.BEST_VALIDATION_CERTIFIED]),
-        TEST: _share(runs[schema.TEST_CLEAN]),
-        ROBUST: _share(runs[schema.TEST_ROBUST]),
-        CERTIFIED: _share(runs[schema.TEST_CERTIFIED]),
-        EPOCH_SECONDS: number((seconds / epochs).mean(), digits=1),
-        HOURS: number((seconds / 3600).mean()),
+        VALIDATION: _mean(100 * runs[schema.BEST_VALIDATION_CERTIFIED]),
+        TEST: _mean(100 * runs[schema.TEST_CLEAN]),
+        ROBUST: _mean(100 * runs[schema.TEST_ROBUST]),
+        CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
+        EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
+        HOURS: _mean(seconds / 3600),
         RUNS: Cell(str(len(runs)), len(runs)),
     }
     seeds = ", ".join(str(seed) for seed in runs[SEED])
@@ -319,7 +358,10 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     spent = seconds.mean()
     cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
     each = f" on {workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
-    parts.append(f"{first[schema.EPOCHS]} epochs{each}{cost}, on {machines(runs)}")
+    parts.append(f"{text(first[schema.EPOCHS]).text} epochs{each}{cost}, on {machines(runs)}")
+    for name in (schema.TEST_CLEAN, schema.TEST_ROBUST):
+        if 0 < runs[name].notna().sum() < len(runs):
+            parts.append(f"{name} is of {runs[name].notna().sum()} of them")
     broken = runs[schema.TEST_BROKEN].sum()
     if broken > 0:
         parts.append(f"attacks broke {int(broken)} samples that had been certified")
@@ -328,9 +370,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
 
 
-def _share(values: pd.Series) -> Cell:
-    there = values.dropna()
-    return percent(there.mean(), there.std() if len(there) > 1 else None) if len(there) else Cell()
+def _mean(values: pd.Series, digits: int = 2) -> Cell:
+    return number(values.mean(), values.std(), digits)  # of one value, no deviation
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> Table:

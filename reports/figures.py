@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from linflab.reports import schema
+from linflab.reports.tables import eps_text
 from linflab.reports.wording import short_name
 
 SIZE = (4.2, 2.9)  # inches: a column of a paper
@@ -61,7 +62,8 @@ def front_figure(trials: pd.DataFrame, on_front: pd.DataFrame) -> Figure:
     """
     clean, certified = schema.BEST_VALIDATION_CLEAN, schema.BEST_VALIDATION_CERTIFIED
     count = trials[certified].notna().sum()
-    figure, axes = _axes(f"{trials['dataset'].iloc[0]}, eps = {trials['eps'].iloc[0]}, {count} trainings")
+    dataset, eps = (trials[name].dropna().iloc[0] for name in ("dataset", "eps"))
+    figure, axes = _axes(f"{dataset}, eps = {eps_text(float(eps))}, {count} trainings")
     axes.plot(100 * trials[clean], 100 * trials[certified], "o", color=PALE, mec=INK, mew=0.6, ms=4)
     best = on_front.sort_values(clean)
     axes.plot(100 * best[clean], 100 * best[certified], "D-", color=INK, ms=5, lw=1, label="front")
@@ -118,7 +120,7 @@ def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, of: st
             values = there[path].astype(str)
         dots = len(there) > 1000  # drawn as pixels in a PDF, too
         axes.plot(values, 100 * there[metric], "o", color=PALE, mec=INK, mew=0.6, ms=3.5, rasterized=dots)
-        axes.set_xlabel(short_name(path), fontsize=8)
+        axes.set_xlabel(short_name(path), fontsize=8, parse_math=False)
         axes.tick_params(labelsize=7, which="both")
     return figure
 
@@ -141,7 +143,7 @@ def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> F
         ("learning rate", 1, {schema.LEARNING_RATE: ""}),
     )  # fmt: skip
     figure = Figure(figsize=(2 * SIZE[0] * 0.8, 2 * SIZE[1] * 0.8), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # names may hold dollars
     last = max((epoch for curve in history.values() for epoch in curve), default=1)
     for place, (what, unit, names) in enumerate(panels):
         axes = figure.add_subplot(2, 2, place + 1)
@@ -181,6 +183,7 @@ def margin_figure(radii: np.ndarray, eps: float, dataset: str) -> Figure:
         dataset: its name.
     """
     figure, axes = _axes(f"{dataset}, {len(radii)} training images")
+    radii = radii[np.isfinite(radii)]
     order = np.sort(radii)
     axes.step(order, 100 * np.arange(1, len(order) + 1) / len(order), where="post", color=INK)
     at = 100 * float((radii <= eps).mean())
@@ -206,7 +209,7 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 def _axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     _plain(axes)
     return figure, axes
 

@@ -5,6 +5,7 @@ HTML pages hold their figures, so that each is one file that needs no network.
 
 import base64
 import html
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from linflab.reports import schema
-from linflab.reports.comparison import table_of
+from linflab.reports.comparison import run_of, table_of
 from linflab.reports.figures import (
     front_figure,
     importance_figure,
@@ -46,6 +47,11 @@ class Page:
     files: tuple[Path, ...]
 
 
+def page_name(kind: str, name: str) -> str:
+    """The name of a page's files: of letters, digits, dots, dashes and underscores, whatever is in the record."""
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
+
+
 def write_page(table: Table, folder: Path, name: str, figures: Sequence[Path] = ()) -> Page:
     """Write a table as NAME.md, .tex, .html and .csv beside its figures, which are there already."""
 
@@ -61,24 +67,24 @@ def write_sweep_page(sweep: str, trials: pd.DataFrame, folder: Path) -> Page:
     `trials` is what `read_trials` returns, with at least one row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trials = in_order(trials)
+    name, trials = page_name("sweep", sweep), in_order(trials)
     objective = objectives_of(trials)[0]
     metric, of = schema.OBJECTIVE_METRICS[objective][0], ORDERS[objective]
     shares = importances(trials, metric)
     table = sweep_table(sweep, trials, shares)
     figures, files = {}, []
     if not (best := front(trials, ("certified", "clean"))).empty:
-        figures["certified over clean accuracy, and the front"] = f"{sweep}_front.png"
-        files += write_figure(front_figure(trials, best), folder, f"{sweep}_front")
+        figures["certified over clean accuracy, and the front"] = f"{name}_front.png"
+        files += write_figure(front_figure(trials, best), folder, f"{name}_front")
     if shares:
-        figures["importance of the settings"] = f"{sweep}_importance.png"
-        files += write_figure(importance_figure(shares, of), folder, f"{sweep}_importance")
+        figures["importance of the settings"] = f"{name}_importance.png"
+        files += write_figure(importance_figure(shares, of), folder, f"{name}_importance")
     first = trials[[("." not in str(name)) and "-" not in str(name) for name in trials[schema.TRIAL]]]
     paths = [path for path in shares or str(trials[schema.SEARCHED].iloc[0]).split(",") if path in trials]
     if objective != "flops" and paths and first[metric].notna().any():
-        figures["each setting"] = f"{sweep}_slices.png"
-        files += write_figure(slice_figure(first, paths, metric, of), folder, f"{sweep}_slices")
-    return write_page(replace(table, figures=figures), folder, sweep, files)
+        figures["each setting"] = f"{name}_slices.png"
+        files += write_figure(slice_figure(first, paths, metric, of), folder, f"{name}_slices")
+    return write_page(replace(table, figures=figures), folder, name, files)
 
 
 def write_run_page(client: MlflowClient, runs: pd.DataFrame, run_id: str, folder: Path) -> Page:
@@ -87,11 +93,10 @@ def write_run_page(client: MlflowClient, runs: pd.DataFrame, run_id: str, folder
     Raises:
         LookupError: as `table_of`.
     """
+    run_id = str(run_of(runs, run_id)["run_id"].iloc[0])
     table = table_of(runs, [run_id], quoted=False)
-    (mine,) = runs.index[[found.startswith(run_id) for found in runs["run_id"]]]
-    run_id = str(runs["run_id"][mine])
     folder.mkdir(parents=True, exist_ok=True)
-    name, figures, files = f"run-{run_id[:8]}", {}, []
+    name, figures, files = page_name("run", run_id[:8]), {}, []
     with tempfile.TemporaryDirectory() as there:
         try:
             found = Path(client.download_artifacts(run_id, schema.FIGURES_FOLDER, there))

@@ -39,9 +39,10 @@ def read_trials(tracking_uri: str, sweep: str) -> pd.DataFrame:
 def read_runs(tracking_uri: str, tags: Mapping[str, str]) -> pd.DataFrame:
     """All runs that have these tags, but for deleted ones, the latest first, one row each.
 
-    Columns: `run_id`, `status` (FINISHED, FAILED, KILLED, RUNNING), `started` (milliseconds since 1970), and every tag,
-    parameter and metric by the name it has in the record (`linflab.reports.schema`). Parameters are strings, as MLflow
-    keeps them; what a run lacks is NaN.
+    Columns: `run_id`, `status` (FINISHED, FAILED, KILLED, RUNNING), `started` (milliseconds since 1970), and every
+    parameter, and every tag and metric of ours or MLflow's, by the name it has in the record
+    (`linflab.reports.schema`); those that users add are left out. Parameters are strings, as MLflow keeps them; what a
+    run lacks is NaN.
 
     Raises:
         sqlalchemy.exc.SQLAlchemyError, mlflow.exceptions.MlflowException: the store can't be read.
@@ -79,13 +80,17 @@ def _query(engine: Engine, tags: Mapping[str, str]) -> list[dict[str, object]]:
             return iter(connection.execute(of_runs))
 
         names: dict[str, str] = {}  # each once in memory, however many runs have it
-        for run_id, key, text in of_chosen(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
-            rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
-        for run_id, key, text in of_chosen(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
-            rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
         metric = SqlLatestMetric
+        # a run that starts in between is in what follows, but not in rows
+        for run_id, key, text in of_chosen(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
+            if run_id in rows and key.startswith(TAGS):
+                rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
+        for run_id, key, text in of_chosen(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
+            if run_id in rows:
+                rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
         for run_id, key, value, is_nan in of_chosen(metric.run_uuid, metric.key, metric.value, metric.is_nan):
-            rows[run_id][names.setdefault(key, key)] = float("nan") if is_nan else value
+            if run_id in rows and "/" in key:
+                rows[run_id][names.setdefault(key, key)] = float("nan") if is_nan else value
     return list(rows.values())
 
 
@@ -97,9 +102,9 @@ def _from_server(uri: str, tags: Mapping[str, str]) -> list[dict[str, object]]:
             "run_id": run.info.run_id,
             "status": run.info.status,
             "started": run.info.start_time,
-            **run.data.tags,
+            **{name: value for name, value in run.data.tags.items() if name.startswith(TAGS)},
             **run.data.params,
-            **run.data.metrics,
+            **{name: value for name, value in run.data.metrics.items() if "/" in name},
         }
         for run in search_runs(client, query)
     ]

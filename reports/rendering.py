@@ -5,6 +5,7 @@ import html
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -18,17 +19,23 @@ from tabulate import tabulate
 
 from linflab.reports.tables import METHOD, NUMBER, SETTING, Cell, Row, Table
 
-MOST_SHOWN = 40  # rows on a terminal
+MOST_SHOWN = 40  # rows on a terminal, or on a page of LaTeX
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "±": r"$\pm$", "|": r"\textbar{}", "[": "{[}", "*": "{*}",
+    "|": r"\textbar{}", "[": "{[}", "*": "{*}",
 }  # fmt: skip
 LATEX_HEAD = r"""% For papers with \usepackage{booktabs}: \input this file, or paste the table. Alone, it is a document.
 \expandafter\ifx\csname @nodocument\endcsname\relax\else
   \documentclass{article}\usepackage{booktabs}\expandafter\def\csname linflab@end\endcsname{\end{document}}
   \begin{document}
 \fi"""
+UNICODE = {
+    "±": r"$\pm$", "\N{SCRIPT SMALL L}": r"$\ell$", "∞": r"$\infty$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$", "\N{EN DASH}": "--", "\N{EM DASH}": "---", "…": r"\ldots{}", "ß": r"\ss{}",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'", "\N{LEFT DOUBLE QUOTATION MARK}": "``", "ø": r"\o{}",
+    "\N{RIGHT DOUBLE QUOTATION MARK}": "''",
+}  # fmt: skip
 SYMBOLS = {"l_inf": r"$\ell_\infty$", "eps": r"$\epsilon$"}
 
 
@@ -57,7 +64,10 @@ def to_markdown(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([|*<])", r"\\\1", text)
+    """Text that Markdown shows as it is, on one line; underscores within words mean nothing there."""
+    text = re.sub(r"([\\|*<`])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"&(?=#?\w+;)", r"\&", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text).replace("](", r"]\(")
 
 
 def _markdown_cell(row: Row, column: str, table: Table) -> str:
@@ -79,22 +89,24 @@ def to_latex(table: Table) -> str:
 
     What repeats a row is a comment.
     """
-    width = len(table.columns)
+    width, shown = len(table.columns), table.rows[:MOST_SHOWN]
     lines = [LATEX_HEAD]
-    lines += [f"% {_name(row)}: {line}" for row in table.rows for line in row.command.splitlines()]
+    lines += [f"% {_name(row)}: {line}" for row in shown for line in row.command.splitlines()]
     kinds = {SETTING: r"p{0.4\linewidth}"} | {column: "r" for column in table.numeric}
     alignment = "".join(kinds.get(column, "l") for column in table.columns)
     lines += [r"\begin{table}[t]", r"\centering", rf"\caption{{{_latex(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule"]
     lines.append(" & ".join(_latex(column) for column in table.columns) + r" \\")
-    for group, rows in groupby(table.rows, key=lambda row: row.group):
+    for group, rows in groupby(shown, key=lambda row: row.group):
         lines.append(r"\midrule")
         if group:
             lines += [rf"\multicolumn{{{width}}}{{l}}{{{_latex(group)}}} \\", r"\midrule"]
         lines += [" & ".join(_latex_cell(row, column, table) for column in table.columns) + r" \\" for row in rows]
     lines += [r"\bottomrule", r"\end{tabular}"]
     notes = [_latex(note) for note in table.notes]
-    notes += [f"$^{{{row.mark}}}$ {_latex(row.note)}" for row in table.rows if row.mark]
+    notes += [f"$^{{{row.mark}}}$ {_latex(row.note)}" for row in shown if row.mark]
+    if len(shown) < len(table.rows):
+        notes.append(f"{len(table.rows) - len(shown)} more rows are in the CSV file.")
     if notes:
         body = r"\par ".join(notes)
         lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {body}\end{{minipage}}")
@@ -102,8 +114,17 @@ def to_latex(table: Table) -> str:
 
 
 def _latex(text: str) -> str:
-    parts = re.split(r"(\bl_inf\b|\beps\b)", text)
-    return "".join(SYMBOLS.get(part) or "".join(LATEX.get(letter, letter) for letter in part) for part in parts)
+    parts = re.split(r"(\bl_inf\b|\beps\b)", " ".join(text.split()))
+    return "".join(SYMBOLS.get(part) or "".join(map(_latex_letter, part)) for part in parts)
+
+
+def _latex_letter(letter: str) -> str:
+    if letter.isascii():
+        return LATEX.get(letter, letter)
+    base = unicodedata.normalize("NFD", letter)
+    if base[0].isascii() and base[0].isalpha() and ord(letter) < 0x180:  # accents, which pdflatex knows
+        return letter
+    return UNICODE.get(letter, rf"\texttt{{U+{ord(letter):04X}}}")
 
 
 def _latex_cell(row: Row, column: str, table: Table) -> str:
@@ -138,7 +159,7 @@ def to_csv(table: Table) -> str:
 
 def _plain(cell: Cell, exact: bool) -> object:
     if cell.value is None:
-        return None if cell == Cell() else cell.text
+        return None if cell == Cell() else " ".join(cell.text.split())
     return cell.value if exact else cell.text
 
 
@@ -169,7 +190,7 @@ def to_html(table: Table, images: Callable[[str], str] = lambda file: file) -> s
 def html_page(title: str, body: str) -> str:
     """A page of this body."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_html(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_html(title, symbols=False)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
         f"<body>\n<h1>{_html(title)}</h1>\n{body}\n</body></html>\n"
     )
@@ -275,7 +296,7 @@ def write_table(table: Table, folder: Path, name: str, images: Callable[[str], s
 def write_text(path: Path, text: str) -> Path:
     """Write a file and put it in place whole, with its folder; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -9,6 +9,7 @@ import pandas as pd
 from linflab.reports import schema
 from linflab.reports.tables import (
     CERTIFIED,
+    DASH,
     EPOCHS,
     FLOPS,
     METHOD,
@@ -20,6 +21,7 @@ from linflab.reports.tables import (
     VALIDATION_CLEAN,
     Row,
     Table,
+    eps_text,
     flops,
     percent,
     text,
@@ -31,7 +33,6 @@ from linflab.reports.wording import (
     duration,
     machines,
     short_name,
-    short_value,
     workers,
 )
 
@@ -77,19 +78,30 @@ def sweep_table(sweep: str, trials: pd.DataFrame, shares: Mapping[str, float] | 
         columns.remove(EPOCHS)
     if "clean" not in objectives_of(trials):
         columns.remove(VALIDATION_CLEAN)
-    first = trials.iloc[0]
-    title = f"Sweep {sweep}: {first['dataset']}, eps = {short_value(first['eps'])}"
+    title = f"Sweep {sweep}: {_known(trials['dataset'])}, eps = {_eps(trials)}"
     return Table(title, tuple(columns), rows, tuple(_notes(trials, shares or {})))
+
+
+def _known(column: pd.Series) -> str:
+    """What the runs have there in common: a run that was only just made has nothing yet."""
+    there = column.dropna()
+    return str(there.iloc[0]) if len(there) else DASH
+
+
+def _eps(trials: pd.DataFrame) -> str:
+    eps = _known(trials["eps"])
+    return eps if eps == DASH else eps_text(float(eps))
 
 
 def _setting(trial: dict) -> str:
     searched = str(trial[schema.SEARCHED]).split(",")
-    return describe_settings({path: trial[path] for path in searched if trial.get(path) == trial.get(path)})
+    return describe_settings({path: trial[path] for path in searched if path in trial and trial[path] == trial[path]})
 
 
 def in_order(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials as the table has them, with all columns that a table needs; see `sweep_table`."""
     columns = [
+        schema.TRIAL,
         schema.METHOD,
         schema.SEARCHED,
         schema.COMMAND,
@@ -154,19 +166,19 @@ def front(trials: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
 def _parse_name(name: str) -> tuple[int, int, int]:
     """Number, round and repetition of a trial: `7.2-seed3` -> (7, 2, 3)."""
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:-seed(\d+))?", name)
-    assert match is not None, name
+    if match is None:  # it was tagged by somebody else
+        return 0, 1, 0
     number, round_, repeat = match.groups()
     return int(number), int(round_ or 1), int(repeat or 0)
 
 
 def _notes(trials: pd.DataFrame, found: Mapping[str, float]) -> list[str]:
-    first = trials.iloc[0]
     notes = [
         "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial"
         + (", but not for shortened trainings." if trials[schema.EPOCHS].nunique() > 1 else "."),
         f"Rows are ordered by {ORDERS[objectives_of(trials)[0]]}. Each row's epoch was chosen by certified accuracy on "
         "the validation split (Val. certified), which is held out of the training set.",
-        f"Certified: certifier {certifiers(trials)}, radius above eps = {short_value(first['eps'])} in pixels.",
+        f"Certified: certifier {certifiers(trials)}, radius above eps = {_eps(trials)} in pixels.",
         f"Robust: what withstands every attack that ran: {attacks(trials)}.",
     ]
     broken = trials[schema.TEST_BROKEN]

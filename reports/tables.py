@@ -96,11 +96,9 @@ class Table:
         return [cell.value if cell.value is not None else None if cell.text == DASH else cell.text for cell in cells]
 
 
-def percent(share: float | None, spread: float | None = None) -> Cell:
-    """A share in [0, 1] as percent, with its deviation."""
-    if share is None or share != share:
-        return Cell()
-    return number(100 * share, None if spread is None else 100 * spread)
+def percent(share: float | None) -> Cell:
+    """A share in [0, 1] as percent."""
+    return Cell() if share is None else number(100 * share)
 
 
 def number(value: float | None, spread: float | None = None, digits: int = 2) -> Cell:

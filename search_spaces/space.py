@@ -18,11 +18,12 @@ given under `parameters` replace included ones of the same path.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 FOLDER = Path(__file__).parent
 
@@ -60,6 +61,14 @@ class _Distribution(BaseModel):
 class _Range(_Distribution):
     low: Number | str = Field(description="a number, or the dotted path of a parameter before this one")
     high: Number | str = Field(description="a number, or the dotted path of a parameter before this one")
+
+    @field_validator("low", "high", mode="before")
+    @classmethod
+    def _numbers_as_yaml_reads_them(cls, end: Any) -> Any:
+        """1e-4 is a text to YAML 1.1, for want of a dot."""
+        with suppress(ValueError):
+            return float(end) if isinstance(end, str) else end
+        return end
 
     @model_validator(mode="after")
     def _low_before_high(self) -> Self:
@@ -225,8 +234,7 @@ class SearchSpace(BaseModel):
                     )
             before[path] = distribution
         for point in self.try_first:
-            for path, value in point.items():
-                self._check_value(path, value)
+            self.check_point(point)
 
     def _check_end(self, path: str, end: float | str, before: Mapping[str, Any]) -> None:
         if not isinstance(end, str):
@@ -248,18 +256,41 @@ class SearchSpace(BaseModel):
         assert isinstance(named, _Range)
         return self._ends(named.low)[0], self._ends(named.high)[1]
 
-    def _check_value(self, path: str, value: Value) -> None:
-        if path not in self.parameters:
-            raise ValueError(f"try_first: {path}={value}: is no parameter of the space")
-        distribution = self.parameters[path]
-        if isinstance(distribution, Categorical):
-            fits, what = value in distribution.choices, str(distribution)
-        else:
-            low, high = self._ends(distribution.low)[0], self._ends(distribution.high)[1]
-            fits = not isinstance(value, bool | str) and low <= value <= high
-            what = f"from {low:g} to {high:g}"
-        if not fits:
-            raise ValueError(f"try_first: {path}={value}: must be {what}")
+    def check_point(self, point: Mapping[str, Value]) -> None:
+        """That a point to try first could have been drawn; what it leaves out is drawn.
+
+        Raises:
+            ValueError: it could not; names the parameter and what would do.
+        """
+        for path, value in point.items():
+            if path not in self.parameters:
+                raise ValueError(f"try_first: {path}={value}: is no parameter of the space")
+            distribution = self.parameters[path]
+            for name, choice in distribution.when.items():
+                if point.get(name, choice) != choice:
+                    raise ValueError(f"try_first: {path}={value}: is drawn only if {name} is {choice}")
+            if isinstance(distribution, Categorical):
+                fits, what = value in distribution.choices, str(distribution)
+            else:
+                fits, what = self._in_range(distribution, value, point)
+            if not fits:
+                raise ValueError(f"try_first: {path}={value}: must be {what}")
+
+    def _in_range(self, distribution: "_Range", value: Value, point: Mapping[str, Value]) -> tuple[bool, str]:
+        """Whether a value can be drawn beside the others of a point, and what can."""
+        low, high = (
+            float(point[end]) if isinstance(end, str) and end in point else self._ends(end)[place]
+            for place, end in enumerate((distribution.low, distribution.high))
+        )
+        what = f"from {low:g} to {high:g}"
+        if isinstance(value, bool | str) or not low <= value <= high:
+            return False, what
+        step = getattr(distribution, "step", None) or (1 if isinstance(distribution, Integer) else None)
+        known = not isinstance(distribution.low, str) or distribution.low in point
+        if step is None or not known:
+            return True, what
+        steps = (value - low) / step
+        return abs(steps - round(steps)) < 1e-6, f"{what} in steps of {step:g}"
 
 
 class _Ends:
@@ -271,7 +302,9 @@ class _Ends:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        return high if name == self.highest else low
+        if name != self.highest:
+            return low
+        return high if step is None else low + int((high - low) / step + 1e-8) * step
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         return low + (high - low) // step * step if name == self.highest else low
@@ -292,6 +325,14 @@ def load_space(name: str) -> SearchSpace:
         ValueError: no such space, or what is in the file is not one; says which entry is wrong.
     """
     return _load(name, Path(), ())
+
+
+def _fits(space: SearchSpace, point: Mapping[str, Value]) -> bool:
+    try:
+        space.check_point(point)
+    except ValueError:
+        return False
+    return True
 
 
 def _load(name: str, folder: Path, including: tuple[Path, ...]) -> SearchSpace:
@@ -324,7 +365,9 @@ def _load(name: str, folder: Path, including: tuple[Path, ...]) -> SearchSpace:
     parameters |= space.parameters
     if not parameters:
         raise ValueError(f"space={name}: has no parameters, so there is nothing to search")
-    space = space.model_copy(update={"parameters": parameters, "try_first": (*try_first, *space.try_first)})
+    space = space.model_copy(update={"parameters": parameters})
+    try_first = tuple(point for point in try_first if _fits(space, point))  # a file may narrow what it includes
+    space = space.model_copy(update={"try_first": (*try_first, *space.try_first)})
     try:
         space.check()
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -192,3 +193,11 @@ def test_hybrids_name_their_certifier(here: Here, tmp_path: Path) -> None:
 def test_sweeps_need_validation_images(here: Here, tmp_path: Path) -> None:
     done = here("sweep", RECIPE, "demo", "training.include_validation=true", "--storage", str(tmp_path / "runs"))
     refused(done, "training.include_validation=true")
+
+
+def test_a_port_that_is_taken(here: Here, finished_sweep: FinishedSweep) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused(here("ui", "--port", port, "--storage", str(finished_sweep.storage)), f"port={port}", "choose another")

@@ -102,7 +102,7 @@ def test_the_run_of_a_sweep_carries_its_report(finished_sweep: FinishedSweep) ->
     uri = Storage(finished_sweep.storage).tracking_uri
     (parent,) = read_runs(uri, {schema.KIND: "sweep"}).to_dict("records")
     names = {path.name for path in artifact(finished_sweep, parent["run_id"], schema.REPORT_FOLDER).iterdir()}
-    assert {"three.md", "three.tex", "three.html", "three.csv", "three_front.png", "three_slices.pdf"} <= names
+    assert {f"sweep-three{end}" for end in (".md", ".tex", ".html", ".csv", "_front.png", "_slices.pdf")} <= names
     assert parent[schema.NOTE].startswith("## Sweep three") and "| Certified" in " ".join(parent[schema.NOTE].split())
     for run in read_runs(uri, {}).to_dict("records"):
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run[schema.COMMIT])
@@ -130,8 +130,8 @@ def test_all_reports_are_linked(here: Here, finished_sweep: FinishedSweep, best:
     links = re.findall(r'href="([^"#]+)"', (tmp_path / "index.html").read_text())
     files = {path.name for path in tmp_path.iterdir()}
     assert set(links) == files - {"index.html"}
-    assert {"table1.html", "table2.tex", "table4.csv", "three.html", "three_front.pdf"} <= files
-    page = (tmp_path / "three.html").read_text()
+    assert {"table1.html", "table2.tex", "table4.csv", "sweep-three.html", "sweep-three_front.pdf"} <= files
+    page = (tmp_path / "sweep-three.html").read_text()
     assert "data:image/png;base64," in page and not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
@@ -142,7 +142,10 @@ def test_a_run_and_a_comparison(here: Here, finished_sweep: FinishedSweep, best:
     assert (tmp_path / f"run-{best[:8]}_training_margins.png").exists()
     done = here("report", "compare", "three", best, *place)
     assert done.returncode == 0 and (tmp_path / "comparison.tex").exists()
-    assert "the best of sweep three on validation" in " ".join(done.stdout.split())
+    assert "the best of sweep three by certified accuracy on validation" in " ".join(done.stdout.split())
+    for what in ("three", "0" * 40):
+        failed = here("report", "run", what, *place)
+        assert failed.returncode == 2 and f"{what}: there is no such run" in failed.stderr
     failed = here("report", "compare", "four", *place)
     assert failed.returncode == 2 and "four: there is no such run or sweep; sweeps: three" in failed.stderr
 
@@ -151,7 +154,7 @@ def test_a_table_of_ones_own(here: Here, finished_sweep: FinishedSweep, tmp_path
     file = tmp_path / "mine.yaml"
     file.write_text("title: Mine\ngroups: [{dataset: digits, eps: 0.1}]\nmeasured: {by: [method, model.width]}\n")
     done = here("report", "table", str(file), "--storage", str(finished_sweep.storage), "--out", str(tmp_path / "out"))
-    assert done.returncode == 0 and "(width=" in done.stdout and (tmp_path / "out" / "mine.html").exists()
+    assert done.returncode == 0 and "(width=" in done.stdout and (tmp_path / "out" / "table-mine.html").exists()
     file.write_text("title: Mine\ngroups: [{dataset: digits, eps: 5}]")
     done = here("report", "table", str(file))
     assert done.returncode == 2 and "eps=5: must be a radius" in done.stderr and done.stderr.count("\n") == 1
@@ -166,6 +169,49 @@ def test_tables_without_a_record_and_with_a_broken_one(here: Here, tmp_path: Pat
         done = here("report", *command, "--storage", str(tmp_path))
         assert done.returncode == 2 and done.stderr.startswith(f"linflab: storage={tmp_path}: "), done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_options_go_after_the_report(here: Here, tmp_path: Path) -> None:
+    done = here("report", "--storage", str(tmp_path), "table4")
+    assert done.returncode == 2 and "storage: goes after table4" in done.stderr
+
+
+@pytest.mark.parametrize("tagged", ["../../escaped", "table1", "index", "a b"])
+def test_a_sweep_that_has_only_just_been_made(here: Here, tmp_path: Path, tagged: str) -> None:
+    """Its one trial has no settings yet, and its name could be anything, had it been made by somebody else."""
+    client = MlflowClient(Storage.open(tmp_path / "runs").tracking_uri)
+    tags = {schema.KIND: "trial", schema.SWEEP: tagged, schema.TRIAL: "1", schema.SEARCHED: "model.width"}
+    client.create_run("0", tags={**tags, schema.OBJECTIVES: "certified"})
+    place = ("--storage", str(tmp_path / "runs"), "--out", str(tmp_path / "out"))
+    done = here("report", "sweep", tagged, *place)
+    assert done.returncode == 0 and "Trial 1 has no result (running)" in done.stdout and "best trial" not in done.stdout
+    assert here("report", "--all", *place).returncode == 0
+    assert here("sweeps", *place[:2]).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
+    assert "Group Sort" in (tmp_path / "out" / "table1.html").read_text()
+
+
+def test_results_are_shown_whatever_becomes_of_the_figures(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("linflab.platform.publishing.save_model", full)
+    settings = ["training.epochs=1", "model.width=8", "evaluation.attack.steps=1"]
+    done = here("train", RECIPE, *settings, "--storage", str(tmp_path))
+    assert done.returncode == 0 and "Test: clean" in done.stdout
+    assert "model and figures could not be added" in done.stdout and "No space left" in done.stdout
+
+
+def test_radii_are_by_what_the_record_is_by(here: Here, tmp_path: Path) -> None:
+    settings = ["training.epochs=2", "model.width=32", "evaluation.attack.steps=1", "evaluation.sound=true"]
+    assert here("train", RECIPE, *settings, "--storage", str(tmp_path)).returncode == 0
+    uri = Storage(tmp_path).tracking_uri
+    (run,) = read_runs(uri, {}).to_dict("records")
+    radii = pd.read_csv(MlflowClient(uri).download_artifacts(run["run_id"], f"figures/{schema.RADII_FILE}"))
+    assert run[schema.CERTIFIER] == "lipschitz-sound"
+    assert (radii["certified_radius"] > 0.1).mean() == pytest.approx(run[schema.TEST_CERTIFIED])
 
 
 def test_a_folder_that_cannot_be_written(here: Here, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment, load_experiment
 from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import Interrupted, SettingError, TrainingError
+from linflab.platform.errors import Interrupted, SettingError, TrainingError, WorkerDied
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import Run
 from linflab.platform.training import EpochReport, StepReport, fit
@@ -124,15 +127,17 @@ def start(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "epochs"), [(1, 300), (2, 50)])
-def test_killed_ten_times_it_comes_to_the_same_bits(tmp_path: Path, workers: int, epochs: int) -> None:
+@pytest.mark.parametrize(("workers", "epochs", "times"), [(1, 200, 10), (2, 20, 4)])
+def test_killed_again_and_again_it_comes_to_the_same_bits(
+    tmp_path: Path, workers: int, epochs: int, times: int
+) -> None:
     settings = [f"compute.workers={workers}", f"training.epochs={epochs}", "training.checkpoint_epochs=2", "seed=7"]
     settings += ["evaluation.attack.steps=5", "evaluation.attack.restarts=1"]
     assert start(tmp_path / "whole", *settings).wait(timeout=600) == 0
     chance, storage = random.Random(0), tmp_path / "cut"
     kills = 0
     process = start(storage, *settings)
-    while kills < 10:
+    while kills < times:
         before = newest(storage)
         deadline = time.monotonic() + 120
         while newest(storage) == before and process.poll() is None and time.monotonic() < deadline:
@@ -181,3 +186,31 @@ def test_a_run_whose_processes_die_without_coming_further_fails(tmp_path: Path) 
         assert record.info.status == ("FAILED" if fails else "FINISHED")
         assert ("died 4 times" in record.data.tags.get(schema.FAILURE, "")) == fails
         assert schema.TEST_CERTIFIED not in record.data.metrics
+
+
+def _train_with_the_checkpoint_of(rank: int, folder: Path, port: int, said: Path) -> None:
+    """One of two workers, each of which has a folder of checkpoints of its own."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        fit(
+            experiment(), load_dataset("digits", experiment().augmentation), checkpoints=Checkpoints(folder / str(rank))
+        )
+    except WorkerDied as error:
+        (said / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_workers_that_read_different_checkpoints_do_not_train(tmp_path: Path) -> None:
+    for rank, step in enumerate((50, 30)):  # in the second epoch, and in the first
+        until(Checkpoints(tmp_path / str(rank)), step, experiment())
+    said = tmp_path / "said"
+    said.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _train_with_the_checkpoint_of, (tmp_path, port, said), nprocs=2, start_method="spawn"
+    )
+    assert {path.read_text() for path in said.iterdir()} == {
+        "workers read different checkpoints, of epochs 1 to 2"
+    } and len(list(said.iterdir())) == 2

@@ -106,6 +106,34 @@ def test_a_search_that_is_resumed_knows_what_it_had_learned(sampler: str) -> Non
     assert resumed.points == whole.points
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "cmaes"])
+def test_what_was_under_way_side_by_side_is_replayed_in_its_order(sampler: str) -> None:
+    """Three at once, which end in pairs: what the search was asked and told, in turn, is the state of its sampler."""
+    config = search_config("40", sampler=sampler)
+
+    def work_in_pairs(search: Search, until: int, open_: list[Job], past: dict[str, Past], clock: int) -> int:
+        while len(search.ended) < until:
+            while len(open_) < 3 and (job := search.next_job()) is not None:
+                clock += 1
+                open_.append(job)
+                past[job.label] = Past(job, clock)
+            for job in (open_.pop(1), open_.pop(0)) if len(open_) > 1 else (open_.pop(),):
+                found = scores(-abs(float(job.point["objective.theta"]) - 0.21))
+                search.tell(job, found)
+                clock += 1
+                past[job.label] = replace(past[job.label], told=clock, scores=found)
+        return clock
+
+    whole, cut, resumed = (Search(DEMO, config, seed=3) for _ in range(3))
+    work_in_pairs(whole, 40, [], {}, 0)
+    past: dict[str, Past] = {}
+    open_: list[Job] = []
+    clock = work_in_pairs(cut, 20, open_, past, 0)
+    resumed.recall(past.values())
+    work_in_pairs(resumed, 40, open_, past, clock)
+    assert resumed.points == whole.points
+
+
 def test_a_point_whose_record_was_deleted_counts_as_failed() -> None:
     search = Search(DEMO, search_config("5", sampler="random"), seed=0)
     work(search, random.Random(0), at_once=1)
@@ -116,18 +144,20 @@ def test_a_point_whose_record_was_deleted_counts_as_failed() -> None:
     assert again.next_job().number == 6
 
 
-def test_a_race_whose_failed_trials_are_tried_again_promotes_no_more_than_it_has_places() -> None:
+@pytest.mark.parametrize(("again_worth", "in_rounds"), [(0.0, [9, 3, 1]), (1.0, [9, 5, 2])])
+def test_a_race_whose_failed_trials_are_tried_again(again_worth: float, in_rounds: list[int]) -> None:
+    """Those that have gone on stay; one that now turns out better goes on as well."""
     config = search_config("9", sampler="random", race=9)
     search = Search(DEMO, config, seed=0)
     work(search, random.Random(0), at_once=2, failing=frozenset({"2", "5", "3.2"}))
     past = [Past(job, float(k), k + 0.5, search.ended[label]) for k, (label, job) in enumerate(search.started.items())]
     again = Search(DEMO, config, seed=0)
-    again.recall(replace(one, ended=None) if search.ended[one.job.label] is None else one for one in past)
+    again.recall(replace(one, told=None) if search.ended[one.job.label] is None else one for one in past)
     for job in list(again.started.values()):
         if job.label not in again.ended:
-            again.tell(job, scores(0.0))
+            again.tell(job, scores(again_worth))
     work(again, random.Random(0), at_once=2)
-    assert len([job for job in again.started.values() if job.round == 2]) <= 3 + 1
+    assert [sum(job.round == round_ for job in again.started.values()) for round_ in (1, 2, 3)] == in_rounds
 
 
 def test_the_best_of_each_round_go_on() -> None:

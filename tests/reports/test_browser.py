@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from linflab.reports.comparison import comparison_table, load_definition
+from linflab.reports.comparison import Measured, comparison_table, load_definition
 from linflab.reports.papers import table_names
 from linflab.reports.rendering import write_table
 from tests.conftest import FinishedSweep, Here
@@ -120,16 +120,21 @@ def compiled(folder: Path, name: str) -> str:
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"{name}.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "Float too large" not in done.stdout  # rows below the page are lost
     assert (folder / f"{name}.pdf").stat().st_size > 10_000
     return done.stdout
 
 
 @needs_latex
 def test_latex_compiles_as_it_is_and_in_a_paper(tmp_path: Path, here: Here, finished_sweep: FinishedSweep) -> None:
-    odd = [run(1, 0.78, 0.77), run(2, 0.7, 0.75, method=r"\[a_b] 100% & ~$x^2$ #{} <é> ± |*")]
+    strange = "\\[a_b] 100% & ~$x^2$ #{} <é> ± |* \N{SCRIPT SMALL L}∞ → β 是\n\n"
+    odd = [run(1, 0.78, 0.77), run(2, 0.7, 0.75, method=strange)]
     write_table(comparison_table(TABLE, pd.DataFrame(odd)), tmp_path, "odd")
+    by_width = TABLE.model_copy(update={"measured": Measured(by=("model.width",))})
+    many = pd.DataFrame([run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(200)])
+    write_table(comparison_table(by_width, many), tmp_path, "many")
     assert here("report", "--all", "--storage", str(finished_sweep.storage), "--out", str(tmp_path)).returncode == 0
-    names = [*table_names(), "odd", "three"]
+    names = [*table_names(), "odd", "many", "sweep-three"]
     for name in names:
         compiled(tmp_path, name)
     inputs = "\n".join(rf"\input{{{name}}}" for name in names)

@@ -1,17 +1,21 @@
 """Comparison tables: quoted rows as printed, measured rows chosen on validation, and what is said of both."""
 
 import csv
+import html
 import io
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import example, given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from linflab.reports import schema
-from linflab.reports.comparison import TableDefinition, comparison_table, load_definition, table_of
+from linflab.reports.comparison import Measured, TableDefinition, comparison_table, load_definition, table_of
 from linflab.reports.papers import table_names
 from linflab.reports.rendering import print_table, to_csv, to_html, to_latex, to_markdown
 from linflab.reports.tables import Table, eps_text
@@ -115,7 +119,7 @@ def test_rows_are_chosen_on_validation_with_mean_and_deviation_over_seeds() -> N
     assert row.cell("FLOPs").text == "1.2M" and row.mark == "a"
     for words in (
         "3 runs (seeds 0, 1, 2)",
-        "on validation (77.10) among 2 of 3",
+        "on validation (77.10) among 2 of 3 that were tried, those with at least 3 seeds",
         "certifier lipschitz",
         "PGD (20 steps)",
         "2 CPU cores",
@@ -246,18 +250,51 @@ def test_runs_and_sweeps_by_name() -> None:
         table_of(pd.DataFrame([run(7, 0.1, None)]), [f"{7:032x}"], quoted=False)
 
 
-NASTY = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+def test_the_table_in_the_readme_and_settings_that_nobody_has() -> None:
+    text = Path("README.md").read_text().split("```yaml\ntitle:")[1].split("```")[0]
+    definition = TableDefinition.model_validate(yaml.safe_load(f"title:{text}"))
+    hybrid = {"method": "Net+MLP", "model.width": None, "model.net.width": "64"}
+    for runs in ([], [run(1, 0.7, 0.7), run(2, 0.7, 0.7, **hybrid)]):
+        table = comparison_table(definition, pd.DataFrame(runs))
+        methods = [row.cell("Method").text for row in measured(table)]
+        assert methods == ["Net+MLP", "l_inf-dist Net (width=64)"][: len(runs)]
+        assert "nan" not in to_markdown(table)
+    typo = Measured(by=("method", "model.widht"), where={"training.epoch": 25})
+    table = comparison_table(TABLE.model_copy(update={"measured": typo}), pd.DataFrame([run(1, 0.7, 0.7)]))
+    assert not measured(table)
+    for path in ("model.widht", "training.epoch"):
+        assert f"No run of Fashion MNIST (eps = 0.1) has a setting {path}." in table.notes
+    for by in ([], ["method", "method"], ["seed"], ["method", "compute.workers"]):
+        with pytest.raises(ValueError, match="by="):
+            Measured(by=by)  # type: ignore[arg-type]
+
+
+def test_rows_by_size_however_many() -> None:
+    many = pd.DataFrame([run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(1, 801)])
+    table = comparison_table(TABLE.model_copy(update={"measured": Measured(by=("model.width",))}), many)
+    assert [row.cell("Method").text for row in measured(table)][9] == "l_inf-dist Net (width=10)"
+    assert len({row.mark for row in measured(table)}) == 800
+
+
+NASTY = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
 
 
 @given(NASTY)
+@example("a\\|b")
+@example("a\nb")
+@example("[x](y) `z` _u_ **v** <b> &lt;")
 def test_no_text_breaks_a_format(method: str) -> None:
     """Whatever a method is called: as many cells in every row, in every format."""
     table = comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, method=method or "m")]))
-    rows = list(csv.reader(io.StringIO(to_csv(table))))
-    assert {len(row) for row in rows} == {len(rows[0])} and rows[-1][0] == (method or "m")
-    lines = [line.replace("\\|", "") for line in to_markdown(table).splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {6}
-    body = [line.replace(r"\&", "") for line in to_latex(table).splitlines() if line.endswith(r" \\")]
+    rows = list(csv.reader(io.StringIO(to_csv(table), newline="")))
+    assert {len(row) for row in rows} == {len(rows[0])}
+    shown = " ".join((method or "m").split())
+    assert rows[-1][0] == shown
+    rendered = MarkdownIt("commonmark").enable("table").render(to_markdown(table))
+    assert rendered.count("<td") == 5 * (len(table.rows) + 1)  # and the heading of the group
+    names = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", rendered)]
+    assert f"{shown} <sup>a</sup>".strip() in names
+    body = [line.replace(r"\&", "") for line in to_latex(table).split("\n") if line.endswith(r" \\")]
     assert {line.count("&") for line in body if "multicolumn" not in line} == {4}
     assert to_html(table).count("<td") == 5 * len(table.rows)
 

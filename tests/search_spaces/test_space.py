@@ -83,6 +83,20 @@ def test_own_space_overrides_what_it_includes(tmp_path: Path) -> None:
     assert "objective.theta" in space.parameters
 
 
+def test_points_of_an_included_space_that_no_longer_fit_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "wide.yaml").write_text(ONE + "try_first: [{model.width: 8}, {model.width: 64}]\n")
+    (tmp_path / "own.yaml").write_text(
+        ONE.replace("low: 8", "low: 16") + "include: [wide.yaml]\ntry_first: [{model.width: 24}]\n"
+    )
+    assert load_space(str(tmp_path / "own.yaml")).try_first == ({"model.width": 64}, {"model.width": 24})
+
+
+def test_numbers_that_yaml_takes_for_words(tmp_path: Path) -> None:
+    rate = "optimizer.learning_rate: {distribution: log_uniform, low: 1e-4, high: 1e-1}"
+    (tmp_path / "own.yaml").write_text(f"description: rates\nparameters: {{{rate}}}")
+    assert load_space(str(tmp_path / "own.yaml")).parameters["optimizer.learning_rate"].low == 1e-4  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -100,6 +114,9 @@ def test_own_space_overrides_what_it_includes(tmp_path: Path) -> None:
         (BRANCHES.replace("when: {kind: sort, law: cut}", "when: {law: cut}"), "not always drawn"),
         (BRANCHES.replace("low: start, high", "low: start, when: {half: 1}, high"), "when half is 1"),
         (BRANCHES.replace("q: 0.6", "q: 0.4"), "q=0.4: must be from 0.5 to 0.9"),
+        (BRANCHES.replace("q: 0.6", "q: 0.6, half: 0.7, law: cut"), "half=0.7: must be from 0.25 to 0.6"),
+        (BRANCHES.replace("q: 0.6", "q: 0.6, half: 0.3, law: whole"), "half=0.3: is drawn only if law is cut"),
+        (ONE + "try_first: [{model.width: 20}]\n", "model.width=20: must be from 8 to 64 in steps of 8"),
         (BRANCHES.replace("kind: net, start", "kind: cnn, start"), "kind=cnn: must be one of net, sort"),
         (BRANCHES.replace("{kind: sort, q: 0.6}", "{nothing: 1}"), "nothing=1: is no parameter"),
         ("description: self\ninclude: [own.yaml]\n", "includes itself"),
