@@ -19,15 +19,16 @@ from tabulate import tabulate
 
 from linflab.reports.tables import METHOD, NUMBER, SETTING, Cell, Row, Table
 
-MOST_SHOWN = 40  # rows on a terminal, or on a page of LaTeX
+MOST_SHOWN = 40  # rows on a terminal, or lines on a page of LaTeX
+LETTERS_OF_A_LINE = 50  # of a setting there
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "[": "{[}", "*": "{*}",
 }  # fmt: skip
-LATEX_HEAD = r"""% For papers with \usepackage{booktabs}: \input this file, or paste the table. Alone, it is a document.
+LATEX_HEAD = r"""% For papers with \usepackage{booktabs,graphicx}: \input it, or paste the table. Alone, it is a document.
 \expandafter\ifx\csname @nodocument\endcsname\relax\else
-  \documentclass{article}\usepackage{booktabs}\expandafter\def\csname linflab@end\endcsname{\end{document}}
+  \documentclass{article}\usepackage{booktabs,graphicx}\expandafter\def\csname linflab@end\endcsname{\end{document}}
   \begin{document}
 \fi"""
 UNICODE = {
@@ -89,20 +90,25 @@ def to_latex(table: Table) -> str:
 
     What repeats a row is a comment.
     """
-    width, shown = len(table.columns), table.rows[:MOST_SHOWN]
+    width, shown = len(table.columns), _rows_of_a_page(table)
     lines = [LATEX_HEAD]
     lines += [f"% {_name(row)}: {line}" for row in shown for line in row.command.splitlines()]
-    kinds = {SETTING: r"p{0.4\linewidth}"} | {column: "r" for column in table.numeric}
+    kinds = {SETTING: r"p{0.5\linewidth}"} | {column: "r" for column in table.numeric}
     alignment = "".join(kinds.get(column, "l") for column in table.columns)
-    lines += [r"\begin{table}[t]", r"\centering", rf"\caption{{{_latex(table.title)}}}"]
-    lines += [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule"]
+    lines += [
+        r"\begin{table}[t]",
+        r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+        rf"\caption{{{_latex(table.title)}}}",
+    ]
+    lines += [rf"\sbox0{{\begin{{tabular}}{{{alignment}}}", r"\toprule"]
     lines.append(" & ".join(_latex(column) for column in table.columns) + r" \\")
     for group, rows in groupby(shown, key=lambda row: row.group):
         lines.append(r"\midrule")
         if group:
             lines += [rf"\multicolumn{{{width}}}{{l}}{{{_latex(group)}}} \\", r"\midrule"]
         lines += [" & ".join(_latex_cell(row, column, table) for column in table.columns) + r" \\" for row in rows]
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    lines.append(r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi")
     notes = [_latex(note) for note in table.notes]
     notes += [f"$^{{{row.mark}}}$ {_latex(row.note)}" for row in shown if row.mark]
     if len(shown) < len(table.rows):
@@ -111,6 +117,15 @@ def to_latex(table: Table) -> str:
         body = r"\par ".join(notes)
         lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {body}\end{{minipage}}")
     return "\n".join([*lines, r"\end{table}", r"\csname linflab@end\endcsname", ""])
+
+
+def _rows_of_a_page(table: Table) -> tuple[Row, ...]:
+    """The rows that a page has room for: settings are broken into lines."""
+    lines, rows = 0.0, 0
+    while rows < len(table.rows) and lines < MOST_SHOWN:
+        lines += 1 + len(table.rows[rows].cell(SETTING).text) // LETTERS_OF_A_LINE
+        rows += 1
+    return table.rows[:rows]
 
 
 def _latex(text: str) -> str:
@@ -129,7 +144,11 @@ def _latex_letter(letter: str) -> str:
 
 def _latex_cell(row: Row, column: str, table: Table) -> str:
     cell = row.cell(column)
-    shown = _latex(cell.text) + (f"$^{{{row.mark}}}$" if _marked(row, column, table) else "")
+    shown = (
+        r"\raggedright " * (column == SETTING)
+        + _latex(cell.text)
+        + (f"$^{{{row.mark}}}$" if _marked(row, column, table) else "")
+    )
     command = {"best": r"\textbf", "best of kind": r"\underline"}.get(cell.emphasis)
     return f"{command}{{{shown}}}" if command else shown
 
