@@ -26,7 +26,7 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "[": "{[}", "*": "{*}",
 }  # fmt: skip
-LATEX_HEAD = r"""% For papers with \usepackage{booktabs,graphicx}: \input it, or paste the table. Alone, it is a document.
+LATEX_HEAD = r"""% To be pasted or \input where there is \usepackage{booktabs,graphicx}; alone, it is a document.
 \expandafter\ifx\csname @nodocument\endcsname\relax\else
   \documentclass{article}\usepackage{booktabs,graphicx}\expandafter\def\csname linflab@end\endcsname{\end{document}}
   \begin{document}
