@@ -19,8 +19,8 @@ from tabulate import tabulate
 
 from linflab.reports.tables import METHOD, NUMBER, SETTING, Cell, Row, Table
 
-MOST_SHOWN = 40  # rows on a terminal, or lines on a page of LaTeX
-LETTERS_OF_A_LINE = 50  # of a setting there
+MOST_SHOWN = 40  # rows on a terminal
+LINES_OF_A_PAGE = 48  # of LaTeX
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -120,12 +120,18 @@ def to_latex(table: Table) -> str:
 
 
 def _rows_of_a_page(table: Table) -> tuple[Row, ...]:
-    """The rows that a page has room for: settings are broken into lines."""
-    lines, rows = 0.0, 0
-    while rows < len(table.rows) and lines < MOST_SHOWN:
-        lines += 1 + len(table.rows[rows].cell(SETTING).text) // LETTERS_OF_A_LINE
+    """The rows that a page has room for, with the notes: settings are broken into lines as well."""
+    lines, rows = sum(map(_lines_of_note, table.notes)), 0
+    for row in table.rows:
+        lines += 1 + len(row.cell(SETTING).text) // 50 + _lines_of_note(row.note)
+        if lines > LINES_OF_A_PAGE:
+            break
         rows += 1
     return table.rows[:rows]
+
+
+def _lines_of_note(note: str) -> int:
+    return -(-len(note) // 90)
 
 
 def _latex(text: str) -> str:

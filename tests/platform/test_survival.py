@@ -99,7 +99,7 @@ class Sweep:
             trial[schema.TRIAL]: {
                 metric: [(one.step, one.value) for one in client.get_metric_history(trial["run_id"], metric)]
                 for metric in client.get_run(trial["run_id"]).data.metrics
-                if metric not in TIMES
+                if metric not in TIMES and not metric.startswith("system/")
             }
             for _, trial in self.trials(name).iterrows()
         }
