@@ -1,15 +1,20 @@
-# make demo: set up and see all of it work. make test: what a contributor runs. make check: format, lint, types.
+# make demo: set up and see all of it work. make install: set up. make test: what a contributor runs.
+# make check: format, lint, types.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check format clean
+SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # after changes in these, an install is due
+
+.PHONY: demo install test test-all check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
 
+install: $(VENV)/.installed
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -m "not slow and not browser and not cluster"
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -34,10 +39,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.created pyproject.toml
+$(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@

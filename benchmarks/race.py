@@ -16,6 +16,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from linflab.platform.config import load_experiment
+from linflab.platform.datasets import load_dataset
 from linflab.platform.storage import Storage
 from linflab.platform.sweep import plan_sweep, run_sweep, search_config
 from linflab.platform.tracking import hardware
@@ -38,12 +40,13 @@ def main() -> None:
     recipe, space, *overrides = arguments.what or [RECIPE, SPACE, *SMALL]
     print(f"{hardware()}; {recipe} {space} {' '.join(overrides)}; {arguments.trials} points")
     found = {}
+    dataset = load_dataset(load_experiment(recipe, overrides).dataset)
     with tempfile.TemporaryDirectory() as folder:
         storage = Storage.open(arguments.storage or Path(folder))
         for name, race in (("in_full", 1), ("raced", arguments.race)):
             config = search_config(str(arguments.trials), sampler="random", race=race)
             start = time.perf_counter()
-            run_sweep(plan_sweep(recipe, overrides, space, name, config, storage), storage, Console(quiet=True))
+            run_sweep(plan_sweep(recipe, overrides, space, name, config, dataset), storage, Console(quiet=True))
             seconds = time.perf_counter() - start
             trials = in_order(read_trials(storage.tracking_uri, name))
             found[name] = trials

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _short_trials(storage: Storage, trials: int) -> None:
-    plan = _plan(storage, "short", SHORT, trials)
+    plan = _plan("short", SHORT, trials)
     ray.init(num_cpus=1, logging_level="ERROR", log_to_driver=False)
     run_sweep(plan, storage, Console(quiet=True))
     ray.shutdown()
@@ -94,7 +94,7 @@ def _no_op_trials(storage: Storage, trials: int) -> None:
         cluster.add_node(num_cpus=CPUS_A_NODE)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     start, memory = time.perf_counter(), _memory()
-    run_sweep(_plan(storage, "noop", [], trials), storage, Console(quiet=True), train=_no_op)
+    run_sweep(_plan("noop", [], trials), storage, Console(quiet=True), train=_no_op)
     seconds = time.perf_counter() - start
     ray.shutdown()
     cluster.shutdown()
@@ -120,8 +120,9 @@ def _no_op(experiment: Experiment, storage: Storage, *_: Any, resume: str, **__:
     return metrics
 
 
-def _plan(storage: Storage, name: str, overrides: list[str], trials: int) -> SweepPlan:
-    return plan_sweep(RECIPE, overrides, "demo", name, search_config(str(trials), sampler="random"), storage)
+def _plan(name: str, overrides: list[str], trials: int) -> SweepPlan:
+    config = search_config(str(trials), sampler="random")
+    return plan_sweep(RECIPE, overrides, "demo", name, config, load_dataset("digits"))
 
 
 def _ends(storage: Storage, name: str) -> list[float]:

@@ -13,8 +13,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
+from linflab.platform.shipping import check_code
 from linflab.platform.storage import Storage
 from linflab.reports.papers import table_names, table_title
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from linflab.platform.config import Experiment
     from linflab.platform.datasets import Dataset
+    from linflab.platform.sweep import SweepPlan
     from linflab.reports.pages import Page
 
 # PyTorch, Ray, MLflow and pandas take seconds to import: the commands that use them import them, the slowest ones after
@@ -50,6 +52,8 @@ data_app = typer.Typer(help="Data sets: what is there, and fetching more.", no_a
 app.add_typer(data_app, name="data")
 report_app = typer.Typer(help="Tables from records.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
+node_app = typer.Typer(help="What cluster files run on the machines of a cluster.", no_args_is_help=True)
+app.add_typer(node_app, name="node")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -60,6 +64,9 @@ StorageFolder = Annotated[
 ]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="folder for the files; by default reports/ of the storage folder")
+]
+OnCluster = Annotated[
+    bool, typer.Option("--cluster", help="on the cluster of ./cluster.yaml, or of the file that LINFLAB_CLUSTER names")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RUNS = Path("runs")
@@ -74,12 +81,22 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="estimate hours and memory from a few steps; train and record nothing")
     ] = False,
+    cluster: OnCluster = False,
 ) -> None:
     """Train a recipe, score it on the test set once, and record both."""
-    from linflab.platform.config import load_experiment
+    from linflab.platform.config import load_experiment, read_recipe
     from linflab.platform.datasets import load_dataset
 
     experiment = load_experiment(recipe, overrides or [])
+    if cluster:
+        if dry_run:
+            raise SettingError("dry-run: estimates for this machine; leave --cluster out")
+        from linflab.platform.cluster import run_on_cluster
+
+        sent, files = _sent_file(recipe, lambda: read_recipe(recipe))
+        flags = ["--resume"] if resume else []
+        run_on_cluster(["train", sent, *(overrides or []), *flags], _job_name(recipe), files, console)
+        return
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
     if dry_run and resume:
         raise SettingError("dry-run: estimates a whole training; leave --resume out")
@@ -91,10 +108,11 @@ def train(
     from linflab.platform.evaluation import scoring_of
     from linflab.platform.progress import TrainingBar
     from linflab.platform.publishing import publish_launch, publish_run
+    from linflab.platform.shipping import sent_here
     from linflab.platform.tracking import end_open_runs, run_to_resume
     from linflab.platform.training import check_fits
     from linflab.platform.trial import check_machine, run_trial, selection, train_command
-    from linflab.platform.workers import start_ray, train_on_workers
+    from linflab.platform.workers import start_ray, train_on_workers, wait_for_machines
     from linflab.reports import schema
 
     check_fits(experiment, dataset)
@@ -109,8 +127,9 @@ def train(
     cut = run_to_resume(place, experiment) if resume else None
     if resume:
         console.print(f"Going on with run {cut}." if cut else "No run of it was cut and left a checkpoint: a new one.")
-    if experiment.compute.workers > 1:
+    if experiment.compute.workers > 1 or sent_here():
         start_ray()
+        wait_for_machines(experiment, console.print)
         train_it: Callable[..., dict[str, float]] = train_on_workers
     else:
         check_machine(experiment)
@@ -120,8 +139,7 @@ def train(
             metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step, checkpointed=True, resume=cut)
     except (KeyboardInterrupt, SystemExit, Interrupted) as error:  # Ray Train exits by itself
         what = str(error) if isinstance(error, Interrupted) else "interrupted"
-        again = [tags[schema.COMMAND]]
-        again += [] if place.root == RUNS.absolute() else [shlex.join(["--storage", str(place.root)])]
+        again = [tags[schema.COMMAND], *map(shlex.quote, _where(place))]
         how = f"`{' '.join([*again, '--resume'])}` goes on from the last checkpoint"
         if run_to_resume(place, experiment) is None:
             how = "there was no checkpoint yet to go on from"
@@ -167,6 +185,7 @@ def sweep(
     resume: Annotated[str, typer.Option(metavar="NAME", help="go on with a sweep that was cut, or do more of it")] = "",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="with --resume: failed trials too")] = False,
     storage: StorageFolder = RUNS,
+    cluster: OnCluster = False,
 ) -> None:
     """Search a space with Ray Tune and Optuna, record every trial, and print the comparison table."""
     from linflab.platform.config import load_experiment
@@ -178,32 +197,37 @@ def sweep(
         for what, value in refused.items():
             if value:
                 raise SettingError(f"{what}={value}: is part of the sweep {resume} already; leave it out of --resume")
-        place = Storage.open(storage)
     else:
         if recipe is None or space is None:
             raise SettingError("sweep: needs a recipe and a search space, or --resume NAME")
         if retry_failed:
             raise SettingError("retry-failed: goes with --resume NAME")
-        experiment = load_experiment(recipe, overrides or [])
-        load_dataset(experiment.dataset, experiment.augmentation)  # before the slow imports
+        experiment = load_experiment(recipe, overrides or [])  # before the slow imports
+        dataset = None if cluster else load_dataset(experiment.dataset, experiment.augmentation)
         _load_space(space)
-        place = Storage.open(storage)
+    place = Storage.at(storage) if cluster else Storage.open(storage)
 
-    from linflab.platform.sweep import SweepPlan, plan_sweep, run_sweep, search_config
+    from linflab.platform.sweep import SweepPlan, check_new, plan_sweep, run_sweep, search_config
     from linflab.platform.tracking import STORE_ERRORS
 
+    if not resume:
+        assert recipe is not None and space is not None
+        settings = {key: value for key, value in {**asked, "seeds": seeds}.items() if value is not None}
+        search = search_config(budget or "20", **settings)
+        name = name or f"{_job_name(space)}-{time.strftime('%Y%m%d-%H%M%S')}"
+        plan = plan_sweep(recipe, overrides or [], space, name, search, dataset)
+    if cluster:
+        flags = {"budget": budget, "sampler": sampler, "objectives": objectives, "race": race, "seeds": seeds}
+        typed = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
+        typed += ["--retry-failed"] if retry_failed else []
+        _sweep_on_cluster(None if resume else plan, resume or name, space or "", typed, storage)
+        return
     if resume:
         plan = SweepPlan.load(place, resume).extended(budget, seeds)
         load_dataset(plan.base.dataset, plan.base.augmentation)
     else:
-        assert recipe is not None and space is not None
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(space).stem).lstrip("._-")
-        settings = {key: value for key, value in {**asked, "seeds": seeds}.items() if value is not None}
-        search = search_config(budget or "20", **settings)
-        name = name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        plan = plan_sweep(recipe, overrides or [], space, name, search, place)
-    again = ["linflab", "sweep", "--resume", plan.name]
-    again += [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
+        check_new(plan, place)
+    again = ["linflab", "sweep", "--resume", plan.name, *_where(place)]
     try:
         lost = run_sweep(plan, place, console, retry_failed)
     except KeyboardInterrupt:
@@ -227,23 +251,91 @@ def sweep(
         )
 
 
+def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: list[str], storage: Path) -> None:
+    """Start a sweep on the cluster, or go on with one (`plan` is None) there; its report is made here."""
+    from linflab.platform.cluster import run_on_cluster
+    from linflab.platform.reporting import one_error, report_sweep
+    from linflab.reports.records import read_sweeps
+
+    with _records(storage, cluster=True) as place, one_error(place):
+        known = read_sweeps(place.tracking_uri)["sweep"].tolist()
+    files: dict[str, str] = {}
+    if plan is None:
+        if name not in known:
+            raise SettingError(
+                f"resume={name}: there is no such sweep on the cluster; there are: {', '.join(known) or 'none yet'}"
+            )
+        command = ["sweep", "--resume", name, *flags]
+    else:
+        if name in known:
+            raise SettingError(
+                f"name={name}: this sweep is already on the cluster; choose another name, or go on with it by "
+                f"`linflab sweep --resume {name} --cluster`"
+            )
+        recipe, own_recipe = _sent_file(plan.recipe, lambda: plan.tree)
+        sent_space, own_space = _sent_file(
+            space, lambda: plan.space.model_dump(mode="json", exclude={"include"}), taken=recipe
+        )
+        files = own_recipe | own_space
+        command = ["sweep", recipe, sent_space, *plan.overrides, "--name", name, *flags]
+    run_on_cluster(command, name, files, console)
+    with _records(storage, cluster=True) as place:
+        _wrote(report_sweep(place, name, None).files, "The report, on this machine:")
+
+
+def _sent_file(what: str, content: Callable[[], Any], taken: str = "") -> tuple[str, dict[str, str]]:
+    """What a recipe or space is called on the cluster: by its name, or the file that goes there, with its content."""
+    import yaml
+
+    if not what.endswith((".yaml", ".yml")):
+        return what, {}
+    name = Path(what).name
+    name = f"space_{name}" if name == taken else name
+    return name, {name: yaml.safe_dump(content(), sort_keys=False)}
+
+
+def _job_name(what: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", Path(what).stem if "/" in what else what).strip("._-")
+
+
+def _where(place: Storage) -> list[str]:
+    """The options by which a command, typed again by the user, finds the same storage."""
+    from linflab.platform.shipping import sent_here
+
+    if sent_here():
+        return ["--cluster"]
+    return [] if place.root == RUNS.absolute() else ["--storage", str(place.root)]
+
+
+@contextmanager
+def _records(storage: Path, cluster: bool) -> Iterator[Storage]:
+    """The storage, to read from; with `cluster`, the record is the cluster's, and the folder is for reports."""
+    if not cluster:
+        yield Storage.with_records(storage)
+        return
+    from linflab.platform.cluster import record
+
+    with record() as server:
+        yield Storage.with_records(storage, server)
+
+
 @app.command()
-def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False) -> None:
+def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCluster = False) -> None:
     """The sweeps, the latest first: their state, how many trials are done, the best on validation.
 
     Those `killed` (by Ctrl-C) or `cut` go on with `linflab sweep --resume NAME`.
     """
-    place = Storage.with_records(storage)
     from linflab.platform.checkpoints import exclusive_lock
     from linflab.platform.reporting import one_error
     from linflab.reports.records import read_sweeps
 
-    with one_error(place):
+    with _records(storage, cluster) as place, one_error(place):
         found = read_sweeps(place.tracking_uri)
     for number, name in enumerate(found["sweep"]):
-        if found.loc[number, "state"] == "running":  # by the record: its process may be gone
+        lock = place.sweeps / name / "lock"
+        if found.loc[number, "state"] == "running" and lock.exists() and not cluster:  # its process may be gone
             # where it can't be asked, as on storage of somebody else's, the record stands
-            with suppress(OSError), exclusive_lock(place.sweeps / name / "lock") as free:
+            with suppress(OSError), exclusive_lock(lock) as free:
                 found.loc[number, "state"] = "cut" if free else "running"
     rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
     if not as_json:
@@ -260,9 +352,10 @@ def report(
     ] = False,
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
+    cluster: OnCluster = False,
 ) -> None:
     """Tables and figures from records, as Markdown, LaTeX, HTML and CSV; quoted rows beside measured ones."""
-    for name in ("storage", "out"):
+    for name in ("storage", "out", "cluster"):
         source = context.get_parameter_source(name)
         if context.invoked_subcommand is not None and source is not None and source.name == "COMMANDLINE":
             raise SettingError(f"{name}: goes after {context.invoked_subcommand}, or with --all")
@@ -271,7 +364,8 @@ def report(
     elif context.invoked_subcommand is None:
         from linflab.platform.reporting import report_all
 
-        _wrote(report_all(_place(storage), out), "All reports are linked by")
+        with _place(storage, cluster) as place:
+            _wrote(report_all(place, out), "All reports are linked by")
     elif everything:
         raise SettingError(f"all: is all there is; leave {context.invoked_subcommand} out")
 
@@ -281,11 +375,13 @@ def report_sweep(
     name: Annotated[str, typer.Argument(help="the sweep's name")],
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
+    cluster: OnCluster = False,
 ) -> None:
     """The comparison table of a sweep: one row a trial, best first by its first objective, on validation."""
     from linflab.platform.reporting import report_sweep
 
-    _show_sweep(report_sweep(Storage.with_records(storage), name, out))
+    with _records(storage, cluster) as place:
+        _show_sweep(report_sweep(place, name, out))
 
 
 @report_app.command("run")
@@ -293,11 +389,13 @@ def report_run(
     run: Annotated[str, typer.Argument(help="a run's id, or its beginning")],
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
+    cluster: OnCluster = False,
 ) -> None:
     """One run: its row of a table, its learning curves and certificates."""
     from linflab.platform.reporting import report_run
 
-    _show(report_run(Storage.with_records(storage), run, out))
+    with _records(storage, cluster) as place:
+        _show(report_run(place, run, out))
 
 
 @report_app.command("compare")
@@ -306,11 +404,13 @@ def report_compare(
     quoted: Annotated[bool, typer.Option(help="with what papers report of the same data and eps")] = True,
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
+    cluster: OnCluster = False,
 ) -> None:
     """Runs, and the best trials of sweeps with all their seeds, side by side."""
     from linflab.platform.reporting import report_comparison
 
-    _show(report_comparison(Storage.with_records(storage), names, quoted, out))
+    with _records(storage, cluster) as place:
+        _show(report_comparison(place, names, quoted, out))
 
 
 @report_app.command("table")
@@ -318,17 +418,19 @@ def report_table(
     file: Annotated[str, typer.Argument(help="a YAML file that says which rows and columns; or a shipped table")],
     storage: StorageFolder = RUNS,
     out: OutFolder = None,
+    cluster: OnCluster = False,
 ) -> None:
     """A table of one's own: which data sets, methods, columns and quoted rows it has is said in YAML."""
     from linflab.platform.reporting import report_table
 
-    _show(report_table(_place(storage), file, out))
+    with _place(storage, cluster) as place:
+        _show(report_table(place, file, out))
 
 
 def _add_shipped_table(name: str) -> None:
     @report_app.command(name, help=f"The shipped table: {table_title(name)}.")
-    def command(storage: StorageFolder = RUNS, out: OutFolder = None) -> None:
-        report_table(name, storage, out)
+    def command(storage: StorageFolder = RUNS, out: OutFolder = None, cluster: OnCluster = False) -> None:
+        report_table(name, storage, out, cluster)
 
 
 for _name in table_names():
@@ -346,9 +448,14 @@ def _publish(adding: Callable[[], None]) -> None:
         )
 
 
-def _place(storage: Path) -> Storage:
-    """The storage, which may have no records yet: quoted rows need none."""
-    return Storage.with_records(storage) if Storage.at(storage).database.exists() else Storage.at(storage)
+@contextmanager
+def _place(storage: Path, cluster: bool) -> Iterator[Storage]:
+    """As `_records`, of a storage that may have no records yet: quoted rows need none."""
+    if not cluster and not Storage.at(storage).has_records:
+        yield Storage.at(storage)
+        return
+    with _records(storage, cluster) as place:
+        yield place
 
 
 def _show(page: "Page") -> None:
@@ -605,28 +712,68 @@ def import_weights(
 
 @app.command()
 def ui(
-    storage: StorageFolder = RUNS, port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000
+    storage: StorageFolder = RUNS,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000,
+    cluster: OnCluster = False,
 ) -> None:
     """Browse the runs in the MLflow UI, on this machine only."""
-    place = Storage.with_records(storage)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise SettingError(f"port={port}: can't be used ({error.strerror}); choose another, as in 5050") from None
-    from linflab.reports.records import read_experiments
+    if cluster:
+        from linflab.platform.cluster import record
 
+        with record(port) as uri:
+            console.print("MLflow is open, on this machine only, through ssh; Ctrl-C ends that. The runs:")
+            _print_links(uri, port)
+            with suppress(KeyboardInterrupt), socket.socket() as probe:
+                while probe.connect_ex(("127.0.0.1", port)) == 0:
+                    time.sleep(5)
+                    probe.close()
+                    probe = socket.socket()
+        return
+    place = Storage.with_records(storage)
     console.print(
         "MLflow opens in about 15 seconds, on this machine only; Ctrl-C ends it. The runs, by data set and eps:"
     )
-    for name, number in read_experiments(place.tracking_uri).items():
-        # without the mode, MLflow opens its pages for language models
-        console.print(f"  {name}: http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning")
+    _print_links(place.tracking_uri, port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", place.tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     sys.stdout.flush()
     os.execv(sys.executable, command)  # signals to this process are then signals to MLflow
+
+
+def _print_links(tracking_uri: str, port: int) -> None:
+    from linflab.reports.records import read_experiments
+
+    for name, number in read_experiments(tracking_uri).items():
+        # without the mode, MLflow opens its pages for language models
+        console.print(f"  {name}: http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning")
+
+
+@node_app.command("serve")
+def node_serve(
+    storage: Annotated[Path, typer.Option(envvar="LINFLAB_STORAGE", help="a folder that all machines see")],
+    database: Annotated[str, typer.Option(help="URI of MLflow's database, on a disk that outlives the cluster")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where the cluster expects it")] = 5500,
+) -> None:
+    """On the head: start MLflow's server, with all that is recorded, for as long as Ray runs."""
+    from linflab.platform.node import serve
+
+    serve(Storage.open(storage), database, port)
+
+
+@node_app.command("close-ports")
+def node_close_ports(
+    storage: Annotated[Path, typer.Option(envvar="LINFLAB_STORAGE", help="a folder that all machines see")],
+) -> None:
+    """On each machine of one's own: let only the cluster's machines reach its ports, all but ssh; needs nftables."""
+    from linflab.platform.node import close_ports
+
+    close_ports(Storage.open(storage))
 
 
 def _network_without_weights(experiment: "Experiment") -> tuple["nn.Module", tuple[int, ...]]:
@@ -673,8 +820,7 @@ def _load_space(name: str) -> SearchSpace:
 
 
 def _ui_command(place: Storage) -> str:
-    default = place.root == RUNS.absolute()
-    return "linflab ui" if default else f"linflab ui --storage {shlex.quote(str(place.root))}"
+    return shlex.join(["linflab", "ui", *_where(place)])
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
@@ -694,6 +840,7 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -
 def main() -> None:
     """Run the command; what goes wrong ends in one line that says what would do."""
     try:
+        check_code()
         app()
     except (SettingError, TrainingError, Interrupted) as error:
         sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")

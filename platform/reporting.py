@@ -84,7 +84,7 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
 
 
 def _runs(storage: Storage) -> pd.DataFrame:
-    return read_runs(storage.tracking_uri, TRIALS) if storage.database.exists() else pd.DataFrame()
+    return read_runs(storage.tracking_uri, TRIALS) if storage.has_records else pd.DataFrame()
 
 
 def _trials(storage: Storage, name: str) -> pd.DataFrame:

@@ -26,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import ray
 import torch
 import yaml
 from mlflow.entities import Run as MlflowRun
@@ -42,15 +41,23 @@ from rich.console import Console
 
 from linflab.platform.checkpoints import exclusive_lock, write_partial
 from linflab.platform.config import Experiment, build_experiment, parse_override, read_recipe
-from linflab.platform.datasets import load_dataset
+from linflab.platform.datasets import Dataset
 from linflab.platform.errors import Busy, SettingError, WorkerDied
 from linflab.platform.progress import SweepView
 from linflab.platform.search import Job, Past, Scores, Search, SearchConfig
+from linflab.platform.shipping import check_code
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import STORE_ERRORS, Run, checkpoints_of, end_open_runs, patient_client
 from linflab.platform.training import EpochReport, check_fits
 from linflab.platform.trial import run_trial, train_command
-from linflab.platform.workers import start_ray, summary, train_on_workers, worker_resources
+from linflab.platform.workers import (
+    at_once,
+    start_ray,
+    summary,
+    train_on_workers,
+    wait_for_machines,
+    worker_resources,
+)
 from linflab.reports import schema
 from linflab.reports.records import search_runs, sweep_names
 from linflab.search_spaces.space import SearchSpace, load_space
@@ -194,12 +201,21 @@ def search_config(budget: str, **settings: Any) -> SearchConfig:
 
 
 def plan_sweep(
-    recipe: str, overrides: Sequence[str], space_name: str, name: str, search: SearchConfig, storage: Storage
+    recipe: str,
+    overrides: Sequence[str],
+    space_name: str,
+    name: str,
+    search: SearchConfig,
+    dataset: Dataset | None,
 ) -> SweepPlan:
     """Check all that can be known to be wrong before the sweep starts.
 
+    Args:
+        dataset: the recipe's; None where it is not on this machine, as for a cluster, and what is asked of it is
+            checked there.
+
     Raises:
-        SettingError: recipe, override, space, name or search won't do, or the data set is missing.
+        SettingError: recipe, override, space, name or search won't do.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise SettingError(f"name={name}: must be letters, digits, dots, dashes and underscores, as in p-schedule_1")
@@ -212,8 +228,8 @@ def plan_sweep(
     if base.training.include_validation:
         raise SettingError("training.include_validation=true: a sweep chooses its best by validation images")
     plan = SweepPlan(name, recipe, tuple(overrides), tree, base, space, search)
-    dataset = load_dataset(base.dataset, base.augmentation)
-    check_fits(base, dataset)
+    if dataset is not None:
+        check_fits(base, dataset)
     if base.training.epochs < search.race:
         raise SettingError(
             f"race={search.race}: needs at least so many training.epochs; there are {base.training.epochs}"
@@ -227,15 +243,25 @@ def plan_sweep(
     # a trial may still meet a combination that is refused: it fails, and the sweep goes on
     for point in space.probes():
         try:
-            check_fits(plan.experiment(Job(1, point)), dataset)
+            experiment = plan.experiment(Job(1, point))
+            if dataset is not None:
+                check_fits(experiment, dataset)
         except SettingError as error:
             raise SettingError(f"space={space_name}: {error}") from None
-    if _plan_file(storage, name).exists() or name in sweep_names(MlflowClient(storage.tracking_uri)):
-        raise SettingError(
-            f"name={name}: this sweep is already in {storage.root}; choose another name, or go on with it by "
-            f"`linflab sweep --resume {name}`"
-        )
     return plan
+
+
+def check_new(plan: SweepPlan, storage: Storage) -> None:
+    """Check that no sweep of this name has been started.
+
+    Raises:
+        SettingError: one has.
+    """
+    if _plan_file(storage, plan.name).exists() or plan.name in sweep_names(MlflowClient(storage.tracking_uri)):
+        raise SettingError(
+            f"name={plan.name}: this sweep is already in {storage.root}; choose another name, or go on with it by "
+            f"`linflab sweep --resume {plan.name}`"
+        )
 
 
 def run_sweep(
@@ -256,22 +282,25 @@ def run_sweep(
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow records; no second log of every epoch
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1000000000"  # nor a second state of the sweep
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1000000"  # how many go on at once, `_Proposals` says
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be silent, as `verbose=0` asks
     with exclusive_lock(storage.sweeps / plan.name / "lock", patience=5) as held:
         if not held:
             raise SettingError(f"sweep={plan.name}: another process runs it; wait for it, or stop it first")
         start_ray()
-        worker_resources(plan.base)  # refuses what is too large, before anything is written
+        wait_for_machines(plan.base, console.print)
+        resources = worker_resources(plan.base)  # refuses what is too large, before anything is written
         plan.save(storage)
         record = _Record.open(plan, storage)
         with record.parent as parent:
             search = record.search(retry_failed)
             if not search.finished():
                 view = SweepView(console, list(plan.space.parameters), search.total, len(search.ended))
-                proposals = _Proposals(search, record, view)
+                room = partial(at_once, plan.base.compute.workers, resources)
+                proposals = _Proposals(search, record, view, room)
                 try:
                     with view, _terminated_as_interrupted():
-                        _tuner(plan, storage, proposals, view, train).fit()
+                        _tuner(plan, storage, proposals, view, train, resources).fit()
                 finally:
                     record.save_hours()
                     end_open_runs(storage, record.launch, but=parent.id)
@@ -442,9 +471,9 @@ class _Record:
 class _Proposals(Searcher):
     """The search and its record as Ray Tune asks for them: what to train next, and what came of it."""
 
-    def __init__(self, search: Search, record: _Record, view: SweepView) -> None:
+    def __init__(self, search: Search, record: _Record, view: SweepView, room: Callable[[], int]) -> None:
         super().__init__()
-        self.search, self.record, self.view = search, record, view
+        self.search, self.record, self.view, self.room = search, record, view, room
         self.jobs: dict[str, Job] = {}  # by Tune's name of the trial
         self.deaths: Counter[str] = Counter()
         self.finished = False
@@ -454,6 +483,8 @@ class _Proposals(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         hours = self.record.plan.search.hours
+        if len(self.jobs) >= self.room():  # more would only wait, drawn without what these will teach
+            return None
         while True:
             in_time = hours is None or self.record.hours < hours
             job = self.record.pending.pop(0) if self.record.pending else self.search.next_job(in_time)
@@ -518,22 +549,27 @@ def _numbers(result: Mapping[str, Any]) -> Scores:
 
 
 def _tuner(
-    plan: SweepPlan, storage: Storage, proposals: _Proposals, view: SweepView, train: TrainFunction
+    plan: SweepPlan,
+    storage: Storage,
+    proposals: _Proposals,
+    view: SweepView,
+    train: TrainFunction,
+    resources: Mapping[str, float],
 ) -> tune.Tuner:
-    resources, workers = worker_resources(plan.base), plan.base.compute.workers
-    several = workers > 1  # their workers take the resources; the trial itself only waits for them
-    there = ray.cluster_resources()
-    at_once = int(min(there[name] / (workers * needed) + 1e-9 for name, needed in resources.items()))
+    several = plan.base.compute.workers > 1  # the workers take the resources; the trial itself only waits for them
     trainable = tune.with_resources(
-        partial(_trial, plan=plan, storage=storage, train=train_on_workers if several else train),
+        partial(
+            _trial,
+            plan=plan,
+            storage=storage,
+            train=partial(train_on_workers, resources=resources) if several else train,
+        ),
         # whole CPUs would leave too few for the workers; one byte of memory is the least that Tune accepts
         {"memory": 1} if several else dict(resources),
     )
     return tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=proposals, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=not several
-        ),
+        tune_config=tune.TuneConfig(search_alg=proposals, num_samples=-1, reuse_actors=not several),
         run_config=tune.RunConfig(
             name=plan.name,
             storage_path=str(storage.ray),
@@ -544,6 +580,7 @@ def _tuner(
 
 
 def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: TrainFunction) -> None:
+    check_code()
     job = Job(**json.loads(config["job"]))
     experiment = plan.experiment(job)
     several = experiment.compute.workers > 1

@@ -7,12 +7,10 @@ import logging
 import math
 import os
 import platform as machine
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +31,7 @@ from sqlalchemy.exc import OperationalError
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.errors import Interrupted, WorkerDied
+from linflab.platform.shipping import git_commit
 from linflab.platform.storage import Storage
 from linflab.platform.training import EpochReport, Trained
 from linflab.platform.weights import save_weights
@@ -46,6 +45,8 @@ OUT_OF_REACH = (
 STORE_ERRORS = (MlflowException, OperationalError)  # the latter where a store is opened
 T = TypeVar("T")
 
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a server's, of every run that ends
+
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes
 
 
@@ -57,7 +58,7 @@ def mlflow_experiment(client: MlflowClient, storage: Storage, experiment: Experi
         client.restore_experiment(found.experiment_id)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=storage.artifacts.as_uri())
+            return client.create_experiment(name, artifact_location=storage.artifact_location)
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -133,8 +134,7 @@ class Run:
             "mlflow.source.name": "linflab",
             schema.METHOD: experiment.method,
             schema.EXPERIMENT: experiment.digest(),
-            schema.HARDWARE: hardware(),
-            schema.VERSIONS: versions(),
+            **_here(),
             **({schema.COMMIT: commit} if (commit := git_commit()) else {}),
         }
         run = client.create_run(mlflow_experiment(client, storage, experiment), tags={**everywhere, **tags})
@@ -168,8 +168,7 @@ class Run:
         client.update_run(run_id, status="RUNNING")
         if schema.FAILURE in before.data.tags:
             client.delete_tag(run_id, schema.FAILURE)
-        here = {schema.HARDWARE: hardware(), schema.VERSIONS: versions()}
-        self.log_tags({**here, schema.STARTS: "|".join([*earlier, ",".join(map(str, self.starts))])})
+        self.log_tags({**_here(), schema.STARTS: "|".join([*earlier, ",".join(map(str, self.starts))])})
         return self
 
     @staticmethod
@@ -283,16 +282,9 @@ def checkpoints_of(storage: Storage, run_id: str) -> Checkpoints:
     return Checkpoints(storage.checkpoints / run_id)
 
 
-@cache
-def git_commit() -> str:
-    """The commit of linflab's own code, with `-dirty` where it was changed since; empty where it is no checkout."""
-    folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
-        return ""
-    describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return ""
+def _here() -> dict[str, str]:
+    """The tags that say where a process runs."""
+    return {schema.HARDWARE: hardware(), schema.HOST: machine.node(), schema.VERSIONS: versions()}
 
 
 def hardware() -> str:

@@ -24,6 +24,8 @@ from linflab.platform.config import Experiment
 from linflab.platform.datasets import data_folder, load_dataset
 from linflab.platform.errors import Busy, SettingError, TrainingError, WorkerDied
 from linflab.platform.evaluation import BatchScore, Scoring, score_batch
+from linflab.platform.node import cluster_description
+from linflab.platform.shipping import check_code
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import STORE_ERRORS
 from linflab.platform.training import EpochReport, StepReport
@@ -31,6 +33,7 @@ from linflab.platform.trial import device_of, run_trial
 from linflab.platform.weights import network_of
 from linflab.reports import schema
 
+SECONDS_TO_JOIN = 180.0  # that machines of one's own have, after `ray up` has returned
 SECONDS_BETWEEN_STEP_REPORTS = 0.5  # each one is a message between processes
 
 
@@ -49,10 +52,42 @@ def start_ray() -> None:
         )
 
 
+def machines() -> list[dict[str, float]]:
+    """What each machine of the running cluster has, by Ray's names (CPU, GPU), and those that it can start."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    description = cluster_description() if "RAY_ADDRESS" in os.environ else None
+    can_be: list[dict[str, float]] = []
+    for name, kind in (description or {}).get("available_node_types", {}).items():
+        if name != (description or {})["head_node_type"] and kind.get("resources"):  # one's own machines: not known
+            can_be += [kind["resources"]] * int(kind.get("max_workers", 0))
+    can_be = can_be[: (description or {}).get("max_workers", 0)]
+    return can_be if _total(can_be, "CPU") > _total(there, "CPU") else there
+
+
+def _total(of: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(machine.get(name, 0) for machine in of)
+
+
+def wait_for_machines(experiment: Experiment, say: Callable[[str], None]) -> None:
+    """Where `ray up` has just started a cluster, wait for machines that are to join, until the experiment fits."""
+    kinds = (cluster_description() or {}).get("available_node_types", {}) if "RAY_ADDRESS" in os.environ else {}
+    expected = 1 + sum(kind.get("min_workers", 0) for kind in kinds.values())
+    deadline, said = time.monotonic() + SECONDS_TO_JOIN, False
+    while sum(node["Alive"] for node in ray.nodes()) < expected and time.monotonic() < deadline:
+        try:
+            worker_resources(experiment)
+            return
+        except SettingError as error:
+            if not said:
+                say(f"Waiting for the cluster's machines; so far: {error}.")
+            said = True
+        time.sleep(2)
+
+
 def uses_gpus(experiment: Experiment) -> bool:
     """Whether workers get a CUDA device each, on the running cluster."""
     wanted = experiment.compute.device
-    return wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    return wanted == "cuda" or (wanted == "auto" and _total(machines(), "GPU") >= 1)
 
 
 def worker_resources(experiment: Experiment) -> dict[str, float]:
@@ -62,13 +97,13 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
         SettingError: the cluster has less in all than the workers need together; they would wait for ever.
     """
     workers, cpus = experiment.compute.workers, experiment.compute.cpus_per_worker
-    there = ray.cluster_resources()
-    if workers * cpus > there.get("CPU", 0):
+    there = machines()
+    if workers * cpus > _total(there, "CPU"):
         raise SettingError(
             f"compute.workers={workers} of compute.cpus_per_worker={cpus}: need {workers * cpus} CPUs; "
-            f"there are {there.get('CPU', 0):g}"
+            f"there are {_total(there, 'CPU'):g}"
         )
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    largest = max(machine.get("CPU", 0) for machine in there)
     if cpus > largest:
         raise SettingError(f"compute.cpus_per_worker={cpus}: the largest machine of the cluster has {largest:g} CPUs")
     if not uses_gpus(experiment):
@@ -76,12 +111,20 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
     share = experiment.compute.gpus_per_worker
     if share < 1 and workers > 1:  # NCCL refuses two processes on one device
         raise SettingError(f"compute.gpus_per_worker={share:g}: a GPU is shared by trainings of one worker alone")
-    if workers > there.get("GPU", 0):
+    if workers > _total(there, "GPU"):
         raise SettingError(
-            f"compute.workers={workers}: need a GPU each; there are {there.get('GPU', 0):g}; "
+            f"compute.workers={workers}: need a GPU each; there are {_total(there, 'GPU'):g}; "
             "compute.device=cpu trains without"
         )
     return {"CPU": cpus, "GPU": share}
+
+
+def at_once(workers: int, resources: Mapping[str, float]) -> int:
+    """How many trainings of so many workers, with these resources each, the machines have room for; one at least."""
+    fitting = [
+        int(min(machine.get(name, 0) / needed for name, needed in resources.items()) + 1e-9) for machine in machines()
+    ]
+    return max(1, sum(fitting) // workers)
 
 
 def train_on_workers(
@@ -96,18 +139,19 @@ def train_on_workers(
     resume: str | None = None,
     deaths: int | None = None,
     scored: bool = True,
+    resources: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """`run_trial` on the experiment's number of Ray Train workers; needs a running Ray.
 
     `on_epoch` and `on_step` are called in this process, in another thread. Ray's `callbacks` see every epoch as
-    the metrics that `summary` makes of it.
+    the metrics that `summary` makes of it. Where `resources` of a worker are given, they are waited for.
 
     Raises:
         SettingError: the cluster is too small.
         WorkerDied: a worker's process or machine is gone.
         TrainingError: a worker failed; carries its reason.
     """
-    resources = worker_resources(experiment)
+    resources = resources or worker_resources(experiment)
     follow = on_epoch is not None or on_step is not None
     reports = Queue(actor_options={"num_cpus": 0}) if follow else None
     own_name = f"train-{uuid.uuid4().hex}"
@@ -127,7 +171,7 @@ def train_on_workers(
             "reports": reports,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=experiment.compute.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=experiment.compute.workers, use_gpu="GPU" in resources, resources_per_worker=dict(resources)
         ),
         run_config=ray.train.RunConfig(name=own_name, storage_path=str(storage.ray), callbacks=list(callbacks)),
     )
@@ -174,6 +218,7 @@ def summary(report: EpochReport) -> dict[str, float]:
 
 def _worker(config: dict[str, Any]) -> dict[str, float]:
     """What each worker does; the first one's metrics are the result."""
+    check_code()
     reports: Queue | None = config["reports"]
     first = ray.train.get_context().get_world_rank() == 0
     last_step = 0.0
@@ -235,6 +280,7 @@ class _Scorer:
     """A worker with the network and the test images."""
 
     def __init__(self, experiment: Experiment, state: dict[str, Tensor], scoring: Scoring, threads: int) -> None:
+        check_code()
         torch.set_num_threads(threads)
         device = device_of(experiment) if torch.cuda.is_available() else torch.device("cpu")
         self.network = network_of(experiment)

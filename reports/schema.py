@@ -28,6 +28,7 @@ SELECTION = "linflab.selection"  # which epoch's network was kept, and by what
 FAILURE = "linflab.failure"  # why a run failed, one line
 EXPERIMENT = "linflab.experiment"  # a digest of all settings: the same for repetitions of one experiment
 HARDWARE = "linflab.hardware"
+HOST = "linflab.host"  # the name of the machine that trained it last
 VERSIONS = "linflab.versions"
 COMMIT = "mlflow.source.git.commit"  # of linflab's own code; the UI has it as the source's version
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description, Markdown

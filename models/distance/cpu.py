@@ -5,27 +5,40 @@ loaded. The ops `linflab::...` have fake kernels and, where they are differentia
 can trace them. They use `torch.get_num_threads()` threads; their results do not depend on that number.
 """
 
-import importlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import warnings
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, library
 
 from linflab.models.distance.reference import sort_coefficients
 
+FOLDER = Path(__file__).resolve().parent
 # what torch calls the machine's instructions -> compiled modules that run there, fastest first
 MODULES = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
 
 
 def _load_kernels() -> ModuleType | None:
-    """The compiled module for this machine; None, with a warning, where linflab was installed without a compiler."""
+    """The compiled module for this machine; None, with a warning, where linflab was installed without a compiler.
+
+    Raises:
+        RuntimeError: it was compiled from other sources than those beside this file.
+    """
     for isa in MODULES.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
-        try:
-            return importlib.import_module(f"linflab.models.distance._kernels_{isa}")
-        except ImportError:
-            continue
+        module = _compiled_for(isa)
+        if module is not None:
+            _check_sources(module)
+            return module
     warnings.warn(
         "linflab was installed without its C++ kernels, so the l_p-distance operator runs in plain PyTorch, many times "
         "slower; with a C++ compiler on the machine, in linflab's folder: pip install --force-reinstall --no-deps .",
@@ -33,6 +46,39 @@ def _load_kernels() -> ModuleType | None:
         stacklevel=2,
     )
     return None
+
+
+def _compiled_for(isa: str) -> ModuleType | None:
+    """The module beside this file, or, for code that was sent here without, that of the linflab installed here."""
+    name = f"linflab.models.distance._kernels_{isa}"
+    with suppress(ImportError):
+        return importlib.import_module(name)
+    for installed in importlib.metadata.distributions(name="linflab"):
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")  # there where pip installed it
+        editable = origin.get("dir_info", {}).get("editable", False)
+        root = (
+            Path(url2pathname(urlsplit(origin["url"]).path))
+            if editable
+            else Path(str(installed.locate_file("linflab")))
+        )
+        folder = (root / "models" / "distance").resolve()
+        spec = PathFinder.find_spec(name, [str(folder)]) if folder != FOLDER else None
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            with suppress(ImportError):
+                spec.loader.exec_module(module)
+                return module
+    return None
+
+
+def _check_sources(module: ModuleType) -> None:
+    sources = sorted((FOLDER / "csrc").glob("*"))  # none in wheels
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    if sources and module.sources != digest:
+        raise RuntimeError(
+            f"linflab's C++ kernels ({module.__file__}) were not compiled from the sources in {FOLDER / 'csrc'}; "
+            "`pip install --editable .` in linflab's folder compiles them, on a cluster `ray up` does"
+        )
 
 
 KERNELS = _load_kernels()

@@ -127,7 +127,7 @@ def start(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "epochs", "times"), [(1, 200, 10), (2, 20, 4)])
+@pytest.mark.parametrize(("workers", "epochs", "times"), [(1, 200, 6), (2, 20, 2)])
 def test_killed_again_and_again_it_comes_to_the_same_bits(
     tmp_path: Path, workers: int, epochs: int, times: int
 ) -> None:

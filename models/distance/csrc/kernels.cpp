@@ -1165,6 +1165,7 @@ PYBIND11_MODULE(MODULE_NAME, module) {
     namespace py = pybind11;
     const auto free = py::call_guard<py::gil_scoped_release>();
     module.attr("isa") = LINFLAB_ISA;
+    module.attr("sources") = SOURCES;
     module.def("multiply_in_registers", &multiply_in_registers, free);
     module.def("run_in_registers_inf", &run_in_registers<Largest, false>, free);
     module.def("run_in_registers_8", &run_in_registers<SumOfPowers<8>, false>, free);
