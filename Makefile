@@ -39,10 +39,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# a stamp is as old as what was installed: sources may change meanwhile
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
+	touch $@.new
 	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	mv $@.new $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(SOURCES)
+	touch $@.new
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(VENV)/.installed $@
+	cp -p $@.new $(VENV)/.installed
+	mv $@.new $@

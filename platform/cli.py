@@ -278,9 +278,19 @@ def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: li
         )
         files = own_recipe | own_space
         command = ["sweep", recipe, sent_space, *plan.overrides, "--name", name, *flags]
-    run_on_cluster(command, name, files, console)
+    failure: TrainingError | None = None
+    try:
+        run_on_cluster(command, name, files, console)
+    except TrainingError as error:  # some trials may have a result
+        failure = error
     with _records(storage, cluster=True) as place:
-        _wrote(report_sweep(place, name, None).files, "The report, on this machine:")
+        try:
+            _wrote(report_sweep(place, name, None).files, "The report, on this machine:")
+        except SettingError:
+            if failure is None:
+                raise
+    if failure is not None:
+        raise failure
 
 
 def _sent_file(what: str, content: Callable[[], Any], taken: str = "") -> tuple[str, dict[str, str]]:
@@ -331,9 +341,18 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCl
 
     with _records(storage, cluster) as place, one_error(place):
         found = read_sweeps(place.tracking_uri)
+    jobs: list[str] = []
+    if cluster and "running" in set(found["state"]):
+        from linflab.platform.cluster import running_jobs
+
+        jobs = running_jobs()
     for number, name in enumerate(found["sweep"]):
         lock = place.sweeps / name / "lock"
-        if found.loc[number, "state"] == "running" and lock.exists() and not cluster:  # its process may be gone
+        if found.loc[number, "state"] != "running":
+            continue
+        if cluster:  # by the record: its process may be gone
+            found.loc[number, "state"] = "running" if any(job.startswith(f"{name}-") for job in jobs) else "cut"
+        elif lock.exists():
             # where it can't be asked, as on storage of somebody else's, the record stands
             with suppress(OSError), exclusive_lock(lock) as free:
                 found.loc[number, "state"] = "cut" if free else "running"
@@ -724,18 +743,20 @@ def ui(
         except OSError as error:
             raise SettingError(f"port={port}: can't be used ({error.strerror}); choose another, as in 5050") from None
     if cluster:
-        from linflab.platform.cluster import record
+        from linflab.platform.cluster import is_open, record
 
         with record(port) as uri:
             console.print("MLflow is open, on this machine only, through ssh; Ctrl-C ends that. The runs:")
             _print_links(uri, port)
-            with suppress(KeyboardInterrupt), socket.socket() as probe:
-                while probe.connect_ex(("127.0.0.1", port)) == 0:
+            sys.stdout.flush()
+            with suppress(KeyboardInterrupt):
+                while is_open(port):
                     time.sleep(5)
-                    probe.close()
-                    probe = socket.socket()
         return
     place = Storage.with_records(storage)
+    if place.server is not None:
+        console.print(f"MLflow is at {place.server} (LINFLAB_MLFLOW).")
+        return
     console.print(
         "MLflow opens in about 15 seconds, on this machine only; Ctrl-C ends it. The runs, by data set and eps:"
     )
@@ -764,6 +785,17 @@ def node_serve(
     from linflab.platform.node import serve
 
     serve(Storage.open(storage), database, port)
+
+
+@node_app.command("end-with-head")
+def node_end_with_head(
+    head: Annotated[str, typer.Argument(help="the head's address")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the head's Ray")] = 6379,
+) -> None:
+    """On a worker: see to it, in the background, that nothing of Ray is left once its head is gone."""
+    from linflab.platform.node import end_with_head
+
+    end_with_head(head, port)
 
 
 @node_app.command("close-ports")
@@ -846,3 +878,8 @@ def main() -> None:
         sys.stderr.write(f"linflab: {' '.join(str(error).split())}\n")
         status = 2 if isinstance(error, SettingError) else 130 if isinstance(error, Interrupted) else 1
         raise SystemExit(status) from None
+    except ImportError as error:
+        if error.name != "kernels of other sources":  # models.distance.cpu's: to import that name takes seconds
+            raise
+        sys.stderr.write(f"linflab: {error}\n")
+        raise SystemExit(2) from None

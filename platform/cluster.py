@@ -4,6 +4,7 @@ Nothing of a cluster is open but ssh. Through a tunnel go Ray's dashboard, which
 token, and MLflow's server, which has the record.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -12,11 +13,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import yaml
@@ -30,10 +34,16 @@ if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
 DASHBOARD_PORT = 8265
-SECONDS_TO_CONNECT = 60.0
+SECONDS_TO_CONNECT = 30.0  # before a cluster is given up
 TOKEN = Path("~/.ray/auth_token")
-_TUNNEL = "import sys; from ray.autoscaler.sdk import run_on_cluster; from json import loads; "
-_TUNNEL += "run_on_cluster(sys.argv[1], port_forward=[tuple(pair) for pair in loads(sys.argv[2])])"
+# asks Ray, whose own messages go before: the head's address, and how to get in
+_WHERE = """
+import json, sys, yaml
+from ray.autoscaler._private.commands import _bootstrap_config
+from ray.autoscaler.sdk import get_head_node_ip
+address = get_head_node_ip(sys.argv[1])
+print(json.dumps([address, _bootstrap_config(yaml.safe_load(open(sys.argv[1])))["auth"]]))
+"""
 
 
 def cluster_file() -> Path:
@@ -54,6 +64,45 @@ def cluster_file() -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class _Head:
+    """How the head is reached by ssh."""
+
+    address: str
+    user: str
+    key: str
+    proxy: str = ""
+
+    @classmethod
+    def find(cls, path: Path) -> "_Head":
+        """Of one's own machines, as the file says; else as Ray finds out.
+
+        Raises:
+            SettingError: no head runs.
+        """
+        content = yaml.safe_load(path.read_text())
+        provider, auth = content["provider"], content.get("auth", {})
+        if provider.get("type") == "local" and "head_ip" in provider:
+            address = provider.get("external_head_ip", provider["head_ip"])
+        else:
+            asked = subprocess.run([sys.executable, "-c", _WHERE, str(path)], capture_output=True, text=True)
+            if asked.returncode:
+                reason = " ".join(asked.stderr.split())[-300:]
+                raise SettingError(f"cluster={path}: has no head ({reason}); `ray up` starts it")
+            address, auth = json.loads(asked.stdout.splitlines()[-1])
+        return cls(address, auth["ssh_user"], auth.get("ssh_private_key", ""), auth.get("ssh_proxy_command") or "")
+
+    def ssh(self) -> list[str]:
+        # as Ray does it, which trusts whoever answers at the address, but on a connection of its own
+        options = {"StrictHostKeyChecking": "no", "UserKnownHostsFile": os.devnull, "LogLevel": "ERROR"}
+        options |= {"BatchMode": "yes", "ConnectTimeout": "20", "ExitOnForwardFailure": "yes"}
+        options |= {"ServerAliveInterval": "5", "ServerAliveCountMax": "3", "ControlPath": "none"}
+        options |= {"ProxyCommand": self.proxy} if self.proxy else {}
+        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        key = ["-o", "IdentitiesOnly=yes", "-i", str(Path(self.key).expanduser())] if self.key else []
+        return ["ssh", "-N", *words, *key, f"{self.user}@{self.address}"]
+
+
 @contextmanager
 def tunnel(*ports: int, local: int | None = None) -> Iterator[list[int]]:
     """ssh tunnels to ports of the cluster's head, while it lasts: the ports of this machine that lead there.
@@ -65,28 +114,45 @@ def tunnel(*ports: int, local: int | None = None) -> Iterator[list[int]]:
         SettingError: the cluster can't be reached.
     """
     path = cluster_file()
+    command = _Head.find(path).ssh()
     entrances = [local if local is not None and not place else _free_port() for place in range(len(ports))]
-    pairs = [[here, there] for here, there in zip(entrances, ports, strict=True)]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _TUNNEL, str(path), str(pairs)],
-            stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
-        )  # fmt: skip
+    for here, there in zip(entrances, ports, strict=True):
+        command += ["-L", f"127.0.0.1:{here}:127.0.0.1:{there}"]
+    with tempfile.TemporaryFile() as said, _ended_in_order():
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        except OSError as error:
+            raise SettingError(f"cluster={path}: needs ssh ({error})") from None
         try:
             deadline = time.monotonic() + SECONDS_TO_CONNECT
-            while not all(map(_open, entrances)):
+            while not all(map(is_open, entrances)):
                 if process.poll() is not None or time.monotonic() > deadline:
                     said.seek(0)
                     reason = " ".join(said.read().decode(errors="replace").split())[-300:]
-                    raise SettingError(
-                        f"cluster={path}: can't be reached by ssh ({reason}); `ray up {path.name}` starts it"
-                    )
-                time.sleep(0.2)
+                    raise SettingError(f"cluster={path}: its head can't be reached by ssh ({reason}); is it up?")
+                time.sleep(0.1)
             yield entrances
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
             process.wait()
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A signal that ends this process, as of a terminal that is closed, ends what it has started, too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free_port() -> int:
@@ -95,7 +161,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _open(port: int) -> bool:
+def is_open(port: int) -> bool:
+    """Whether something listens on this port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -125,48 +192,77 @@ def run_on_cluster(command: Sequence[str], name: str, files: Mapping[str, str], 
         Interrupted: the user stopped looking, or the job was stopped; says how to go on.
     """
     from ray.exceptions import AuthenticationError, RayError
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus
+    from requests.exceptions import RequestException
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # each package that goes
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    path, token, job = cluster_file(), _token(), f"{name}-{uuid.uuid4().hex[:6]}"
+    path, job = cluster_file(), f"{name}-{uuid.uuid4().hex[:6]}"
     run = shlex.join(["linflab", *command])
-    with tunnel(DASHBOARD_PORT) as (port,), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"
         folder.mkdir()
         for file, content in {"command.sh": f"{run}\n", **files}.items():
             (folder / file).write_text(content)
+        variables = {CODE: code_digest(), COMMIT: git_commit(), "COLUMNS": str(console.width)}
+        variables["RAY_JOB_STOP_WAIT_TIME_S"] = "120"  # to write down where things stand, after `ray job stop`
         try:
-            client = JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"})
-            client.submit_job(
-                # on the head, Ray says where the head is as the workers see it
-                entrypoint=f'LINFLAB_MLFLOW="http://${{RAY_ADDRESS%:*}}:{RECORD_PORT}" {run}',
-                submission_id=job,
-                runtime_env={
-                    "working_dir": str(folder),
-                    "py_modules": [str(copy_code(Path(temporary)))],
-                    "env_vars": {CODE: code_digest(), COMMIT: git_commit(), "COLUMNS": str(console.width)},
-                },
-            )
+            with _dashboard() as client:
+                client.submit_job(
+                    # on the head, Ray says where the head is as the workers see it
+                    entrypoint=f'LINFLAB_MLFLOW="http://${{RAY_ADDRESS%:*}}:{RECORD_PORT}" {run}',
+                    submission_id=job,
+                    runtime_env={
+                        "working_dir": str(folder),
+                        "py_modules": [str(copy_code(Path(temporary)))],
+                        "env_vars": variables,
+                    },
+                )
         except AuthenticationError:
             raise SettingError(
                 f"cluster={path}: does not accept the token in {TOKEN}; it knows the one that was there at `ray up`"
             ) from None
-        except (RayError, RuntimeError, ConnectionError, ValueError) as error:
+        except (RayError, RuntimeError, ConnectionError, RequestException) as error:
             raise SettingError(f"cluster={path}: takes no job ({' '.join(str(error).split())[:400]})") from None
-        console.print(f"Sent to the cluster, as job {job}. Ctrl-C ends this view of it, not the job.")
-        on_head = f"ray exec {os.environ.get('LINFLAB_CLUSTER') or path.name}"
-        view = f"`{on_head} 'ray job logs --follow {job}'` shows it"
-        try:
-            status = _follow(client, job, console)
-        except KeyboardInterrupt:
-            raise Interrupted(f"job {job} goes on; {view}, `{on_head} 'ray job stop {job}'` ends it") from None
-        if status is None:
-            raise Interrupted(f"the connection to the cluster is lost; if its head runs, so does job {job}: {view}")
-        if status == JobStatus.STOPPED:
-            raise Interrupted(f"job {job} was stopped; what was recorded is kept")
-        if status == JobStatus.FAILED:
-            raise TrainingError(f"job {job} failed; its last lines are above")
+    console.print(f"Sent to the cluster, as job {job}. Ctrl-C ends this view of it, not the job.")
+    on_head = f"ray exec {os.environ.get('LINFLAB_CLUSTER') or path.name}"
+    view = f"`{on_head} 'ray job logs --follow {job}'` shows it"
+    try:
+        status = _follow(job, console)
+    except KeyboardInterrupt:
+        raise Interrupted(f"job {job} goes on; {view}, `{on_head} 'ray job stop {job}'` ends it") from None
+    if status is None:
+        raise Interrupted(f"the connection to the cluster is lost; if its head runs, so does job {job}: {view}")
+    if status == JobStatus.STOPPED:
+        raise Interrupted(f"job {job} was stopped; what was recorded is kept")
+    if status == JobStatus.FAILED:
+        raise TrainingError(f"job {job} failed; its last lines are above")
+
+
+def running_jobs() -> list[str]:
+    """The names of jobs that have not ended on the cluster.
+
+    Raises:
+        SettingError: the cluster can't be reached, or does not answer.
+    """
+    from ray.exceptions import RayError
+    from requests.exceptions import RequestException
+
+    try:
+        with _dashboard() as client:
+            return [job.submission_id or "" for job in client.list_jobs() if not job.status.is_terminal()]
+    except (RayError, RuntimeError, ConnectionError, RequestException) as error:
+        raise SettingError(f"cluster: says nothing of its jobs ({' '.join(str(error).split())[:300]})") from None
+
+
+@contextmanager
+def _dashboard() -> Iterator["JobSubmissionClient"]:
+    """Ray's job API on the head, through a tunnel."""
+    from ray.job_submission import JobSubmissionClient
+
+    token = _token()
+    with tunnel(DASHBOARD_PORT) as (port,):
+        yield JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"})
 
 
 def _token() -> str:
@@ -184,22 +280,23 @@ def _token() -> str:
     )
 
 
-def _follow(client: "JobSubmissionClient", job: str, console: Console) -> "JobStatus | None":
-    """Print what a job prints until it ends; None where the cluster has not answered for a minute."""
+def _follow(job: str, console: Console) -> "JobStatus | None":
+    """Print what a job prints until it ends; None where the cluster has not answered for a while."""
+    from ray.exceptions import RayError
+    from requests.exceptions import RequestException
+
     shown, heard = 0, time.monotonic()
-    while True:
-        try:
-            status = client.get_job_status(job)
-            text = client.get_job_logs(job)
-        except (RuntimeError, ConnectionError):
-            if time.monotonic() - heard > SECONDS_TO_CONNECT:
-                return None
-            time.sleep(2)
-            continue
-        heard = time.monotonic()
-        if len(text) > shown:
-            console.print(text[shown:], end="")
-            shown = len(text)
-        if status.is_terminal():
-            return status
-        time.sleep(1)
+    while time.monotonic() - heard < SECONDS_TO_CONNECT:
+        with suppress(RayError, RuntimeError, ConnectionError, RequestException, SettingError), _dashboard() as client:
+            while True:
+                status = client.get_job_status(job)
+                text = client.get_job_logs(job)
+                heard = time.monotonic()
+                if len(text) > shown:
+                    console.print(text[shown:], end="")
+                    shown = len(text)
+                if status.is_terminal():
+                    return status
+                time.sleep(1)
+        time.sleep(2)
+    return None

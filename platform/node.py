@@ -1,10 +1,11 @@
-"""What runs on the machines of a cluster beside Ray: MLflow's server on the head, and a closed door on each.
+"""What runs on the machines of a cluster beside Ray: MLflow's server on the head, a closed door on each, and an end.
 
 The cluster files run it, as `linflab node ...`.
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ from linflab.platform.storage import Storage
 RECORD_PORT = 5500  # of MLflow's server on the head
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the cluster's description, as JSON
 SECONDS_TO_START = 120.0
+SECONDS_WITHOUT_HEAD = 20.0  # after which a worker gives it up
 # what Ray, PyTorch and MLflow listen on: fixed ports, and whatever the system gives them
 OUR_PORTS = f"{{ {RECORD_PORT}, 6379, 8265, 10001-65535 }}"
 
@@ -55,22 +57,24 @@ def serve(storage: Storage, database: str, port: int) -> None:
     if database.startswith("sqlite:///"):
         Path(database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + SECONDS_TO_START
-    while _answers(port):  # the server of a head that was there before is about to end
+    while _answers("127.0.0.1", port):  # the server of a head that was there before is about to end
         if time.monotonic() > deadline:
             raise SettingError(f"port={port}: is taken by another program; end it, or choose another port")
         time.sleep(0.5)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--serve-artifacts"]
     command += ["--artifacts-destination", str(storage.artifacts)]
-    command += ["--host", "0.0.0.0", "--port", str(port), "--workers", "2"]
+    command += ["--host", "0.0.0.0", "--port", str(port), "--workers", "2", "--allowed-hosts", ",".join(_own_names())]
     log = storage.root / "mlflow.log"
     with log.open("ab") as file:
         watcher = subprocess.Popen(
-            [sys.executable, "-m", "linflab.platform.node", str(head), *command],
+            [sys.executable, "-m", "linflab.platform.node", "serve", str(head), *command],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd="/",
         )  # fmt: skip
+    deadline = time.monotonic() + SECONDS_TO_START
     while not _healthy(port):
         if watcher.poll() is not None or time.monotonic() > deadline:
-            watcher.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(watcher.pid, signal.SIGKILL)
             end = " ".join(log.read_text(errors="replace").split())[-500:]
             raise TrainingError(f"MLflow's server did not start ({end}); {log} has more")
         time.sleep(0.5)
@@ -78,17 +82,59 @@ def serve(storage: Storage, database: str, port: int) -> None:
 
 def _ray_head() -> int | None:
     """The process of this user's Ray head on this machine, the latest."""
-    heads = []
-    for process in psutil.process_iter(["name", "uids", "create_time"]):
-        uids = process.info["uids"]
-        if process.info["name"] == "gcs_server" and uids is not None and uids.real == os.getuid():
-            heads.append((process.info["create_time"], process.pid))
-    return max(heads)[1] if heads else None
+    return _latest("gcs_server")
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _raylet() -> int | None:
+    """The process of this user's Ray on this machine, the latest."""
+    return _latest("raylet")
+
+
+def _latest(name: str) -> int | None:
+    found = []
+    for process in psutil.process_iter(["name", "uids", "create_time", "status"]):
+        own = process.info["uids"] is not None and process.info["uids"].real == os.getuid()
+        if process.info["name"] == name and own and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append((process.info["create_time"], process.pid))
+    return max(found)[1] if found else None
+
+
+def _own_names() -> list[str]:
+    """What this machine is called by those who may ask it for the record, with and without a port."""
+    addresses = [address.address for entries in psutil.net_if_addrs().values() for address in entries]
+    own = [address for address in addresses if re.fullmatch(r"[0-9.]+", address)]  # as IPv4
+    names = dict.fromkeys(["localhost", "127.0.0.1", socket.gethostname(), *own])
+    return [*names, *(f"{name}:*" for name in names)]
+
+
+def _answers(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=5):
+        return True
+    return False
+
+
+def end_with_head(head: str, port: int) -> None:
+    """Start, in the background, what stops Ray on this worker once its head is gone: Ray itself leaves some of it.
+
+    Raises:
+        SettingError: no worker of Ray runs here.
+    """
+    if _raylet() is None:
+        raise SettingError("end-with-head: Ray does not run on this machine; start it first, by `ray start`")
+    subprocess.Popen(
+        [sys.executable, "-m", "linflab.platform.node", "end-with-head", head, str(port)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+    )  # fmt: skip
+
+
+def _end_with_head(head: str, port: int) -> None:
+    raylet, heard = _raylet(), time.monotonic()
+    while _raylet() == raylet is not None and time.monotonic() - heard < SECONDS_WITHOUT_HEAD:
+        time.sleep(3)
+        if _answers(head, port):
+            heard = time.monotonic()
+    if _raylet() in (raylet, None):  # else Ray has been started anew, with another of these
+        subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"])
 
 
 def _healthy(port: int) -> bool:
@@ -178,4 +224,7 @@ def _rules(provider: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "serve":
+        _watch(int(sys.argv[2]), sys.argv[3:])
+    else:
+        _end_with_head(sys.argv[2], int(sys.argv[3]))

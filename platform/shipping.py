@@ -27,6 +27,13 @@ PARTS = {
     "models": linflab.models, "platform": linflab.platform,
     "reports": linflab.reports, "search_spaces": linflab.search_spaces,
 }  # fmt: skip
+# a package without one would be mixed with the installed one of its name, file by file; and an editable install has a
+# finder that is asked for what is not here
+_INIT = """import sys
+
+finders = [one for one in sys.meta_path if not getattr(one, "__module__", "").startswith("__editable___linflab")]
+sys.meta_path[:] = finders
+"""
 KINDS = (".py", ".yaml", ".cpp", ".h")  # files that are code; what compilers make of it stays where it is
 
 
@@ -60,8 +67,7 @@ def copy_code(folder: Path) -> Path:
     for path, name in _files():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, package / name)
-    # here a package without one would be mixed with the installed one of this name, file by file
-    (package / "__init__.py").touch()
+    (package / "__init__.py").write_text(_INIT)
     return package
 
 

@@ -139,7 +139,8 @@ class Trainer:
             ],
             betas=experiment.optimizer.betas,
             eps=experiment.optimizer.epsilon,
-            foreach=False,  # one parameter at a time: the multi-tensor form needs memory for copies of all of them
+            foreach=False,  # the multi-tensor form needs memory for copies of all parameters: one at a time,
+            fused=self.device.type == "cuda",  # or on a GPU, where each would be many small kernels, one kernel
         )
         self.decayed = layers if experiment.optimizer.lp_weight_decay > 0 else []
         self.parallel: nn.Module = self.loss_of

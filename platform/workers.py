@@ -5,6 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from threading import Thread
 from typing import Any
@@ -73,14 +74,14 @@ def wait_for_machines(experiment: Experiment, say: Callable[[str], None]) -> Non
     kinds = (cluster_description() or {}).get("available_node_types", {}) if "RAY_ADDRESS" in os.environ else {}
     expected = 1 + sum(kind.get("min_workers", 0) for kind in kinds.values())
     deadline, said = time.monotonic() + SECONDS_TO_JOIN, False
-    while sum(node["Alive"] for node in ray.nodes()) < expected and time.monotonic() < deadline:
-        try:
+    while (there := sum(node["Alive"] for node in ray.nodes())) < expected and time.monotonic() < deadline:
+        with suppress(SettingError):
             worker_resources(experiment)
-            return
-        except SettingError as error:
-            if not said:
-                say(f"Waiting for the cluster's machines; so far: {error}.")
-            said = True
+            if experiment.compute.device != "auto" or uses_gpus(experiment):  # else GPUs may be still to come
+                return
+        if not said:
+            say(f"Waiting for the cluster's machines: {there} of {expected} are there.")
+        said = True
         time.sleep(2)
 
 
@@ -107,7 +108,7 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
     if cpus > largest:
         raise SettingError(f"compute.cpus_per_worker={cpus}: the largest machine of the cluster has {largest:g} CPUs")
     if not uses_gpus(experiment):
-        return {"CPU": cpus}
+        return _checked(workers, {"CPU": cpus})
     share = experiment.compute.gpus_per_worker
     if share < 1 and workers > 1:  # NCCL refuses two processes on one device
         raise SettingError(f"compute.gpus_per_worker={share:g}: a GPU is shared by trainings of one worker alone")
@@ -116,15 +117,28 @@ def worker_resources(experiment: Experiment) -> dict[str, float]:
             f"compute.workers={workers}: need a GPU each; there are {_total(there, 'GPU'):g}; "
             "compute.device=cpu trains without"
         )
-    return {"CPU": cpus, "GPU": share}
+    return _checked(workers, {"CPU": cpus, "GPU": share})
+
+
+def _checked(workers: int, resources: dict[str, float]) -> dict[str, float]:
+    if _room(resources) < workers:
+        what = " and ".join(f"{needed:g} {name}" for name, needed in resources.items())
+        raise SettingError(
+            f"compute.workers={workers} of {what}: the cluster's machines have room for {_room(resources)}"
+        )
+    return resources
+
+
+def _room(resources: Mapping[str, float]) -> int:
+    """For how many workers with these resources the machines have room; none is spread over several."""
+    return sum(
+        int(min(machine.get(name, 0) / needed for name, needed in resources.items()) + 1e-9) for machine in machines()
+    )
 
 
 def at_once(workers: int, resources: Mapping[str, float]) -> int:
     """How many trainings of so many workers, with these resources each, the machines have room for; one at least."""
-    fitting = [
-        int(min(machine.get(name, 0) / needed for name, needed in resources.items()) + 1e-9) for machine in machines()
-    ]
-    return max(1, sum(fitting) // workers)
+    return max(1, _room(resources) // workers)
 
 
 def train_on_workers(

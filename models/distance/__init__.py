@@ -1,6 +1,7 @@
 """The l_p-distance operator, and SortNet's: a small public surface in front of one implementation per device.
 
-CPU tensors in float32 go to C++ kernels (`cpu.py`), everything else to plain PyTorch (`reference.py`).
+In float32, tensors on CPUs go to C++ kernels (`cpu.py`), on CUDA devices, but for sorting, to Triton's (`cuda.py`);
+everything else goes to plain PyTorch (`reference.py`).
 """
 
 import math
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linflab.models.distance import convolution, cpu, reference
+from linflab.models.distance.choice import implementation_for
 
 __all__ = [
     "linf_distance_bounds",
@@ -44,9 +46,7 @@ def lp_distance(x: Tensor, weight: Tensor, p: float = math.inf) -> Tensor:
     """
     _check("lp_distance", weight, x=x)
     _check_p("lp_distance", p)
-    if cpu.serves(x):
-        return cpu.lp_distance(x, weight, float(p))
-    return reference.lp_distance(x, weight, float(p))
+    return implementation_for(x).lp_distance(x, weight, float(p))
 
 
 def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,7 @@ def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[
     """
     _check_box("linf_distance_bounds", lower, upper, weight)
     with torch.no_grad():
-        if cpu.serves(lower):
-            return cpu.linf_distance_bounds(lower, upper, weight)
-        return reference.linf_distance_bounds(lower, upper, weight)
+        return implementation_for(lower).linf_distance_bounds(lower, upper, weight)
 
 
 def lp_distance_conv2d(x: Tensor, weight: Tensor, p: float = math.inf, stride: int = 1, padding: int = 0) -> Tensor:
@@ -206,9 +204,7 @@ def lp_distance_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, gr
         )
     if kept.device != x.device:
         raise ValueError(f"{name} takes tensors on one device, got x {x.device}, kept {kept.device}")
-    if cpu.serves(x):
-        return cpu.lp_distance_on_subsets(x, weight, float(p), kept, group)
-    return reference.lp_distance_on_subsets(x, weight, float(p), kept, group)
+    return implementation_for(x).lp_distance_on_subsets(x, weight, float(p), kept, group)
 
 
 def _check_p(function: str, p: float) -> None:

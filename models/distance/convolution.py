@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 from torch.nn.functional import fold, unfold
 
-from linflab.models.distance import cpu, reference
+from linflab.models.distance.choice import implementation_for
 from linflab.models.distance.cpu import no_second_gradients
 
 PATCH_VALUES = 2**22  # values of patches held at a time, or those of one sample where they are more
@@ -108,8 +108,10 @@ def patches_of(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def _distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
-    return (cpu if cpu.serves(x) else reference).lp_distance(x, weight, p)
+    distances: Tensor = implementation_for(x).lp_distance(x, weight, p)
+    return distances
 
 
 def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return (cpu if cpu.serves(x) else reference).lp_distance_backward(grad_y, x, weight, y, p)
+    gradients: tuple[Tensor, Tensor] = implementation_for(x).lp_distance_backward(grad_y, x, weight, y, p)
+    return gradients

@@ -25,8 +25,9 @@ def missing() -> str:
         return f"needs {', '.join(tools)}, of Debian's openssh-server, openssh-client, rsync, iproute2 and nftables"
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
-    made = subprocess.run(["ip", "netns", "add", "linflab-probe"], capture_output=True)
-    subprocess.run(["ip", "netns", "del", "linflab-probe"], capture_output=True)
+    probe = f"linflab-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True)
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True)
     return "" if made.returncode == 0 else "needs the right to make network namespaces"
 
 

@@ -19,7 +19,7 @@ from linflab.platform.shipping import copy_code
 from tests.conftest import RECIPE
 from tests.platform.hosts import ROOT, Host, Network, answering_from, missing
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent
 EPOCHS = 30
 TRIALS = 6
@@ -119,6 +119,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := missing():
+        pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         cluster.ray("up", "-y", str(cluster.file))
@@ -131,6 +133,11 @@ def processes(host: Host) -> list[str]:
     """What runs there of Ray, Python and MLflow."""
     lines = host.run("ps -eo pid,args --no-headers").splitlines()
     return [line for line in lines if re.search("ray|python|mlflow|uvicorn", line) and "ps -eo" not in line]
+
+
+def ports_of(host: Host) -> list[int]:
+    """What listens there."""
+    return sorted({int(line.split()[3].rsplit(":", 1)[1]) for line in host.run("ss -ltnH").splitlines()})
 
 
 def test_a_sweep_from_the_laptop(cluster: Cluster) -> None:
@@ -197,8 +204,7 @@ def test_nobody_else_gets_in(cluster: Cluster) -> None:
         assert "came through" not in cluster.head.run(f"{python} {script}", check=False)
         assert "came through" in cluster.head.run(f"{sys.executable} -c {script}")  # by the token in its home
     for host in (cluster.head, cluster.one):
-        listening = host.run("ss -ltnH").splitlines()
-        ports = sorted({int(line.split()[3].rsplit(":", 1)[1]) for line in listening})
+        ports = ports_of(host)
         assert len(ports) > 5
         assert answering_from(cluster.outside, host.address, ports) == [22]
     assert answering_from(cluster.one, cluster.head.address, [22, 5500, 6379]) == [22, 5500, 6379]
@@ -217,12 +223,14 @@ def test_a_worker_is_gone_and_then_the_head(cluster: Cluster) -> None:
     assert set(moved["linflab.host"]) == {cluster.one.name}
     cluster.head.run("pkill -9 gcs_server; pkill -9 raylet", check=False)
     said, _ = first.communicate(timeout=180)
-    assert first.returncode in (1, 130), said
+    assert first.returncode == 130 and "the connection to the cluster is lost" in said, said
     cluster.two.connect()
     cluster.two.start()
     cluster.ray("up", "-y", str(cluster.file))
-    assert cluster.linflab("sweeps", "--cluster").count("wild") == 1
+    (line,) = [line for line in cluster.linflab("sweeps", "--cluster").splitlines() if line.startswith("wild")]
+    assert " cut " in line
     cluster.linflab("sweep", "--resume", "wild", "--cluster")
+    assert answering_from(cluster.outside, cluster.two.address, ports_of(cluster.two)) == [22]
     trials = cluster.trials("wild")
     assert sorted(trials["linflab.trial"].astype(int)) == list(range(1, TRIALS + 1))
     assert set(trials["status"]) == {"FINISHED"}
@@ -234,7 +242,7 @@ def test_a_worker_is_gone_and_then_the_head(cluster: Cluster) -> None:
 def test_ray_down_leaves_no_process(cluster: Cluster) -> None:
     assert any("mlflow" in line for line in processes(cluster.head))
     cluster.ray("down", "-y", str(cluster.file))
-    deadline = time.monotonic() + 150  # a worker that has lost its head gives it a minute
+    deadline = time.monotonic() + 90  # workers give a head that they have lost some time
     for host in (cluster.head, cluster.one, cluster.two):
         while left := processes(host):
             assert time.monotonic() < deadline, left

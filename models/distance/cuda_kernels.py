@@ -1,0 +1,238 @@
+"""The kernels of `cuda.py`, in Gluon: Triton's language in which the layout of a tile over threads is said.
+
+Every thread holds a small square of a tile, so of an operand it reads a few values for many terms |x_i - w_i|, and
+reads them as vectors. Operands come padded with zeros to whole tiles (a term |0 - 0| adds nothing), so no loop has a
+mask.
+
+Powers are taken by multiplication where p is a small integer, and as 2^(p log2 ratio) for any real p: of ratios in
+[0, 1], so nothing overflows. The multiplications are of distances as they are, where these lie in a range in which no
+power overflows or is lost; where they do not, the tile is computed again by ratios.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan, constexpr
+
+REAL = constexpr(-1)  # in place of a small integer as EXPONENT; 0 stands for infinity
+NAN_WINS = constexpr(PropagateNan.ALL)  # a maximum with it is NaN, as PyTorch's
+
+
+@gluon.jit
+def _log2(x):
+    # within 2^-22, absolutely near 1 and relatively elsewhere; libdevice's takes ten instructions more
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _power(x, EXPONENT: constexpr):
+    """x^EXPONENT by squaring; |x|^EXPONENT sign(x) where the exponent is odd."""
+    result = x
+    if EXPONENT == 2:
+        result = x * x
+    if EXPONENT == 3:
+        result = x * x * x
+    if EXPONENT == 4:
+        square = x * x
+        result = square * square
+    if EXPONENT == 5:
+        square = x * x
+        result = square * square * x
+    if EXPONENT == 6:
+        cube = x * x * x
+        result = cube * cube
+    if EXPONENT == 7:
+        square = x * x
+        result = (square * x) * (square * square)
+    if EXPONENT == 8:
+        square = x * x
+        fourth = square * square
+        result = fourth * fourth
+    return result
+
+
+@gluon.jit
+def distances(
+    x, w, y, steps, counts, p, low, high, M, N, K, x_step, w_step, group,
+    EXPONENT: constexpr, INDIRECT: constexpr, UNROLL: constexpr,
+    BM: constexpr, BN: constexpr, L: constexpr,
+):  # fmt: skip
+    """y[m, n] = ||x[:, m] - w[:, n]||_p over the K rows of x (K, x_step) and w (K, w_step), or over those in `steps`.
+
+    With INDIRECT, samples m of group m // group use the rows steps[m // group, :counts[m // group]].
+    """
+    m = gl.program_id(0) * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    n = gl.program_id(1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, L))
+    if INDIRECT:
+        steps += (gl.program_id(0) * BM // group) * (K + UNROLL)
+        K = gl.load(counts + gl.program_id(0) * BM // group)
+    x += m
+    w += n
+    total = gl.zeros((BM, BN), gl.float32, layout=L)
+    if EXPONENT > 0:
+        for k in range(0, K, UNROLL):
+            for u in gl.static_range(UNROLL):
+                row = gl.load(steps + k + u) if INDIRECT else k + u
+                d = gl.load(x + row * x_step)[:, None] - gl.load(w + row * w_step)[None, :]
+                if EXPONENT % 2 == 1:
+                    d = gl.abs(d)
+                total += _power(d, EXPONENT)
+        unsafe = ((total < low) | (total > high)).to(gl.int32)
+        if gl.max(gl.max(unsafe, axis=1), axis=0) == 0:
+            if EXPONENT == 2:
+                total = gl.sqrt(total)
+            elif EXPONENT > 2:
+                total = gl.exp2(gl.log2(total) / p)
+        else:
+            total = _by_ratios(x, w, steps, p, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+    elif EXPONENT == REAL:
+        total = _by_ratios(x, w, steps, p, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+    else:
+        total = _largest(x, w, steps, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+    gl.store(y + m[:, None] * N + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@gluon.jit
+def _largest(
+    x, w, steps, K, x_step, w_step,
+    INDIRECT: constexpr, UNROLL: constexpr, BM: constexpr, BN: constexpr, L: constexpr,
+):  # fmt: skip
+    largest = gl.zeros((BM, BN), gl.float32, layout=L)
+    for k in range(0, K, UNROLL):
+        for u in gl.static_range(UNROLL):
+            row = gl.load(steps + k + u) if INDIRECT else k + u
+            d = gl.load(x + row * x_step)[:, None] - gl.load(w + row * w_step)[None, :]
+            largest = gl.maximum(largest, gl.abs(d), propagate_nan=NAN_WINS)
+    return largest
+
+
+@gluon.jit
+def _by_ratios(
+    x, w, steps, p, K, x_step, w_step,
+    INDIRECT: constexpr, UNROLL: constexpr, BM: constexpr, BN: constexpr, L: constexpr,
+):  # fmt: skip
+    """The distances for any p: the largest term, times the norm of all terms' ratios to it."""
+    largest = _largest(x, w, steps, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+    inverse = gl.where(largest > 0, 1 / gl.maximum(largest, 1e-37), 0.0)
+    total = gl.zeros((BM, BN), gl.float32, layout=L)
+    for k in range(0, K, UNROLL):
+        for u in gl.static_range(UNROLL):
+            row = gl.load(steps + k + u) if INDIRECT else k + u
+            d = gl.load(x + row * x_step)[:, None] - gl.load(w + row * w_step)[None, :]
+            total += _exp2(p * _log2(gl.abs(d) * inverse))
+    return largest * _exp2(_log2(total) / p)
+
+
+@gluon.jit
+def gradients(
+    a, c, slopes, inverses, kept, out, unsafe, exponent, M, N, K, step, slopes_step,
+    EXPONENT: constexpr, MASKED: constexpr, UNROLL: constexpr,
+    BM: constexpr, BK: constexpr, L: constexpr,
+):  # fmt: skip
+    """out[m, k] = sum_n g[n, m] sign(d) |d / y[n, m]|^(p - 1) with d = a[m, k] - c[n, k]; N in whole UNROLLs.
+
+    EXPONENT is p, `exponent` p - 1. inverses = 1 / y. Where EXPONENT is an integer and unsafe is 0, slopes =
+    g / y^(p - 1); else slopes = g. With MASKED, terms count where kept[n, k] is 1, and not where it is 0.
+    """
+    m = gl.program_id(0) * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    k = gl.program_id(1) * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L))
+    mine = gl.load(a + m[:, None] * step + k[None, :])
+    c += k
+    kept += k
+    slopes += m
+    inverses += m
+    total = gl.zeros((BM, BK), gl.float32, layout=L)
+    by_ratios = gl.load(unsafe)
+    if EXPONENT == 1:
+        by_ratios = 0
+    if EXPONENT == REAL:
+        by_ratios = 1
+    if by_ratios == 0:
+        if EXPONENT > 0:
+            for start in range(0, N, UNROLL):
+                for u in gl.static_range(UNROLL):
+                    n = start + u
+                    d = mine - gl.load(c + n * step)[None, :]
+                    if MASKED:
+                        d *= gl.load(kept + n * step)[None, :]
+                    slope = gl.load(slopes + n * slopes_step)[:, None]
+                    if EXPONENT == 1:
+                        total += gl.where(d > 0, slope, gl.where(d < 0, -slope, 0.0))
+                    elif EXPONENT == 2:
+                        total += slope * d
+                    elif EXPONENT % 2 == 1:
+                        total += slope * (_power(d, EXPONENT - 2) * gl.abs(d))
+                    elif EXPONENT == 8:
+                        square = d * d
+                        total += (slope * (square * d)) * (square * square)
+                    else:
+                        total += slope * _power(d, EXPONENT - 1)
+    else:
+        for start in range(0, N, UNROLL):
+            for u in gl.static_range(UNROLL):
+                n = start + u
+                d = mine - gl.load(c + n * step)[None, :]
+                if MASKED:
+                    d *= gl.load(kept + n * step)[None, :]
+                ratio = gl.abs(d) * gl.load(inverses + n * slopes_step)[:, None]
+                power = _exp2(exponent * _log2(ratio))
+                signed = (power.to(gl.int32, bitcast=True) | (d.to(gl.int32, bitcast=True) & -2147483648)).to(
+                    gl.float32, bitcast=True
+                )
+                total += gl.load(slopes + n * slopes_step)[:, None] * signed
+    gl.store(out + m[:, None] * K + k[None, :], total, mask=(m[:, None] < M) & (k[None, :] < K))
+
+
+@gluon.jit
+def first_largest(
+    x, w, y, index, steps, counts, M, N, K, x_step, w_step, group,
+    INDIRECT: constexpr, UNROLL: constexpr, BM: constexpr, BN: constexpr, L: constexpr,
+):  # fmt: skip
+    """index[m, n] = the first row where |x[:, m] - w[:, n]| is y[m, n], its largest; operands as for `distances`."""
+    m = gl.program_id(0) * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    n = gl.program_id(1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, L))
+    if INDIRECT:
+        steps += (gl.program_id(0) * BM // group) * (K + UNROLL)
+        K = gl.load(counts + gl.program_id(0) * BM // group)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    largest = gl.load(y + m[:, None] * N + n[None, :], mask=inside, other=0.0)
+    x += m
+    w += n
+    found = gl.zeros((BM, BN), gl.int32, layout=L)
+    end = (K + UNROLL - 1) // UNROLL * UNROLL
+    for back in range(0, K, UNROLL):
+        for u in gl.static_range(UNROLL):
+            k = end - 1 - back - u
+            row = gl.load(steps + k) if INDIRECT else k
+            d = gl.load(x + row * x_step)[:, None] - gl.load(w + row * w_step)[None, :]
+            found = gl.where(gl.abs(d) == largest, row, found)
+    gl.store(index + m[:, None] * N + n[None, :], found, mask=inside)
+
+
+@gluon.jit
+def bounds(
+    lower, upper, w, low, high, M, N, K, x_step, w_step,
+    UNROLL: constexpr, BM: constexpr, BN: constexpr, L: constexpr,
+):  # fmt: skip
+    """The smallest and largest ||x - w[:, n]||_inf over the box lower[:, m] <= x <= upper[:, m]; K in whole UNROLLs."""
+    m = gl.program_id(0) * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    n = gl.program_id(1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, L))
+    lower += m
+    upper += m
+    w += n
+    smallest = gl.zeros((BM, BN), gl.float32, layout=L)
+    largest = gl.zeros((BM, BN), gl.float32, layout=L)
+    for k in range(0, K, UNROLL):
+        for u in gl.static_range(UNROLL):
+            weight = gl.load(w + (k + u) * w_step)[None, :]
+            below = gl.load(lower + (k + u) * x_step)[:, None] - weight
+            above = gl.load(upper + (k + u) * x_step)[:, None] - weight
+            largest = gl.maximum(largest, gl.maximum(above, -below, propagate_nan=NAN_WINS), propagate_nan=NAN_WINS)
+            smallest = gl.maximum(smallest, gl.maximum(below, -above, propagate_nan=NAN_WINS), propagate_nan=NAN_WINS)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    gl.store(low + m[:, None] * N + n[None, :], smallest, mask=inside)
+    gl.store(high + m[:, None] * N + n[None, :], largest, mask=inside)
