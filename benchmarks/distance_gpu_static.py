@@ -4,8 +4,8 @@
 
 Compiles every kernel of linflab.models.distance.cuda_kernels ahead of time, with each of its tiles, and prints from the
 disassembly: registers, bytes of the stack (spills), shared memory, warps that a multiprocessor holds by its 65,536
-registers (occupancy), and the instructions per term |x_i - w_i| in the hot loop, in all and by class. A backward pass
-computes each term twice, once for each gradient: the numbers are for one, and `both` is their total.
+registers (occupancy), and the instructions per term |x_i - w_i| in the hot loop, in all and by class. Those of a
+backward pass are for both gradients.
 
 Classes: float (additions, multiplications, maxima, comparisons), special (MUFU: logarithms, powers of two), load,
 other. A multiprocessor of these targets issues a float instruction for 128 threads a cycle (64 on sm_80), a special one
@@ -34,7 +34,7 @@ from linflab.models.distance import cuda, cuda_kernels
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS, MOST_WARPS = 65536, 64
-INTEGERS = {"M", "N", "K", "x_step", "w_step", "group", "step", "slopes_step"}
+INTEGERS = {"M", "N", "K", "x_step", "w_step", "group", "part", "step", "slopes_step"}
 POINTERS_TO_INTEGERS = {"steps", "counts", "unsafe", "index"}
 CLASSES = {
     "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL"),
@@ -49,7 +49,6 @@ class Case:
 
     Attributes:
         hot: which of its innermost loops are hot: "powers", those that multiply; else all.
-        both: a backward pass launches it twice.
     """
 
     name: str
@@ -57,7 +56,10 @@ class Case:
     constants: dict[str, Any]
     tiles: tuple[cuda.Tile, ...]
     hot: str = "all"
-    both: bool = False
+
+    @property
+    def unroll(self) -> int:
+        return cuda.PAIR if self.kernel is cuda_kernels.gradients else cuda.UNROLL
 
 
 def cases() -> list[Case]:
@@ -69,15 +71,15 @@ def cases() -> list[Case]:
     found.append(Case("forward any p", forward, {"EXPONENT": -1, "INDIRECT": False}, cuda.POWERS))
     for p in range(1, cuda.MULTIPLIED + 1):
         constants = {"EXPONENT": p, "MASKED": False}
-        found.append(Case(f"backward p = {p}", backward, constants, cuda.GRADIENTS, "powers", both=True))
+        found.append(Case(f"backward p = {p}", backward, constants, cuda.GRADIENTS, "powers"))
     return [
         *found,
-        Case("backward any p", backward, {"EXPONENT": -1, "MASKED": False}, cuda.GRADIENTS, both=True),
+        Case("backward any p", backward, {"EXPONENT": -1, "MASKED": False}, cuda.GRADIENTS),
         Case("backward p = inf", cuda_kernels.first_largest, {"INDIRECT": False}, cuda.LARGEST),
         Case("bounds", cuda_kernels.bounds, {}, cuda.POWERS),
         Case("subsets forward p = inf", forward, {"EXPONENT": 0, "INDIRECT": True}, cuda.GROUPED),
         Case("subsets forward any p", forward, {"EXPONENT": -1, "INDIRECT": True}, cuda.GROUPED),
-        Case("subsets backward any p", backward, {"EXPONENT": -1, "MASKED": True}, cuda.GRADIENTS),
+        Case("subsets backward any p", backward, {"EXPONENT": -1, "MASKED": True}, cuda.MASKED_GRADIENTS),
         Case("subsets backward p = inf", cuda_kernels.first_largest, {"INDIRECT": True}, cuda.GROUPED),
     ]
 
@@ -85,9 +87,9 @@ def cases() -> list[Case]:
 def compiled(case: Case, tile: cuda.Tile, target: int) -> Any:
     """The kernel for a target, as a launch with operands of whole tiles would compile it."""
     names = case.kernel.arg_names
-    narrow = "BK" if "BK" in names else "BN"
     layout = gl.BlockedLayout(list(tile.thread), list(tile.threads), list(tile.warps), [1, 0])
-    constants = {**case.constants, "UNROLL": cuda.UNROLL, "BM": tile.rows, narrow: tile.columns, "L": layout}
+    constants = {**case.constants, "UNROLL": case.unroll, "BM": tile.rows, "BN": tile.columns, "L": layout}
+    constants = {name: value for name, value in constants.items() if name in names}
     in_forward = case.kernel is cuda_kernels.distances
     signature = {}
     for name in names:
@@ -97,7 +99,9 @@ def compiled(case: Case, tile: cuda.Tile, target: int) -> Any:
             "constexpr" if name in constants else "fp32" if scalar else "i32" if name in INTEGERS else pointer
         )
     whole = [
-        place for place, name in enumerate(names) if signature[name][0] == "*" or name.endswith("step") or name == "K"
+        place
+        for place, name in enumerate(names)
+        if signature[name][0] == "*" or name.endswith("step") or name in ("M", "K")
     ]
     source = GluonASTSource(
         fn=case.kernel,
@@ -154,7 +158,7 @@ def measure(case: Case, tile: cuda.Tile, target: int) -> dict[str, float]:
     counts: Counter[str] = Counter()
     for loop in hot_loops(case, text):
         counts.update(map(operation, loop))
-    terms = tile.terms * cuda.UNROLL
+    terms = tile.terms * case.unroll
     by_class = {name: sum(counts[each] for each in kinds) / terms for name, kinds in CLASSES.items()}
     warps = math.prod(tile.warps)
     return {
@@ -172,18 +176,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     targets = parser.parse_args().targets
-    print(f"triton {triton.__version__}, rows of the operands unrolled by {cuda.UNROLL}")
+    print(f"triton {triton.__version__}")
     columns = ["registers", "stack", "shared", "warps", "per term", "float", "special", "load", "other"]
     rows = []
     for target in targets:
-        print(f"\nsm_{target:<24}{'tile':>9}" + "".join(f"{column:>10}" for column in columns) + f"{'both':>8}")
+        print(f"\nsm_{target:<24}{'tile':>9}" + "".join(f"{column:>10}" for column in columns))
         for case in cases():
             for tile in case.tiles:
                 found = measure(case, tile, target)
                 cells = [f"{found[name]:10.2f}" if name in columns[4:] else f"{found[name]:10}" for name in columns]
-                both = 2 * found["per term"] if case.both else math.nan
                 shape = f"{tile.rows}x{tile.columns}"
-                print(f"{case.name:27}{shape:>9}{''.join(cells)}" + (f"{both:8.2f}" if case.both else ""), flush=True)
+                print(f"{case.name:27}{shape:>9}{''.join(cells)}", flush=True)
                 figures = [round(found[name], 3) for name in columns]
                 rows.append([time.strftime("%Y-%m-%d"), triton.__version__, f"sm_{target}", case.name, shape, *figures])
     path = Path(__file__).with_suffix(".csv")

@@ -1,6 +1,6 @@
 """The operator on CUDA devices in float32: launches the Gluon kernels of `cuda_kernels.py`, compiled when first used.
 
-Results are deterministic: every output has one thread, which adds in the order of the terms. Gradients at p = inf go to
+Results are deterministic: every output has one thread, which adds in the order of the terms. At p = inf gradients go to
 one input each, which is found by a second pass; they are added up by PyTorch's deterministic `index_put_`. The ops
 themselves are defined in `cpu.py`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, library
 
 MULTIPLIED = 8  # powers up to this one are taken by multiplication where p is an integer
 WHOLE = 128  # operands are padded to a multiple of it: all tiles fit
-UNROLL = 4
+UNROLL, PAIR = 4, 2  # rows of the operands that the forward and the backward pass take at a time
 FLOAT = torch.finfo(torch.float32)
 
 
@@ -39,7 +39,8 @@ class Tile:
 
 LARGEST = (Tile(128, 128, (8, 8), (4, 8), (4, 2)), Tile(64, 64, (4, 8), (4, 8), (4, 1)))
 POWERS = (Tile(64, 128, (4, 8), (4, 8), (4, 2)), Tile(64, 64, (4, 4), (4, 8), (4, 2)))  # which take more registers
-GRADIENTS = (Tile(64, 128, (4, 8), (4, 8), (4, 2)), Tile(32, 64, (4, 4), (4, 8), (2, 2)))
+GRADIENTS = (Tile(64, 64, (16, 2), (4, 8), (1, 4)), Tile(32, 128, (8, 4), (4, 8), (1, 4)))  # sums stay in a warp
+MASKED_GRADIENTS = GRADIENTS[1:]  # rows of one group alone
 GROUPED = (Tile(32, 128, (4, 8), (8, 4), (1, 4)), Tile(32, 64, (4, 4), (4, 8), (2, 2)))  # rows of one group alone
 GROUP_ROWS = 32
 
@@ -66,11 +67,10 @@ def _tuned(name: str, tiles: tuple[Tile, ...]) -> Callable[..., Any]:
     from triton.experimental.gluon import language as gl
 
     kernel = getattr(kernels(), name)
-    narrow = "BK" if name == "gradients" else "BN"
     settings = [
         {
             "BM": tile.rows,
-            narrow: tile.columns,
+            "BN": tile.columns,
             "L": gl.BlockedLayout(list(tile.thread), list(tile.threads), list(tile.warps), [1, 0]),
         }
         for tile in tiles
@@ -78,13 +78,15 @@ def _tuned(name: str, tiles: tuple[Tile, ...]) -> Callable[..., Any]:
     if triton.knobs.runtime.interpret:  # nothing is to be gained there
         return lambda grid: lambda *arguments, **named: kernel[grid(settings[-1])](*arguments, **named, **settings[-1])
     configs = [triton.Config(one, num_warps=math.prod(tile.warps)) for one, tile in zip(settings, tiles, strict=True)]
-    tuned = triton.autotune(configs, key=["M", "N", "K"])(kernel)
+    tuned = triton.autotune(configs, key=["M", "part", "K"] if name == "gradients" else ["M", "N", "K"])(kernel)
     return lambda grid: tuned[grid]
 
 
 def _launch(name: str, tiles: tuple[Tile, ...], shape: torch.Size, *arguments: Any, **named: Any) -> None:
+    """Launch a kernel whose outputs have this shape."""
+
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return -(-shape[0] // meta["BM"]), -(-shape[1] // meta["BK" if name == "gradients" else "BN"])
+        return -(-shape[0] // meta["BM"]), -(-shape[1] // meta["BN"])
 
     if 0 not in shape:
         _tuned(name, tiles)(grid)(*arguments, **named, UNROLL=UNROLL)
@@ -169,9 +171,11 @@ def _lists(groups: _Groups | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
 def _gradients(
     grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, groups: _Groups | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in x and weight; `kept` (B, I) says which inputs each sample uses, None: all."""
+    """Gradients in x and weight; `kept` (groups, I) says which inputs each group of samples uses, None: all."""
     if math.isinf(p):
         return _gradients_at_infinity(grad_y, x, weight, y, groups)
+    if 0 in y.shape:
+        return torch.zeros_like(x), torch.zeros_like(weight)
     exponent = _exponent(p)
     inverses = torch.where(y > 0, 1 / y.clamp_min(FLOAT.tiny), 0.0)
     slopes, unsafe = torch.where(y > 0, grad_y, 0.0), torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -180,22 +184,28 @@ def _gradients(
         safe = ((y == 0) | ((y > 1 / most) & (y < most))).all()
         slopes = torch.where(safe, slopes * inverses ** (exponent - 1), slopes)
         unsafe = (~safe).to(torch.int32).view(1)
-    rows, outs, inputs = (_whole(size) for size in (*y.shape, x.shape[1]))
-    a, c = _padded(x, rows, inputs), _padded(weight, outs, inputs)
-    mask = a if kept is None else _padded(kept.float(), rows, inputs)
-    slopes, inverses = _padded(slopes, rows, outs), _padded(inverses, rows, outs)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    common = {"EXPONENT": exponent}
-    _launch(
-        "gradients", GRADIENTS, grad_x.shape, a, c, slopes.t().contiguous(), inverses.t().contiguous(), mask,
-        grad_x, unsafe, p - 1, x.shape[0], outs, x.shape[1], inputs, rows, **common, MASKED=False,
+    rows, inputs = _whole(x.shape[0]), _whole(x.shape[1])
+    slabs = inputs // GRADIENTS[0].columns
+    parts = max(1, min(weight.shape[0] // PAIR, -(-_programs(x.device) // slabs)))
+    part = _whole(-(-weight.shape[0] // parts), PAIR)
+    a, c = _padded(x, rows, inputs), _padded(weight, parts * part, inputs)
+    slopes, inverses = _padded(slopes.t(), parts * part, rows), _padded(inverses.t(), parts * part, rows)
+    of_x, of_weight = x.new_empty(parts, rows, inputs), torch.empty_like(c)
+    tiles = GRADIENTS if kept is None else MASKED_GRADIENTS
+    group = 1 if groups is None else groups.size
+    mask = a if kept is None else _padded(kept.float(), -(-rows // group), inputs)
+    _tuned("gradients", tiles)(lambda meta: (parts, inputs // meta["BN"]))(
+        a, c, slopes, inverses, mask, of_x, of_weight, unsafe, p - 1, rows, inputs, part, inputs, rows, group,
+        EXPONENT=exponent, MASKED=kept is not None,
     )  # fmt: skip
-    # of w - x the sign is the other one, as the gradient's is
-    _launch(
-        "gradients", GRADIENTS, grad_weight.shape, c, a, slopes, inverses, mask,
-        grad_weight, unsafe, p - 1, weight.shape[0], rows, x.shape[1], inputs, outs, **common, MASKED=kept is not None,
-    )  # fmt: skip
-    return grad_x if kept is None else torch.where(kept, grad_x, 0.0), grad_weight
+    grad_x = of_x.sum(dim=0)[: x.shape[0], : x.shape[1]].contiguous()
+    return grad_x, of_weight[: weight.shape[0], : weight.shape[1]].contiguous()
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """How many programs keep a device busy: two on each multiprocessor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _gradients_at_infinity(
@@ -267,12 +277,9 @@ def forward_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group:
 def backward_on_subsets(
     grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, kept: Tensor, group: int
 ) -> tuple[Tensor, Tensor]:
-    if not math.isinf(p):
-        of_samples = kept.repeat_interleave(group, dim=0)[: len(x)]
-        return _gradients(grad_y, x, weight, y, p, None, of_samples)
     groups = _Groups.of(kept, group)
     spread: Sequence[Tensor] = [_spread(tensor, group, groups.size) for tensor in (grad_y, x, y)]
-    grad_x, grad_weight = _gradients_at_infinity(spread[0], spread[1], weight, spread[2], groups)
+    grad_x, grad_weight = _gradients(spread[0], spread[1], weight, spread[2], p, groups, kept)
     return _gathered(grad_x, len(x), group, groups.size), grad_weight
 
 

@@ -129,62 +129,102 @@ def _by_ratios(
 
 @gluon.jit
 def gradients(
-    a, c, slopes, inverses, kept, out, unsafe, exponent, M, N, K, step, slopes_step,
-    EXPONENT: constexpr, MASKED: constexpr, UNROLL: constexpr,
-    BM: constexpr, BK: constexpr, L: constexpr,
+    x, w, slopes, inverses, kept, of_x, of_w, unsafe, exponent, M, K, part, step, slopes_step, group,
+    EXPONENT: constexpr, MASKED: constexpr, BM: constexpr, BN: constexpr, L: constexpr,
 ):  # fmt: skip
-    """out[m, k] = sum_n g[n, m] sign(d) |d / y[n, m]|^(p - 1) with d = a[m, k] - c[n, k]; N in whole UNROLLs.
+    """Both gradients, each term computed once: with s = g[n, m] sign(d) |d / y[n, m]|^(p - 1), d = x[m, k] - w[n, k],
 
-    EXPONENT is p, `exponent` p - 1. inverses = 1 / y. Where EXPONENT is an integer and unsafe is 0, slopes =
-    g / y^(p - 1); else slopes = g. With MASKED, terms count where kept[n, k] is 1, and not where it is 0.
+        of_x[part, m, k] = the sum of s over the n of that part,        of_w[n, k] = minus the sum of s over all m
+
+    A program has all m of a slab of k and of a part of the n, and goes through them in order, so nothing is added up by
+    chance; of_x is to be summed over the parts. BM rows of x are in a tile, and BN of the k. EXPONENT is p, `exponent`
+    p - 1; inverses = 1 / y. Where EXPONENT is an integer and unsafe is 0, slopes = g / y^(p - 1); else slopes = g. With
+    MASKED, terms count where kept[m // group, k] is 1, and not where it is 0. All is padded: M and K are of whole
+    tiles, part is even, and what is read past the end has a slope of 0.
     """
-    m = gl.program_id(0) * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, L))
-    k = gl.program_id(1) * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L))
-    mine = gl.load(a + m[:, None] * step + k[None, :])
-    c += k
-    kept += k
-    slopes += m
-    inverses += m
-    total = gl.zeros((BM, BK), gl.float32, layout=L)
+    k = gl.program_id(1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, L))
+    rows = gl.arange(0, BM, layout=gl.SliceLayout(1, L))
+    first = gl.program_id(0) * part
+    x += k
+    w += first * step + k
+    of_w += first * step + k
+    of_x += gl.program_id(0) * M * K + k
+    slopes += first * slopes_step + rows
+    inverses += first * slopes_step + rows
     by_ratios = gl.load(unsafe)
     if EXPONENT == 1:
         by_ratios = 0
     if EXPONENT == REAL:
         by_ratios = 1
-    if by_ratios == 0:
-        if EXPONENT > 0:
-            for start in range(0, N, UNROLL):
-                for u in gl.static_range(UNROLL):
-                    n = start + u
-                    d = mine - gl.load(c + n * step)[None, :]
-                    if MASKED:
-                        d *= gl.load(kept + n * step)[None, :]
-                    slope = gl.load(slopes + n * slopes_step)[:, None]
-                    if EXPONENT == 1:
-                        total += gl.where(d > 0, slope, gl.where(d < 0, -slope, 0.0))
-                    elif EXPONENT == 2:
-                        total += slope * d
-                    elif EXPONENT % 2 == 1:
-                        total += slope * (_power(d, EXPONENT - 2) * gl.abs(d))
-                    elif EXPONENT == 8:
-                        square = d * d
-                        total += (slope * (square * d)) * (square * square)
-                    else:
-                        total += slope * _power(d, EXPONENT - 1)
+    for top in range(0, M, BM):
+        mine = gl.load(x[None, :] + (top + rows)[:, None] * step)
+        mask = gl.load(kept + (top // group) * K + k) if MASKED else k
+        total = gl.zeros((BM, BN), gl.float32, layout=L)
+        if by_ratios == 0:
+            if EXPONENT > 0:
+                total = _sums(
+                    total, mine, mask, w, of_w, slopes + top, inverses, exponent, top, part, step, slopes_step, k,
+                    EXPONENT, MASKED,
+                )  # fmt: skip
+        else:
+            total = _sums(
+                total, mine, mask, w, of_w, slopes + top, inverses + top, exponent, top, part, step, slopes_step, k,
+                REAL, MASKED,
+            )  # fmt: skip
+        gl.store(of_x[None, :] + (top + rows)[:, None] * K, total)
+
+
+@gluon.jit
+def _sums(
+    total, mine, mask, w, of_w, slopes, inverses, exponent, top, part, step, slopes_step, k,
+    EXPONENT: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """Add a tile's terms to total, over the n of a part, and to of_w, over its rows; two n at a time."""
+    begun = (k >= 0) & (top > 0)
+    for n in range(0, part, 2):
+        # nothing is read after the first is written: for all that the compiler knows, that could be the same place
+        place, below = of_w + n * step, of_w + n * step + step
+        before, before_below = gl.load(place, mask=begun, other=0.0), gl.load(below, mask=begun, other=0.0)
+        one, other = gl.load(w + n * step), gl.load(w + n * step + step)
+        slope, slope_below = gl.load(slopes + n * slopes_step), gl.load(slopes + n * slopes_step + slopes_step)
+        inverse, inverse_below = slope, slope_below
+        if EXPONENT == REAL:
+            inverse = gl.load(inverses + n * slopes_step)
+            inverse_below = gl.load(inverses + n * slopes_step + slopes_step)
+        term = _slopes(mine, one, mask, slope, inverse, exponent, EXPONENT, MASKED)
+        total += term
+        before -= gl.sum(term, axis=0)
+        term = _slopes(mine, other, mask, slope_below, inverse_below, exponent, EXPONENT, MASKED)
+        total += term
+        before_below -= gl.sum(term, axis=0)
+        gl.store(place, before)
+        gl.store(below, before_below)
+    return total
+
+
+@gluon.jit
+def _slopes(mine, other, mask, slope, inverse, exponent, EXPONENT: constexpr, MASKED: constexpr):
+    """What x[m, k] - w[n, k] adds to the gradients, for all m and k of a tile and one n."""
+    d = mine - other[None, :]
+    if MASKED:
+        d *= mask[None, :]
+    slope = slope[:, None]
+    if EXPONENT == REAL:
+        power = _exp2(exponent * _log2(gl.abs(d) * inverse[:, None]))
+        signed = power.to(gl.int32, bitcast=True) | (d.to(gl.int32, bitcast=True) & -2147483648)
+        term = slope * signed.to(gl.float32, bitcast=True)
+    elif EXPONENT == 1:
+        term = gl.where(d > 0, slope, gl.where(d < 0, -slope, 0.0))
+    elif EXPONENT == 2:
+        term = slope * d
+    elif EXPONENT % 2 == 1:
+        term = (slope * gl.abs(d)) * _power(d, EXPONENT - 2)
+    elif EXPONENT == 8:
+        square = d * d
+        term = (slope * (square * d)) * (square * square)
     else:
-        for start in range(0, N, UNROLL):
-            for u in gl.static_range(UNROLL):
-                n = start + u
-                d = mine - gl.load(c + n * step)[None, :]
-                if MASKED:
-                    d *= gl.load(kept + n * step)[None, :]
-                ratio = gl.abs(d) * gl.load(inverses + n * slopes_step)[:, None]
-                power = _exp2(exponent * _log2(ratio))
-                signed = (power.to(gl.int32, bitcast=True) | (d.to(gl.int32, bitcast=True) & -2147483648)).to(
-                    gl.float32, bitcast=True
-                )
-                total += gl.load(slopes + n * slopes_step)[:, None] * signed
-    gl.store(out + m[:, None] * K + k[None, :], total, mask=(m[:, None] < M) & (k[None, :] < K))
+        term = slope * _power(d, EXPONENT - 1)
+    return term
 
 
 @gluon.jit

@@ -6,10 +6,13 @@ What follows each other here is one user's day: the tests run in order, on one c
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -160,6 +163,21 @@ def test_a_sweep_from_the_laptop(cluster: Cluster) -> None:
     assert (reports / "sweep-calm.csv").read_bytes() == calm
     (line,) = [line for line in cluster.linflab("sweeps", "--cluster").splitlines() if line.startswith("calm")]
     assert "finished" in line and f"{TRIALS} trials" in line
+
+
+def test_the_ui_through_a_tunnel(cluster: Cluster) -> None:
+    process = cluster.start("ui", "--cluster", "--port", "5077")
+    page, deadline = "", time.monotonic() + 60
+    while "MLflow" not in page:
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
+        with suppress(OSError), urllib.request.urlopen("http://127.0.0.1:5077/", timeout=5) as answer:
+            page = answer.read().decode()
+        time.sleep(0.2)
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert re.search(r"digits eps 0.1: http://127.0.0.1:5077/#/experiments/\d+/runs", said), said
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", 5077)) != 0  # the tunnel has gone with it
 
 
 def test_a_trial_over_two_hosts(cluster: Cluster) -> None:
