@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from linflab.platform import node
 from linflab.platform.config import load_experiment
 from linflab.platform.errors import SettingError
 from linflab.platform.node import close_ports
@@ -80,14 +81,16 @@ def test_no_machine_of_a_cluster(laptop: Path) -> None:
         close_ports(Storage.open(laptop))
 
 
-def test_a_cluster_counts_for_what_it_can_become(laptop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_counts_for_what_it_can_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where machines start when there is something to do, there may be none yet."""
     kinds = {
         "head": {"resources": {"CPU": 0}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 800, "GPU": 4}, "max_workers": 5},
     }
     description = {"available_node_types": kinds, "head_node_type": "head", "max_workers": 3}
-    (laptop / "ray_bootstrap_config.yaml").write_text(json.dumps(description))
+    # not by another home: Ray keeps the token of a process there
+    monkeypatch.setattr(node, "BOOTSTRAP", tmp_path / "ray_bootstrap_config.yaml")
+    node.BOOTSTRAP.write_text(json.dumps(description))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     start_ray()
     try:

@@ -68,6 +68,7 @@ def test_weights_and_experiment_reproduce_the_scores(finished_sweep: FinishedSwe
     assert accuracy.clean == trial[schema.TEST_CLEAN] and accuracy.certified == trial[schema.TEST_CERTIFIED]
 
 
+@pytest.mark.slow
 def test_a_row_is_repeated_by_its_command(finished_sweep: FinishedSweep, tmp_path: Path, linflab: Command) -> None:
     trial = trials_of(finished_sweep).iloc[0]
     program, *arguments = shlex.split(trial[schema.COMMAND])
@@ -118,6 +119,7 @@ def test_name_is_taken(finished_sweep: FinishedSweep, linflab: Command) -> None:
     assert done.returncode == 2 and "choose another name" in done.stderr
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_past_failing_trials(tmp_path: Path, linflab: Command) -> None:
     """Some learning rates diverge; and two shares, each fine alone, together leave no room for p to grow."""
     space = tmp_path / "space.yaml"
@@ -196,6 +198,7 @@ def interrupted(command: list[str], sign: str, storage: Path) -> tuple[int, str,
     return process.returncode, rest, [run.info.status for run in runs]
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_leaves_no_open_run(tmp_path: Path) -> None:
     command = ["sweep", RECIPE, "demo", "training.epochs=10000", "--budget", "4", "--name", "cut"]
     status, rest, runs = interrupted(command, "started", tmp_path)
