@@ -37,7 +37,7 @@ REGISTERS, MOST_WARPS = 65536, 64
 INTEGERS = {"M", "N", "K", "x_step", "w_step", "group", "part", "step", "slopes_step"}
 POINTERS_TO_INTEGERS = {"steps", "counts", "unsafe", "index"}
 CLASSES = {
-    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL"),
+    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL", "FADD2", "FMUL2", "FFMA2", "FMNMX3"),  # 2: two terms
     "special": ("MUFU",),
     "load": ("LDG", "LDS", "LDL", "LDC"),
 }

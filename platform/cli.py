@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +156,11 @@ def train(
         f"by the network after epoch {metrics[schema.BEST_EPOCH]:g}: {selection(experiment)}."
     )
     _publish(lambda: publish_run(place, cut) if cut else publish_launch(place, launch))
-    console.print(f"Recorded in {place.root}. Browse it: {_ui_command(place)}")
+    from linflab.reports.records import read_runs
+
+    run = cut or read_runs(place.tracking_uri, {schema.LAUNCH: launch})["run_id"].iloc[0]
+    console.print(f"Recorded in {place.root} as run {run}; `linflab evaluate {run}` scores it again.")
+    console.print(f"Browse it: {_ui_command(place)}")
 
 
 @app.command()
@@ -228,6 +233,7 @@ def sweep(
     else:
         check_new(plan, place)
     again = ["linflab", "sweep", "--resume", plan.name, *_where(place)]
+    console.print(f"Sweep {plan.name}: should it be cut, `{shlex.join(again)}` goes on.")
     try:
         lost = run_sweep(plan, place, console, retry_failed)
     except KeyboardInterrupt:
@@ -662,6 +668,7 @@ def evaluate(
             raise SettingError(f"{what}: there is no such file")
     else:
         place = Storage.with_records(storage)
+        what = _run_id(place, what)
         path = weights_of_run(place, what)
     scores = score(path, settings, bounds, kinds != ["none"], radii is not None, workers, console)
     files = write_scores(radii, scores) if radii is not None else []
@@ -687,13 +694,26 @@ def evaluate(
         raise TrainingError(f"attacks broke {broken} samples that {scores.certifier} had certified{hint}")
 
 
+def _run_id(place: Storage, beginning: str) -> str:
+    """The id of the run whose id alone begins so."""
+    from linflab.platform.reporting import TRIALS, one_error
+    from linflab.reports.comparison import run_of
+    from linflab.reports.records import read_runs
+
+    with one_error(place):
+        runs = read_runs(place.tracking_uri, TRIALS)
+        if runs.empty:
+            raise SettingError(f"{beginning}: is no file, and no run has been recorded in {place.root}")
+        return str(run_of(runs, beginning)["run_id"].iloc[0])
+
+
 def _radii(text: str) -> list[float]:
     try:
-        radii = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
+        radii = [float(Fraction(part.strip())) for part in text.split(",") if part.strip()]
+    except (ValueError, ZeroDivisionError):
         radii = [-1.0]
     if not all(0 <= radius <= 1 for radius in radii) or (text and not radii):
-        raise SettingError(f"eps={text}: must be numbers from 0 to 1, separated by commas, as in 0.05,0.1")
+        raise SettingError(f"eps={text}: must be numbers from 0 to 1, separated by commas, as in 0.05,8/255")
     return radii
 
 

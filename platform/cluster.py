@@ -55,6 +55,11 @@ def cluster_file() -> Path:
     path = Path(os.environ.get("LINFLAB_CLUSTER") or "cluster.yaml").expanduser().absolute()
     try:
         content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingError(
+            f"cluster={path}: can't be read, since there is no such file; call it from the repository's root, or name "
+            "the cluster's file in LINFLAB_CLUSTER"
+        ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingError(
             f"cluster={path}: can't be read ({' '.join(str(error).split())}); LINFLAB_CLUSTER names another file"
@@ -87,8 +92,8 @@ class _Head:
         else:
             asked = subprocess.run([sys.executable, "-c", _WHERE, str(path)], capture_output=True, text=True)
             if asked.returncode:
-                reason = " ".join(asked.stderr.split())[-300:]
-                raise SettingError(f"cluster={path}: has no head ({reason}); `ray up` starts it")
+                reason = asked.stderr.strip().splitlines()[-1][:300] if asked.stderr.strip() else "it said nothing"
+                raise SettingError(f"cluster={path}: Ray finds no head ({reason}); `ray up` starts one")
             address, auth = json.loads(asked.stdout.splitlines()[-1])
         return cls(address, auth["ssh_user"], auth.get("ssh_private_key", ""), auth.get("ssh_proxy_command") or "")
 
@@ -118,31 +123,34 @@ def tunnel(*ports: int, local: int | None = None) -> Iterator[list[int]]:
     entrances = [local if local is not None and not place else _free_port() for place in range(len(ports))]
     for here, there in zip(entrances, ports, strict=True):
         command += ["-L", f"127.0.0.1:{here}:127.0.0.1:{there}"]
-    with tempfile.TemporaryFile() as said, _ended_in_order():
+    with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         except OSError as error:
             raise SettingError(f"cluster={path}: needs ssh ({error})") from None
         try:
-            deadline = time.monotonic() + SECONDS_TO_CONNECT
-            while not all(map(is_open, entrances)):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    reason = " ".join(said.read().decode(errors="replace").split())[-300:]
-                    raise SettingError(f"cluster={path}: its head can't be reached by ssh ({reason}); is it up?")
-                time.sleep(0.1)
-            yield entrances
+            with _ended_with(process):
+                deadline = time.monotonic() + SECONDS_TO_CONNECT
+                while not all(map(is_open, entrances)):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        said.seek(0)
+                        reason = " ".join(said.read().decode(errors="replace").split())[-300:]
+                        raise SettingError(f"cluster={path}: its head can't be reached by ssh ({reason}); is it up?")
+                    time.sleep(0.1)
+                yield entrances
         finally:
             process.terminate()
             process.wait()
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """A signal that ends this process, as of a terminal that is closed, ends what it has started, too."""
+def _ended_with(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """A signal that ends this process, as of a terminal that is closed, ends that one, too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        process.terminate()
+        signal.signal(number, signal.SIG_DFL)  # no exception: what runs at the moment could take it for its own
+        os.kill(os.getpid(), number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -145,6 +145,10 @@ def ports_of(host: Host) -> list[int]:
 
 def test_a_sweep_from_the_laptop(cluster: Cluster) -> None:
     """Trials run on both workers, by the code as the user has edited it; the record is on the head, the table here."""
+    deadline = time.monotonic() + 180
+    while "3 local.cluster.node" not in cluster.ray("exec", str(cluster.file), "ray status"):  # workers join later
+        assert time.monotonic() < deadline
+        time.sleep(2)
     said = cluster.linflab("sweep", *ASKED, "--name", "calm", "--cluster")
     for trial in range(1, TRIALS + 1):
         assert f"trial {trial} of {TRIALS} done" in said

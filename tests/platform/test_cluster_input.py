@@ -35,7 +35,7 @@ def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_no_file(laptop: Path, here: Here, command: list[str]) -> None:
     done = here(*command, "--cluster")
     assert done.returncode == 2 and f"cluster={laptop / 'cluster.yaml'}: can't be read" in done.stderr
-    assert "LINFLAB_CLUSTER names another file" in done.stderr
+    assert "name the cluster's file in LINFLAB_CLUSTER" in done.stderr
 
 
 def test_no_file_of_a_cluster(laptop: Path, here: Here) -> None:
