@@ -233,10 +233,11 @@ def sweep(
     else:
         check_new(plan, place)
     again = ["linflab", "sweep", "--resume", plan.name, *_where(place)]
-    console.print(f"Sweep {plan.name}: should it be cut, `{shlex.join(again)}` goes on.")
     try:
         lost = run_sweep(plan, place, console, retry_failed)
     except KeyboardInterrupt:
+        if not (place.sweeps / plan.name / "sweep.yaml").exists():
+            raise Interrupted("interrupted before anything was recorded") from None
         raise Interrupted(f"interrupted; what was recorded is kept, and `{shlex.join(again)}` goes on") from None
     except (SettingError, TrainingError):
         raise

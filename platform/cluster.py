@@ -268,7 +268,7 @@ def _dashboard() -> Iterator["JobSubmissionClient"]:
     """Ray's job API on the head, through a tunnel."""
     from ray.job_submission import JobSubmissionClient
 
-    token = _token()
+    token = _token()  # first: without, there is no use in asking
     with tunnel(DASHBOARD_PORT) as (port,):
         yield JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"})
 

@@ -291,6 +291,7 @@ def run_sweep(
         wait_for_machines(plan.base, console.print)
         resources = worker_resources(plan.base)  # refuses what is too large, before anything is written
         plan.save(storage)
+        console.print(f"Sweep {plan.name}, in {storage.root}.")
         record = _Record.open(plan, storage)
         with record.parent as parent:
             search = record.search(retry_failed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable
@@ -149,7 +150,8 @@ def test_train_prints_progress_and_result(linflab: Command, tmp_path: Path) -> N
     assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
     assert "p inf" in lines[2] and "certified" in lines[2]
     assert lines[3].startswith("scoring") and lines[4].startswith("Test: clean ")
-    assert f"linflab ui --storage {tmp_path}" in lines[5]
+    assert re.search(r"as run [0-9a-f]{32}; `linflab evaluate", lines[5])
+    assert f"linflab ui --storage {tmp_path}" in lines[6]
 
 
 def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_wrong_input(run: FinishedRun, here: Here, tmp_path: Path) -> None:
     save_weights(tmp_path / "negative.pt", network, experiment, 0)
     storage = ["--storage", str(run.storage)]
     for arguments, says in (
-        (["evaluate", "nothing", *storage], "neither a file nor a run"),
+        (["evaluate", "nothing", *storage], "there is no such run"),
         (["evaluate", str(tmp_path / "nothing.pt")], "no such file"),
         (["evaluate", str(run.weights), "--eps", ","], "eps=,"),
         (["evaluate", str(tmp_path / "negative.pt")], "standard deviation"),
