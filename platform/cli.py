@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
+from linflab.platform.ports import RAY_PORT, RECORD_PORT, answers
 from linflab.platform.shipping import check_code
 from linflab.platform.storage import Storage
 from linflab.reports.papers import table_names, table_title
@@ -93,8 +94,9 @@ def train(
         if dry_run:
             raise SettingError("dry-run: estimates for this machine; leave --cluster out")
         from linflab.platform.cluster import run_on_cluster
+        from linflab.platform.shipping import file_to_send
 
-        sent, files = _sent_file(recipe, lambda: read_recipe(recipe))
+        sent, files = file_to_send(recipe, lambda: read_recipe(recipe))
         flags = ["--resume"] if resume else []
         run_on_cluster(["train", sent, *(overrides or []), *flags], _job_name(recipe), files, console)
         return
@@ -159,7 +161,8 @@ def train(
     from linflab.reports.records import read_runs
 
     run = cut or read_runs(place.tracking_uri, {schema.LAUNCH: launch})["run_id"].iloc[0]
-    console.print(f"Recorded in {place.root} as run {run}; `linflab evaluate {run}` scores it again.")
+    hint = "" if sent_here() else f"; `{shlex.join(['linflab', 'evaluate', run, *_where(place)])}` scores it again"
+    console.print(f"Recorded in {place.root} as run {run}{hint}.")
     console.print(f"Browse it: {_ui_command(place)}")
 
 
@@ -262,6 +265,7 @@ def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: li
     """Start a sweep on the cluster, or go on with one (`plan` is None) there; its report is made here."""
     from linflab.platform.cluster import run_on_cluster
     from linflab.platform.reporting import one_error, report_sweep
+    from linflab.platform.shipping import file_to_send
     from linflab.reports.records import read_sweeps
 
     with _records(storage, cluster=True) as place, one_error(place):
@@ -279,8 +283,8 @@ def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: li
                 f"name={name}: this sweep is already on the cluster; choose another name, or go on with it by "
                 f"`linflab sweep --resume {name} --cluster`"
             )
-        recipe, own_recipe = _sent_file(plan.recipe, lambda: plan.tree)
-        sent_space, own_space = _sent_file(
+        recipe, own_recipe = file_to_send(plan.recipe, lambda: plan.tree)
+        sent_space, own_space = file_to_send(
             space, lambda: plan.space.model_dump(mode="json", exclude={"include"}), taken=recipe
         )
         files = own_recipe | own_space
@@ -298,17 +302,6 @@ def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: li
                 raise
     if failure is not None:
         raise failure
-
-
-def _sent_file(what: str, content: Callable[[], Any], taken: str = "") -> tuple[str, dict[str, str]]:
-    """What a recipe or space is called on the cluster: by its name, or the file that goes there, with its content."""
-    import yaml
-
-    if not what.endswith((".yaml", ".yml")):
-        return what, {}
-    name = Path(what).name
-    name = f"space_{name}" if name == taken else name
-    return name, {name: yaml.safe_dump(content(), sort_keys=False)}
 
 
 def _job_name(what: str) -> str:
@@ -390,7 +383,7 @@ def report(
     elif context.invoked_subcommand is None:
         from linflab.platform.reporting import report_all
 
-        with _place(storage, cluster) as place:
+        with _records_if_any(storage, cluster) as place:
             _wrote(report_all(place, out), "All reports are linked by")
     elif everything:
         raise SettingError(f"all: is all there is; leave {context.invoked_subcommand} out")
@@ -449,7 +442,7 @@ def report_table(
     """A table of one's own: which data sets, methods, columns and quoted rows it has is said in YAML."""
     from linflab.platform.reporting import report_table
 
-    with _place(storage, cluster) as place:
+    with _records_if_any(storage, cluster) as place:
         _show(report_table(place, file, out))
 
 
@@ -475,7 +468,7 @@ def _publish(adding: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _place(storage: Path, cluster: bool) -> Iterator[Storage]:
+def _records_if_any(storage: Path, cluster: bool) -> Iterator[Storage]:
     """As `_records`, of a storage that may have no records yet: quoted rows need none."""
     if not cluster and not Storage.at(storage).has_records:
         yield Storage.at(storage)
@@ -764,14 +757,14 @@ def ui(
         except OSError as error:
             raise SettingError(f"port={port}: can't be used ({error.strerror}); choose another, as in 5050") from None
     if cluster:
-        from linflab.platform.cluster import is_open, record
+        from linflab.platform.cluster import record
 
         with record(port) as uri:
             console.print("MLflow is open, on this machine only, through ssh; Ctrl-C ends that. The runs:")
             _print_links(uri, port)
             sys.stdout.flush()
             with suppress(KeyboardInterrupt):
-                while is_open(port):
+                while answers(port):
                     time.sleep(5)
         return
     place = Storage.with_records(storage)
@@ -800,7 +793,7 @@ def _print_links(tracking_uri: str, port: int) -> None:
 def node_serve(
     storage: Annotated[Path, typer.Option(envvar="LINFLAB_STORAGE", help="a folder that all machines see")],
     database: Annotated[str, typer.Option(help="URI of MLflow's database, on a disk that outlives the cluster")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="where the cluster expects it")] = 5500,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where the cluster expects it")] = RECORD_PORT,
 ) -> None:
     """On the head: start MLflow's server, with all that is recorded, for as long as Ray runs."""
     from linflab.platform.node import serve
@@ -811,7 +804,7 @@ def node_serve(
 @node_app.command("end-with-head")
 def node_end_with_head(
     head: Annotated[str, typer.Argument(help="the head's address")],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="of the head's Ray")] = 6379,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the head's Ray")] = RAY_PORT,
 ) -> None:
     """On a worker: see to it, in the background, that nothing of Ray is left once its head is gone."""
     from linflab.platform.node import end_with_head

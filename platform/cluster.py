@@ -9,7 +9,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,19 +20,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.node import RECORD_PORT
+from linflab.platform.ports import DASHBOARD_PORT, RECORD_PORT, answers, free_port
 from linflab.platform.shipping import CODE, COMMIT, code_digest, copy_code, git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-DASHBOARD_PORT = 8265
 SECONDS_TO_CONNECT = 30.0  # before a cluster is given up
 TOKEN = Path("~/.ray/auth_token")
 # asks Ray, whose own messages go before: the head's address, and how to get in
@@ -46,8 +44,8 @@ print(json.dumps([address, _bootstrap_config(yaml.safe_load(open(sys.argv[1])))[
 """
 
 
-def cluster_file() -> Path:
-    """The file that describes the cluster: what LINFLAB_CLUSTER names, or ./cluster.yaml.
+def cluster_file() -> tuple[Path, dict[str, Any]]:
+    """The file that describes the cluster, and what it says: what LINFLAB_CLUSTER names, or ./cluster.yaml.
 
     Raises:
         SettingError: there is none, or it is no description of a cluster.
@@ -66,7 +64,7 @@ def cluster_file() -> Path:
         ) from None
     if not isinstance(content, dict) or "provider" not in content:
         raise SettingError(f"cluster={path}: is no file for `ray up` (it has no provider)")
-    return path
+    return path, content
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,12 @@ class _Head:
     proxy: str = ""
 
     @classmethod
-    def find(cls, path: Path) -> "_Head":
+    def find(cls, path: Path, content: dict[str, Any]) -> "_Head":
         """Of one's own machines, as the file says; else as Ray finds out.
 
         Raises:
             SettingError: no head runs.
         """
-        content = yaml.safe_load(path.read_text())
         provider, auth = content["provider"], content.get("auth", {})
         if provider.get("type") == "local" and "head_ip" in provider:
             address = provider.get("external_head_ip", provider["head_ip"])
@@ -109,20 +106,18 @@ class _Head:
 
 
 @contextmanager
-def tunnel(*ports: int, local: int | None = None) -> Iterator[list[int]]:
-    """ssh tunnels to ports of the cluster's head, while it lasts: the ports of this machine that lead there.
+def tunnel(port: int, local: int | None = None) -> Iterator[int]:
+    """An ssh tunnel to a port of the cluster's head, while it lasts: the port of this machine that leads there.
 
     Args:
-        local: the port of this machine for the first one; any that is free if left out.
+        local: the port of this machine; any that is free if left out.
 
     Raises:
         SettingError: the cluster can't be reached.
     """
-    path = cluster_file()
-    command = _Head.find(path).ssh()
-    entrances = [local if local is not None and not place else _free_port() for place in range(len(ports))]
-    for here, there in zip(entrances, ports, strict=True):
-        command += ["-L", f"127.0.0.1:{here}:127.0.0.1:{there}"]
+    path, content = cluster_file()
+    entrance = local if local is not None else free_port()
+    command = [*_Head.find(path, content).ssh(), "-L", f"127.0.0.1:{entrance}:127.0.0.1:{port}"]
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
@@ -131,13 +126,13 @@ def tunnel(*ports: int, local: int | None = None) -> Iterator[list[int]]:
         try:
             with _ended_with(process):
                 deadline = time.monotonic() + SECONDS_TO_CONNECT
-                while not all(map(is_open, entrances)):
+                while not answers(entrance):
                     if process.poll() is not None or time.monotonic() > deadline:
                         said.seek(0)
                         reason = " ".join(said.read().decode(errors="replace").split())[-300:]
                         raise SettingError(f"cluster={path}: its head can't be reached by ssh ({reason}); is it up?")
                     time.sleep(0.1)
-                yield entrances
+                yield entrance
         finally:
             process.terminate()
             process.wait()
@@ -163,18 +158,6 @@ def _ended_with(process: "subprocess.Popen[bytes]") -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_open(port: int) -> bool:
-    """Whether something listens on this port of this machine."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @contextmanager
 def record(local: int | None = None) -> Iterator[str]:
     """A tunnel to the cluster's record, while it lasts: the URI of its MLflow server from here.
@@ -182,7 +165,7 @@ def record(local: int | None = None) -> Iterator[str]:
     Raises:
         SettingError: the cluster can't be reached.
     """
-    with tunnel(RECORD_PORT, local=local) as (port,):
+    with tunnel(RECORD_PORT, local) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -205,7 +188,7 @@ def run_on_cluster(command: Sequence[str], name: str, files: Mapping[str, str], 
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # each package that goes
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    path, job = cluster_file(), f"{name}-{uuid.uuid4().hex[:6]}"
+    (path, _), job = cluster_file(), f"{name}-{uuid.uuid4().hex[:6]}"
     run = shlex.join(["linflab", *command])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"
@@ -269,7 +252,7 @@ def _dashboard() -> Iterator["JobSubmissionClient"]:
     from ray.job_submission import JobSubmissionClient
 
     token = _token()  # first: without, there is no use in asking
-    with tunnel(DASHBOARD_PORT) as (port,):
+    with tunnel(DASHBOARD_PORT) as port:
         yield JobSubmissionClient(f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"})
 
 

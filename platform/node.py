@@ -22,14 +22,14 @@ import psutil
 
 from linflab.platform.checkpoints import write_partial
 from linflab.platform.errors import SettingError, TrainingError
+from linflab.platform.ports import DASHBOARD_PORT, RAY_PORT, RECORD_PORT, answers
 from linflab.platform.storage import Storage
 
-RECORD_PORT = 5500  # of MLflow's server on the head
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the cluster's description, as JSON
 SECONDS_TO_START = 120.0
 SECONDS_WITHOUT_HEAD = 20.0  # after which a worker gives it up
 # what Ray, PyTorch and MLflow listen on: fixed ports, and whatever the system gives them
-OUR_PORTS = f"{{ {RECORD_PORT}, 6379, 8265, 10001-65535 }}"
+OUR_PORTS = f"{{ {RECORD_PORT}, {RAY_PORT}, {DASHBOARD_PORT}, 10001-65535 }}"
 
 
 def cluster_description() -> dict[str, Any] | None:
@@ -51,13 +51,13 @@ def serve(storage: Storage, database: str, port: int) -> None:
         SettingError: no Ray head runs here, or the port is taken.
         TrainingError: the server does not start; has the end of its log.
     """
-    head = _ray_head()
+    head = _latest("gcs_server")
     if head is None:
         raise SettingError("serve: no Ray head runs on this machine; start it first, by `ray start --head`")
     if database.startswith("sqlite:///"):
         Path(database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + SECONDS_TO_START
-    while _answers("127.0.0.1", port):  # the server of a head that was there before is about to end
+    while answers(port):  # the server of a head that was there before is about to end
         if time.monotonic() > deadline:
             raise SettingError(f"port={port}: is taken by another program; end it, or choose another port")
         time.sleep(0.5)
@@ -80,17 +80,12 @@ def serve(storage: Storage, database: str, port: int) -> None:
         time.sleep(0.5)
 
 
-def _ray_head() -> int | None:
-    """The process of this user's Ray head on this machine, the latest."""
-    return _latest("gcs_server")
-
-
 def _raylet() -> int | None:
-    """The process of this user's Ray on this machine, the latest."""
     return _latest("raylet")
 
 
 def _latest(name: str) -> int | None:
+    """This user's process of this name, the latest: while Ray starts anew there are several."""
     found = []
     for process in psutil.process_iter(["name", "uids", "create_time", "status"]):
         own = process.info["uids"] is not None and process.info["uids"].real == os.getuid()
@@ -105,12 +100,6 @@ def _own_names() -> list[str]:
     own = [address for address in addresses if re.fullmatch(r"[0-9.]+", address)]  # as IPv4
     names = dict.fromkeys(["localhost", "127.0.0.1", socket.gethostname(), *own])
     return [*names, *(f"{name}:*" for name in names)]
-
-
-def _answers(host: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((host, port), timeout=5):
-        return True
-    return False
 
 
 def end_with_head(head: str, port: int) -> None:
@@ -129,9 +118,9 @@ def end_with_head(head: str, port: int) -> None:
 
 def _end_with_head(head: str, port: int) -> None:
     raylet, heard = _raylet(), time.monotonic()
-    while _raylet() == raylet is not None and time.monotonic() - heard < SECONDS_WITHOUT_HEAD:
+    while raylet is not None and _raylet() == raylet and time.monotonic() - heard < SECONDS_WITHOUT_HEAD:
         time.sleep(3)
-        if _answers(head, port):
+        if answers(port, head):
             heard = time.monotonic()
     if _raylet() in (raylet, None):  # else Ray has been started anew, with another of these
         subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"])

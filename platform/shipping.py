@@ -9,9 +9,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import linflab.models
 import linflab.platform
@@ -69,6 +73,19 @@ def copy_code(folder: Path) -> Path:
         shutil.copyfile(path, package / name)
     (package / "__init__.py").write_text(_INIT)
     return package
+
+
+def file_to_send(what: str, content: Callable[[], Any], taken: str = "") -> tuple[str, dict[str, str]]:
+    """What a recipe or space is called where it is sent, and the file that goes with it if it is one's own.
+
+    Args:
+        taken: the name of another file that goes there.
+    """
+    if not what.endswith((".yaml", ".yml")):
+        return what, {}
+    name = Path(what).name
+    name = f"space_{name}" if name == taken else name
+    return name, {name: yaml.safe_dump(content(), sort_keys=False)}
 
 
 @cache

@@ -56,13 +56,18 @@ def start_ray() -> None:
 def machines() -> list[dict[str, float]]:
     """What each machine of the running cluster has, by Ray's names (CPU, GPU), and those that it can start."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    description = cluster_description() if "RAY_ADDRESS" in os.environ else None
+    description = _description()
     can_be: list[dict[str, float]] = []
-    for name, kind in (description or {}).get("available_node_types", {}).items():
-        if name != (description or {})["head_node_type"] and kind.get("resources"):  # one's own machines: not known
+    for name, kind in description.get("available_node_types", {}).items():
+        if name != description["head_node_type"] and kind.get("resources"):  # of one's own machines they are not known
             can_be += [kind["resources"]] * int(kind.get("max_workers", 0))
-    can_be = can_be[: (description or {}).get("max_workers", 0)]
+    can_be = can_be[: description.get("max_workers", 0)]
     return can_be if _total(can_be, "CPU") > _total(there, "CPU") else there
+
+
+def _description() -> dict[str, Any]:
+    """Of the running cluster, if it is one of `ray up` and this its head; else empty."""
+    return (cluster_description() or {}) if "RAY_ADDRESS" in os.environ else {}
 
 
 def _total(of: Sequence[Mapping[str, float]], name: str) -> float:
@@ -71,8 +76,8 @@ def _total(of: Sequence[Mapping[str, float]], name: str) -> float:
 
 def wait_for_machines(experiment: Experiment, say: Callable[[str], None]) -> None:
     """Where `ray up` has just started a cluster, wait for machines that are to join, until the experiment fits."""
-    kinds = (cluster_description() or {}).get("available_node_types", {}) if "RAY_ADDRESS" in os.environ else {}
-    expected = 1 + sum(kind.get("min_workers", 0) for kind in kinds.values())
+    kinds = _description().get("available_node_types", {}).values()
+    expected = 1 + sum(kind.get("min_workers", 0) for kind in kinds)
     deadline, said = time.monotonic() + SECONDS_TO_JOIN, False
     while (there := sum(node["Alive"] for node in ray.nodes())) < expected and time.monotonic() < deadline:
         with suppress(SettingError):

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from linflab.models.distance import convolution, cpu, reference
-from linflab.models.distance.choice import implementation_for
+from linflab.models.distance import convolution
+from linflab.models.distance.choice import implementation_for, sorting_for
 
 __all__ = [
     "linf_distance_bounds",
@@ -132,9 +132,7 @@ def sort_distance(x: Tensor, weight: Tensor, q: float, terms: int = 10) -> Tenso
     _check_order("sort_distance", q, terms)
     if q == 1 or min(terms, x.shape[1]) == 1:
         return lp_distance(x, weight, math.inf)
-    if cpu.serves(x) and x.shape[1] <= cpu.MOST_SORTED:
-        return cpu.sort_distance(x, weight, float(q), terms)
-    return reference.sort_distance(x, weight, float(q), terms)
+    return sorting_for(x).sort_distance(x, weight, float(q), terms)
 
 
 def sort_distance_bounds(
@@ -163,9 +161,7 @@ def sort_distance_bounds(
     if q == 1 or min(terms, lower.shape[1]) == 1:
         return linf_distance_bounds(lower, upper, weight)
     with torch.no_grad():
-        if cpu.serves(lower):
-            return cpu.sort_distance_bounds(lower, upper, weight, float(q), terms)
-        return reference.sort_distance_bounds(lower, upper, weight, float(q), terms)
+        return sorting_for(lower).sort_distance_bounds(lower, upper, weight, float(q), terms)
 
 
 def lp_distance_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int = 32) -> Tensor:

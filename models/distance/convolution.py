@@ -13,7 +13,7 @@ from torch import Tensor, library
 from torch.nn.functional import fold, unfold
 
 from linflab.models.distance.choice import implementation_for
-from linflab.models.distance.cpu import no_second_gradients
+from linflab.models.distance.operators import no_second_gradients
 
 PATCH_VALUES = 2**22  # values of patches held at a time, or those of one sample where they are more
 

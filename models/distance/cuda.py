@@ -1,8 +1,7 @@
-"""The operator on CUDA devices in float32: launches the Gluon kernels of `cuda_kernels.py`, compiled when first used.
+"""The ops of `operators.py` on CUDA devices, but for sorting: Gluon kernels (`cuda_kernels.py`), compiled at first use.
 
 Results are deterministic: every output has one thread, which adds in the order of the terms. At p = inf gradients go to
-one input each, which is found by a second pass; they are added up by PyTorch's deterministic `index_put_`. The ops
-themselves are defined in `cpu.py`.
+one input each, which is found by a second pass; they are added up by PyTorch's deterministic `index_put_`.
 """
 
 import functools
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+
+from linflab.models.distance import operators  # noqa: F401  # defines what is implemented here
 
 MULTIPLIED = 8  # powers up to this one are taken by multiplication where p is an integer
 WHOLE = 128  # operands are padded to a multiple of it: all tiles fit
@@ -227,26 +228,6 @@ def _gradients_at_infinity(
     grad_x.index_put_((samples, place), slope, accumulate=True)
     grad_weight.index_put_((outputs, place), -slope, accumulate=True)
     return grad_x, grad_weight
-
-
-def lp_distance(x: Tensor, weight: Tensor, p: float) -> Tensor:
-    """See `linflab.models.distance.lp_distance`, which also checks the arguments; float32 only."""
-    return torch.ops.linflab.lp_distance(x, weight, p)
-
-
-def lp_distance_backward(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Gradients in x and weight, given the output y and its gradient."""
-    return torch.ops.linflab.lp_distance_backward(grad_y, x, weight, y, p)
-
-
-def linf_distance_bounds(lower: Tensor, upper: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """See `linflab.models.distance.linf_distance_bounds`, which also checks the arguments; float32 only."""
-    return torch.ops.linflab.linf_distance_bounds(lower, upper, weight)
-
-
-def lp_distance_on_subsets(x: Tensor, weight: Tensor, p: float, kept: Tensor, group: int) -> Tensor:
-    """See `linflab.models.distance.lp_distance_on_subsets`, which also checks the arguments; float32 only."""
-    return torch.ops.linflab.lp_distance_on_subsets(x, weight, p, kept, group)
 
 
 def forward(x: Tensor, weight: Tensor, p: float) -> Tensor:

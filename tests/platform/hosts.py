@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from linflab.platform.ports import answers
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("sshd", "ssh", "rsync", "ip", "nft", "unshare", "nsenter")
@@ -132,7 +133,7 @@ class Network:
             self.hosts[name] = Host(self, name, address)
         deadline = time.monotonic() + 20
         for name in names:
-            while _reach(self.hosts[name].address, 22) is None:
+            while not answers(22, self.hosts[name].address):
                 assert time.monotonic() < deadline, (self.folder / f"{self.name}-{name}.log").read_text()
                 time.sleep(0.1)
 
@@ -145,23 +146,13 @@ class Network:
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
 
 
-def answering_from(
-    host: Host, address: str, ports: list[int], environment: Mapping[str, str] | None = None
-) -> list[int]:
+def answering_from(host: Host, address: str, ports: list[int]) -> list[int]:
     """Those of the ports of an address to which a connection can be made from a host."""
     script = "import socket, sys\nfor port in map(int, sys.argv[2:]):\n"
     script += " try: socket.create_connection((sys.argv[1], port), timeout=1.5).close(); print(port)\n"
     script += " except OSError: pass"
     command = ["ip", "netns", "exec", host.name, sys.executable, "-c", script, address, *map(str, ports)]
     return [int(port) for port in _run(*command).split()]
-
-
-def _reach(address: str, port: int) -> bool | None:
-    import socket
-
-    with suppress(OSError), socket.create_connection((address, port), timeout=1):
-        return True
-    return None
 
 
 def _run(*command: str) -> str:

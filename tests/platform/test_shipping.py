@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -65,6 +66,11 @@ def test_edited_kernels_are_refused_until_they_are_compiled(tmp_path: Path) -> N
     done = linflab(package, "describe", "digits_eps0.1_linf_dist_net")
     assert done.returncode == 2 and "were not compiled from the sources in" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_kernels_of_before_they_said_what_they_are_of_are_refused() -> None:
+    with pytest.raises(ImportError, match="were not compiled from the sources in"):
+        cpu._check_sources(ModuleType("kernels"))
 
 
 def test_the_commit_goes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
