@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.distance import lp_distance, lp_distance_conv2d, lp_distance_on_subsets, sort_distance
 
@@ -135,6 +136,68 @@ class ScaledLinear(nn.Linear):
         return functional.linear(x, self.scaled_weight, self.bias)
 
 
+class L1Linear(nn.Linear):
+    """A linear layer, x (B, I) -> y (B, O), whose rows are projected onto the l1 ball of radius 1 when used.
+
+    So each output is 1-Lipschitz in the l_inf norm. Source: Anil et al., "Sorting out Lipschitz function
+    approximation", ICML 2019, Section 4.2.
+    """
+
+    @property
+    def projected_weight(self) -> Tensor:
+        """The matrix (O, I) that inputs are multiplied by."""
+        return project_onto_l1_ball(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.projected_weight, self.bias)
+
+
+def project_onto_l1_ball(rows: Tensor) -> Tensor:
+    """The nearest point of the l1 ball of radius 1 to each row w (O, I): sign(w) relu(|w| - tau), or w if it is inside.
+
+    tau = (sum of |w| over A - 1) / size of A, where A is where |w| > tau: the gradient through it is that of the
+    projection. NaN and infinities stay in their rows. Sources: Duchi et al., "Efficient projections onto the l1-ball",
+    ICML 2008; tau by Newton's method as of Michelot 1986, since few of its steps cost less than to sort.
+    """
+    sizes = rows.abs()
+    inside = sizes.detach().sum(dim=1, keepdim=True) <= 1
+    below = sizes - sizes.detach().amax(dim=1, keepdim=True)  # those in A are in (-1, 0], with small sums and roundings
+    active = _active_set(below.detach())
+    tau = ((active * below).sum(dim=1, keepdim=True) - 1) / active.sum(dim=1, keepdim=True)
+    excess = functional.relu(below - tau)
+    norms = excess.detach().sum(dim=1, keepdim=True)  # above 1 by roundings alone
+    return torch.where(inside, rows, rows.sign() * (excess / norms.clamp_min(1)))
+
+
+@torch.no_grad()
+def _active_set(below: Tensor) -> Tensor:
+    """Where rows (O, I), whose largest elements are 0, are above their thresholds: (O, I) bool."""
+    tau = ((below.sum(dim=1, keepdim=True) - 1) / below.shape[1]).clamp_min(-1)  # neither is more than the threshold
+    active = below > tau
+    counts = active.sum(dim=1, keepdim=True)
+    while True:
+        excess = functional.relu(below - tau).sum(dim=1, keepdim=True) - 1
+        tau = torch.maximum(tau, tau + excess / counts)  # sets only shrink, so this ends whatever roundings do
+        active = below > tau
+        before, counts = counts, active.sum(dim=1, keepdim=True)
+        if below.is_meta or torch.equal(counts, before):  # the meta device has no numbers
+            return active
+
+
+class GroupSort(nn.Module):
+    """Sorts x (B, F) within groups of `group` consecutive features, which must divide F; 2 is MaxMin.
+
+    1-Lipschitz in the l_inf norm, and it keeps the norm of gradients. Source: Anil et al. 2019, Section 4.1.
+    """
+
+    def __init__(self, group: int = 2) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.group)).sort(dim=2).values.flatten(1)
+
+
 DistanceLayer = LpDistance | LpDistanceConv2d
 
 
@@ -214,3 +277,67 @@ def recomputed_means(network: nn.Module) -> Iterator[None]:
         for shift, momentum in zip(shifts, momenta, strict=True):
             shift.momentum = momentum
             shift.eval()
+
+
+def workers() -> int:
+    """How many processes train together under torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class WorkersBatchNorm(_BatchNorm):
+    """Batch normalisation of y (B, O), or with positions behind, over the batches of all workers in training.
+
+    Those must be of one size. The gradient flows through the statistics of all. On one worker, and in evaluation, it is
+    PyTorch's. Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(features, eps, momentum)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if not self.training or workers() == 1:
+            return super().forward(y)  # a fused kernel
+        self._check_input_dim(y)
+        mean, variance = self.statistics(y)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        per_position = MeanShift.per_position
+        return (y - per_position(mean, y)) * per_position(scale, y) + per_position(self.bias, y)
+
+    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (O) that y is normalised by: in evaluation the running ones.
+
+        In training those of the batch (the biased variance), with a gradient; the running ones move towards them, with
+        the unbiased variance.
+
+        Raises:
+            ValueError: there is one value of each feature in training, and so no variance.
+        """
+        if not self.training:
+            return self.running_mean, self.running_var
+        count = workers() * y.numel() // y.shape[1]
+        if count == 1:
+            raise ValueError(f"batch normalisation needs more than one value of each feature, got {tuple(y.shape)}")
+        dims = [d for d in range(y.dim()) if d != 1]
+        if workers() == 1:
+            variance, mean = torch.var_mean(y, dims, correction=0)
+        else:
+            mean = all_reduce(y.mean(dims)) / workers()
+            variance = all_reduce((y - MeanShift.per_position(mean, y)).square().mean(dims)) / workers()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return mean, variance
+
+
+class BatchNorm1d(WorkersBatchNorm, nn.BatchNorm1d):
+    """`WorkersBatchNorm` of y (B, O) or (B, O, L)."""
+
+
+class BatchNorm2d(WorkersBatchNorm, nn.BatchNorm2d):
+    """`WorkersBatchNorm` of y (B, O, H, W)."""
