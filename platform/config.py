@@ -13,6 +13,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from linflab.models.networks.convnets import (
+    CNN7Config,
+    ConvNetConfig,
+    DenseNetConfig,
+    ResNeXtConfig,
+    WideResNetConfig,
+)
+from linflab.models.networks.group_sort import GroupSortConfig
 from linflab.models.networks.hybrid import LinfDistHybridConfig
 from linflab.models.networks.linf_dist import LinfDistConvNetConfig, LinfDistMLPConfig
 from linflab.models.networks.sort_net import GROUP, SortNetConfig
@@ -28,8 +36,20 @@ RECIPES = Path(__file__).parent / "recipes"
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ModelConfig = Annotated[
-    LinfDistMLPConfig | LinfDistConvNetConfig | SortNetConfig | LinfDistHybridConfig, Field(discriminator="kind")
+    LinfDistMLPConfig
+    | LinfDistConvNetConfig
+    | SortNetConfig
+    | LinfDistHybridConfig
+    | GroupSortConfig
+    | ConvNetConfig
+    | CNN7Config
+    | ResNeXtConfig
+    | DenseNetConfig
+    | WideResNetConfig,
+    Field(discriminator="kind"),
 ]
+DISTANCE_NETS = ("linf_dist_mlp", "linf_dist_conv_net", "sort_net", "linf_dist_hybrid")
+LIPSCHITZ_NETS = ("linf_dist_mlp", "linf_dist_conv_net", "sort_net", "group_sort")
 
 
 class Settings(BaseModel):
@@ -52,6 +72,9 @@ class OptimizerConfig(Settings):
     )
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     epsilon: Rate = 1e-10
+    largest_gradient: Rate | None = Field(
+        None, description="gradients whose l_2 norm, over all parameters, is above this are scaled down to it"
+    )
 
 
 class TrainingConfig(Settings):
@@ -228,23 +251,29 @@ def _keep_known(node: dict[str, Any], path: Sequence[str], tree: Mapping[str, An
 def _check_together(experiment: Experiment) -> None:
     """Check what network, objective and workers ask of one another."""
     model, objective, workers = experiment.model, experiment.objective, experiment.compute.workers
-    if model.kind == "linf_dist_hybrid" and objective.kind in ("hinge", "clipped_hinge_cross_entropy"):
+    kind, certifier = model.kind, experiment.evaluation.certifier
+    if kind not in LIPSCHITZ_NETS and objective.kind in ("hinge", "clipped_hinge_cross_entropy"):
         raise SettingError(
-            f"objective.kind={objective.kind}: needs a Lipschitz constant, and model.kind={model.kind} has none; must "
-            "be worst_case_cross_entropy or worst_case_hinge"
+            f"objective.kind={objective.kind}: needs a Lipschitz constant, and model.kind={kind} has none; must be "
+            "worst_case_cross_entropy or worst_case_hinge, or else cross_entropy or adversarial_cross_entropy"
         )
+    bound = getattr(objective, "bound", "interval")
+    if bound != "interval" and kind in (*DISTANCE_NETS, "group_sort"):
+        raise SettingError(f"objective.bound={bound}: model.kind={kind} is trained on intervals; interval will do")
     if model.kind == "linf_dist_hybrid" and model.net.kind != "linf_dist_conv_net" and model.net.depth < 2:
         raise SettingError("model.net.depth=1: must be at least 2, as the head takes the place of the last layer")
-    certifier = experiment.evaluation.certifier
-    if (certifier == "lipschitz" and model.kind == "linf_dist_hybrid") or (
-        certifier == "crown" and model.kind != "linf_dist_hybrid"
-    ):
+    if (certifier == "lipschitz" and kind not in LIPSCHITZ_NETS) or (certifier == "crown" and kind in LIPSCHITZ_NETS):
         lacks = "no Lipschitz constant" if certifier == "lipschitz" else "no ReLU or tanh to bound by lines"
-        raise SettingError(f"evaluation.certifier={certifier}: model.kind={model.kind} has {lacks}; interval will do")
+        raise SettingError(f"evaluation.certifier={certifier}: model.kind={kind} has {lacks}; interval will do")
     sort_net = model.net if model.kind == "linf_dist_hybrid" else model
     if sort_net.kind == "sort_net" and GROUP % workers:
         raise SettingError(
             f"compute.workers={workers}: {GROUP} samples of SortNet share a subset; workers must divide {GROUP}"
+        )
+    if sort_net.kind == "sort_net" and objective.kind == "adversarial_cross_entropy":
+        raise SettingError(
+            "objective.kind=adversarial_cross_entropy: SortNet in training is another network at every step, which an "
+            "attack can't follow; any other objective will do"
         )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linflab.models.networks.hybrid import LinfDistHybrid
-from linflab.platform.config import Experiment
+from linflab.models.networks.layers import DistanceLayer
+from linflab.platform.config import DISTANCE_NETS, Experiment
 from linflab.platform.errors import SettingError
 from linflab.platform.weights import network_of, save_weights
 
@@ -35,9 +35,15 @@ def import_weights(file: Path, experiment: Experiment, output: Path) -> int:
     Raises:
         SettingError: the file can't be read, or its tensors are not those of the network; names what differs.
     """
+    if experiment.model.kind not in DISTANCE_NETS:
+        raise SettingError(
+            f"recipe: its model.kind={experiment.model.kind}; weights can be read of {', '.join(DISTANCE_NETS)}"
+        )
     network = network_of(experiment)
     wanted = network.state_dict()
-    found = _renamed(_read(file), last=None if isinstance(network, LinfDistHybrid) else len(network.features.distances))
+    hybrid = experiment.model.kind == "linf_dist_hybrid"
+    last = None if hybrid else sum(isinstance(layer, DistanceLayer) for layer in network.modules()) - 1
+    found = _renamed(_read(file), last)
     given = [name for name in wanted if not name.startswith("features.normalize.")]
     missing = [name for name in given if name not in found]
     unknown = [name for name in found if name not in given]

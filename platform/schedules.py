@@ -69,14 +69,26 @@ class EpsRamp(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    warmup_share: Share = Field(0.0, description="share of the training at eps = 0, before eps grows")
     share: Share = Field(0.0, description="share of the training in which eps grows")
     shape: Literal["linear", "smooth"] = "linear"
 
+    @model_validator(mode="after")
+    def _within_training(self) -> Self:
+        if self.warmup_share + self.share > 1:
+            raise ValueError(
+                f"warmup_share={self.warmup_share:g} and share={self.share:g} are more than the whole training; their "
+                "sum can be at most 1"
+            )
+        return self
+
     def at(self, progress: float) -> float:
         """The share of eps_train at this progress."""
-        if progress >= self.share:
+        if progress >= self.warmup_share + self.share:
             return 1.0
-        way = progress / self.share
+        if progress <= self.warmup_share:
+            return 0.0
+        way = (progress - self.warmup_share) / self.share
         if self.shape == "linear":
             return way
         bend = 0.4

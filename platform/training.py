@@ -18,11 +18,14 @@ from linflab.models.networks.hybrid import LinfDistHybrid
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, SortDistance, decay_distances
 from linflab.models.networks.linf_dist import LinfDistNet, Subsets
 from linflab.models.networks.sort_net import draw_subsets
-from linflab.models.robustness.bounds.worst_case import logits_and_worst_margins
+from linflab.models.robustness.attacks.ball import ball
+from linflab.models.robustness.attacks.pgd import adversarial_images
+from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
 from linflab.models.robustness.objectives import (
+    AdversarialCrossEntropyConfig,
     DecayingCrossEntropyConfig,
-    WorstCaseCrossEntropyConfig,
-    WorstCaseHingeConfig,
+    ObjectiveConfig,
+    WorstCaseCrossEntropy,
 )
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
@@ -35,10 +38,10 @@ from linflab.platform.schedules import cosine_after, exponential
 class Scheduled(NamedTuple):
     """What schedules set for a step."""
 
-    p: float
+    p: float  # inf for networks without distances
     learning_rate: float
     cross_entropy_weight: float  # lambda; 0 for objectives without one
-    eps: float  # of the worst case in training; 0 for objectives without one
+    eps: float  # of the worst case, or the attack, in training; 0 for objectives without one
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,62 @@ class Trained:
 class _Loss(nn.Module):
     """Network and objective as one module, so that DistributedDataParallel averages the gradients of both."""
 
-    def __init__(self, network: LinfDistNet | LinfDistHybrid, objective: nn.Module) -> None:
+    def __init__(self, network: nn.Module, config: ObjectiveConfig) -> None:
         super().__init__()
-        self.network: LinfDistNet | LinfDistHybrid = network
-        self.objective = objective
+        self.network = network
+        self.config = config
+        # a hybrid has no constant, and objectives that need one are refused with it
+        self.objective: nn.Module = config.build(getattr(network, "lipschitz_constant", math.nan))
+        if self.objective.worst_case:
+            self.bounds = WorstCaseBounds(network, getattr(config, "bound", "interval"))
 
     def forward(
-        self, images: Tensor, labels: Tensor, p: float, eps: float, weight: float, subsets: Subsets | None
+        self, images: Tensor, labels: Tensor, at: Scheduled, subsets: Subsets | None, chance: torch.Generator
     ) -> Tensor:
-        if self.objective.worst_case:
-            logits, worst = logits_and_worst_margins(self.network, images, labels, eps, p, subsets)
-            return self.objective(logits, worst, labels, weight)
-        return self.objective(self.network(images, p, subsets), labels, weight)
+        if not self.objective.worst_case:
+            if isinstance(self.config, AdversarialCrossEntropyConfig):
+                images = self._attacked(self.config, images, labels, at, chance)
+            return self.objective(self._logits(images, at.p, subsets), labels, at.cross_entropy_weight)
+        share, penalized = 1.0, False
+        if isinstance(self.objective, WorstCaseCrossEntropy):
+            share, penalized = self.objective.crown_share(at.eps), self.objective.config.penalty > 0
+        worst = self.bounds(images, labels, at.eps, at.p, subsets, share, penalized)
+        return self.objective(worst, labels, at.cross_entropy_weight, at.eps)
+
+    def _logits(self, images: Tensor, p: float, subsets: Subsets | None = None) -> Tensor:
+        if isinstance(self.network, LinfDistNet | LinfDistHybrid):
+            return self.network(images, p, subsets)
+        return self.network(images)
+
+    def _attacked(
+        self,
+        config: AdversarialCrossEntropyConfig,
+        images: Tensor,
+        labels: Tensor,
+        at: Scheduled,
+        chance: torch.Generator,
+    ) -> Tensor:
+        """The images that PGD finds; in evaluation mode, so that running statistics stay those of the data."""
+        self.network.eval()
+        try:
+            around, step = ball(images, at.eps), config.step_size * at.eps
+            return adversarial_images(lambda x: self._logits(x, at.p), around, labels, config.steps, step, chance)
+        finally:
+            self.network.train()
 
 
 def check_fits(experiment: Experiment, dataset: Dataset) -> None:
     """Check what the settings ask of the data.
 
     Raises:
-        SettingError: a batch is larger than the training set.
+        SettingError: a batch is larger than the training set, or the images are too small for the network.
     """
+    facts = dataset.facts
+    try:
+        with torch.device("meta"):
+            experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
     images = len(dataset.training(experiment.training.include_validation))
     if experiment.training.batch_size > images:
         raise SettingError(
@@ -124,9 +163,7 @@ class Trainer:
         facts, self.device = dataset.facts, dataset.train.images.device
         self.network = experiment.model.build(facts.input_shape, facts.classes, facts.mean, facts.std)
         self.has_sort_layers = any(isinstance(module, SortDistance) for module in self.network.modules())
-        # a hybrid has none, and objectives that need one are refused with it
-        objective = experiment.objective.build(getattr(self.network, "lipschitz_constant", math.nan))
-        self.loss_of = _Loss(self.network, objective).to(self.device)
+        self.loss_of = _Loss(self.network, experiment.objective).to(self.device)
         layers = [layer for layer in self.network.modules() if isinstance(layer, LpDistance | LpDistanceConv2d)]
         weights = [layer.weight for layer in layers]
         others = [one for one in self.network.parameters() if not any(one is weight for weight in weights)]
@@ -135,13 +172,14 @@ class Trainer:
             [
                 {"params": weights, "ratio": 1.0, "weight_decay": 0.0},
                 {"params": others, "ratio": 1.0, "weight_decay": decay},
-                {"params": list(objective.parameters()), "ratio": ratio, "weight_decay": decay},
+                {"params": list(self.loss_of.objective.parameters()), "ratio": ratio, "weight_decay": decay},
             ],
             betas=experiment.optimizer.betas,
             eps=experiment.optimizer.epsilon,
             foreach=False,  # the multi-tensor form needs memory for copies of all parameters: one at a time,
             fused=self.device.type == "cuda",  # or on a GPU, where each would be many small kernels, one kernel
         )
+        self.has_distances = bool(layers)
         self.decayed = layers if experiment.optimizer.lp_weight_decay > 0 else []
         self.parallel: nn.Module = self.loss_of
 
@@ -153,13 +191,14 @@ class Trainer:
     def scheduled(self, step: int) -> Scheduled:
         """What the schedules set for this step of the run, from 0."""
         progress, experiment = step / self.steps, self.experiment
-        p, objective = experiment.p_schedule.at(progress), experiment.objective
+        p = experiment.p_schedule.at(progress) if self.has_distances else math.inf
+        objective = experiment.objective
         rate = experiment.optimizer.learning_rate * cosine_after(experiment.optimizer.hold_share, progress)
         weight = eps = 0.0
         if isinstance(objective, DecayingCrossEntropyConfig):
             weight = exponential(objective.lambda_start, objective.lambda_end, experiment.p_schedule.growth(progress))
-        if isinstance(objective, WorstCaseCrossEntropyConfig | WorstCaseHingeConfig):
-            eps = objective.eps_train * experiment.eps_ramp.at(progress)
+        if eps_train := getattr(objective, "eps_train", 0.0):
+            eps = eps_train * experiment.eps_ramp.at(progress)
         return Scheduled(p, rate, weight, eps)
 
     def shuffle(self, epoch: int) -> tuple[Tensor, Tensor]:
@@ -178,9 +217,11 @@ class Trainer:
         images, labels = self.train.batch(order[mine], draws[mine])
         chance = torch.Generator().manual_seed(_mixed(self.experiment.seed, -1 - step))
         subsets = draw_subsets(self.network, batch_size, self.workers, chance)
-        loss = self.parallel(images, labels, at.p, at.eps, at.cross_entropy_weight, subsets)
+        loss = self.parallel(images, labels, at, subsets, chance)
         self.optimizer.zero_grad()
         loss.backward()
+        if (largest := self.experiment.optimizer.largest_gradient) is not None:
+            nn.utils.clip_grad_norm_(self.loss_of.parameters(), largest)
         self.optimizer.step()
         for layer in self.decayed:
             decay_distances(layer, at.p, at.learning_rate * self.experiment.optimizer.lp_weight_decay)

@@ -8,8 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from linflab.models.networks.hybrid import LinfDistHybrid
-from linflab.models.networks.linf_dist import LinfDistNet
+from linflab.models.networks.layers import Normalize
 from linflab.platform.checkpoints import write_partial
 from linflab.platform.config import Experiment, build_experiment
 from linflab.platform.datasets import Facts, facts_of
@@ -36,7 +35,7 @@ def load_network(path: Path) -> tuple[Experiment, nn.Module]:
         network.load_state_dict(saved["network"])
         if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
             raise ValueError("it holds numbers that are not finite")
-        if not network.features.normalize.std > 0:
+        if not all(layer.std > 0 for layer in network.modules() if isinstance(layer, Normalize)):
             raise ValueError("its standard deviation is not positive")
     except SettingError:
         raise
@@ -46,10 +45,17 @@ def load_network(path: Path) -> tuple[Experiment, nn.Module]:
     return experiment, network.eval()
 
 
-def network_of(experiment: Experiment) -> LinfDistNet | LinfDistHybrid:
-    """The network of an experiment, with weights as they are before training."""
+def network_of(experiment: Experiment) -> nn.Module:
+    """The network of an experiment, with weights as they are before training.
+
+    Raises:
+        SettingError: the images are too small for it.
+    """
     facts = facts_of(experiment.dataset)
-    return experiment.model.build(image_shape(experiment, facts), facts.classes, facts.mean, facts.std)
+    try:
+        return experiment.model.build(image_shape(experiment, facts), facts.classes, facts.mean, facts.std)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def image_shape(experiment: Experiment, facts: Facts) -> tuple[int, int, int]:

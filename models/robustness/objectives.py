@@ -5,11 +5,11 @@ is ahead, and the margin -max_j m_j certifies the radius -max_j m_j / (2 L) in p
 the radius in pixels up to which training asks for more: m_j + 2 L theta is positive while that radius is below theta.
 M_j, the worst-case margin, is a bound on how far m_j can come within eps.
 
-Objectives whose `worst_case` is False take (logits, labels, lambda), the others (logits, worst-case margins, labels,
-lambda); margins are (B, K), with -inf at the right class, and lambda is the weight of the cross entropy.
+Objectives whose `worst_case` is False take (logits, labels, lambda), the others (worst case, labels, lambda, eps);
+lambda is the weight of the cross entropy, and eps, in pixels, the radius that has grown to `eps_train` at the end.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1)]
+Bound = Literal["interval", "crown_ibp", "crown_ibp_fused", "dual", "hybrid_zonotope"]
+
+
+class WorstCase(NamedTuple):
+    """What a network comes to on a batch, and can come to within eps of it.
+
+    Attributes:
+        logits: z (B, K), of the images themselves.
+        margins: M (B, K), upper bounds of m_j = z_j - z_y, -inf at y.
+        fused: (B), upper bounds of the cross entropy itself, where that is what is bounded.
+        penalty: a scalar, on loose bounds.
+    """
+
+    logits: Tensor
+    margins: Tensor
+    fused: Tensor | None = None
+    penalty: Tensor | float = 0.0
 
 
 def wrong_class_margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,6 +46,48 @@ def wrong_class_margins(logits: Tensor, labels: Tensor) -> Tensor:
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """z_y - max_{j != y} z_j (B): positive where the right class wins, and wins alone."""
     return -wrong_class_margins(logits, labels).amax(dim=1)
+
+
+def cross_entropies(margins: Tensor, labels: Tensor) -> Tensor:
+    """log(1 + sum_{j != y} exp M_j) (B), of margins M (B, K): the cross entropy, were they those of logits."""
+    return functional.cross_entropy(margins.scatter(1, labels[:, None], 0.0), labels, reduction="none")
+
+
+class CrossEntropyConfig(BaseModel):
+    """Settings of `CrossEntropy`, which has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+
+    def build(self, lipschitz_constant: float) -> "CrossEntropy":
+        return CrossEntropy()
+
+
+class CrossEntropy(nn.Module):
+    """CE(z): standard training."""
+
+    worst_case = False
+
+    def forward(self, logits: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
+        return functional.cross_entropy(logits, labels)
+
+
+class AdversarialCrossEntropyConfig(BaseModel):
+    """Settings of adversarial training, the cross entropy of images that PGD found within eps.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["adversarial_cross_entropy"] = "adversarial_cross_entropy"
+    eps_train: Positive = Field(description="radius of the attack in training, in pixels of [0, 1]")
+    steps: int = Field(7, ge=1, description="steps of PGD, from a random point")
+    step_size: float = Field(0.25, gt=0, allow_inf_nan=False, description="length of a step, as a share of eps")
+
+    def build(self, lipschitz_constant: float) -> CrossEntropy:
+        return CrossEntropy()
 
 
 class HingeConfig(BaseModel):
@@ -107,28 +167,50 @@ class WorstCaseCrossEntropyConfig(BaseModel):
 
     kind: Literal["worst_case_cross_entropy"] = "worst_case_cross_entropy"
     eps_train: Positive = Field(description="radius of the worst case in training, in pixels of [0, 1]")
-    worst_case_weight: float = Field(0.5, ge=0, le=1, description="weight of the worst case; the rest is the clean one")
+    worst_case_weight: Weight = Field(0.5, description="weight of the worst case; the rest is the clean one")
+    worst_case_weight_start: Weight | None = Field(
+        None, description="its weight while eps is 0, from where it moves with eps; left out: the same throughout"
+    )
+    bound: Bound = Field("interval", description="by what the worst case is bounded; of distance nets, interval")
+    crown_share_start: Weight = Field(1.0, description="share of CROWN in the bounds of CROWN-IBP while eps is 0")
+    crown_share_end: Weight = Field(0.0, description="share of CROWN when eps has grown; the rest is by intervals")
+    penalty: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="weight, while eps is 0, of the penalty on loose bounds; falls to 0"
+    )
 
     def build(self, lipschitz_constant: float) -> "WorstCaseCrossEntropy":
         return WorstCaseCrossEntropy(self)
 
 
 class WorstCaseCrossEntropy(nn.Module):
-    """w CE(M) + (1 - w) CE(z), with w = worst_case_weight and M_y = 0.
+    """w CE(M) + (1 - w) CE(z) + c penalty, with w = worst_case_weight and M_y = 0; or a bound of CE for CE(M).
 
-    Source: Zhang et al. 2021, Section 5, after Gowal et al. 2018 (who name the share of the clean loss kappa).
+    Source: Zhang et al. 2021, Section 5, after Gowal et al. 2018 (who name the share of the clean loss kappa). The
+    penalty is Shi et al.'s (NeurIPS 2021), with c falling to 0 as eps grows.
     """
 
     worst_case = True
 
     def __init__(self, config: WorstCaseCrossEntropyConfig) -> None:
         super().__init__()
-        self.weight = config.worst_case_weight
+        self.config = config
 
-    def forward(self, logits: Tensor, worst: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
-        worst_logits = worst.scatter(1, labels[:, None], 0.0)
-        clean, bounded = (functional.cross_entropy(z, labels) for z in (logits, worst_logits))
-        return self.weight * bounded + (1 - self.weight) * clean
+    def crown_share(self, eps: float) -> float:
+        """Share of CROWN in the bounds of CROWN-IBP; all of it in those that know nothing else."""
+        if not self.config.bound.startswith("crown_ibp"):
+            return 1.0
+        return self._grown(self.config.crown_share_start, self.config.crown_share_end, eps)
+
+    def _grown(self, start: float, end: float, eps: float) -> float:
+        return start + (end - start) * (eps / self.config.eps_train)
+
+    def forward(self, worst: WorstCase, labels: Tensor, cross_entropy_weight: float, eps: float) -> Tensor:
+        config = self.config
+        start = config.worst_case_weight if config.worst_case_weight_start is None else config.worst_case_weight_start
+        weight = self._grown(start, config.worst_case_weight, eps)
+        bounded = cross_entropies(worst.margins, labels) if worst.fused is None else worst.fused
+        loss = weight * bounded.mean() + (1 - weight) * functional.cross_entropy(worst.logits, labels)
+        return loss + self._grown(config.penalty, 0.0, eps) * worst.penalty
 
 
 class WorstCaseHingeConfig(DecayingCrossEntropyConfig):
@@ -154,13 +236,18 @@ class WorstCaseHinge(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, logits: Tensor, worst: Tensor, labels: Tensor, cross_entropy_weight: float) -> Tensor:
-        right = margin(logits, labels) > 0
-        hinge = torch.where(right, functional.relu(worst.amax(dim=1) + 1), 0.0).mean()
-        return hinge + cross_entropy_weight * functional.cross_entropy(self.scale * logits, labels)
+    def forward(self, worst: WorstCase, labels: Tensor, cross_entropy_weight: float, eps: float) -> Tensor:
+        right = margin(worst.logits, labels) > 0
+        hinge = torch.where(right, functional.relu(worst.margins.amax(dim=1) + 1), 0.0).mean()
+        return hinge + cross_entropy_weight * functional.cross_entropy(self.scale * worst.logits, labels)
 
 
 ObjectiveConfig = Annotated[
-    HingeConfig | ClippedHingeCrossEntropyConfig | WorstCaseCrossEntropyConfig | WorstCaseHingeConfig,
+    HingeConfig
+    | ClippedHingeCrossEntropyConfig
+    | WorstCaseCrossEntropyConfig
+    | WorstCaseHingeConfig
+    | CrossEntropyConfig
+    | AdversarialCrossEntropyConfig,
     Field(discriminator="kind"),
 ]

@@ -15,7 +15,7 @@ from linflab.models.networks.linf_dist import DistanceNetConfig, LinfDistConvNet
 from linflab.models.networks.sort_net import SortNetConfig, draw_subsets
 from linflab.models.robustness.attacks.suite import AttackConfig, withstands
 from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, layer_bounds, pixel_box
-from linflab.models.robustness.bounds.worst_case import logits_and_worst_margins
+from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
 from linflab.models.robustness.certification import certified, certifier_of, lipschitz_radius
 from linflab.models.robustness.objectives import wrong_class_margins
 
@@ -129,14 +129,14 @@ def test_worst_margins_hold_at_p_inf(kind: str, eps: float) -> None:
     net = network(kind, 2)
     images, labels = torch.rand(8, *SHAPE, dtype=torch.float64), torch.randint(CLASSES, (8,))
     with torch.no_grad():
-        logits, worst = logits_and_worst_margins(net, images, labels, eps, math.inf)
+        logits, worst, *_ = WorstCaseBounds(net)(images, labels, eps, math.inf)
         torch.testing.assert_close(logits, net(images))
         for _ in range(50):
             step = eps * (torch.rand_like(images) * 2 - 1).sign()
             assert (wrong_class_margins(net(images + step), labels) <= worst + 1e-9).all()
         # intervals through all layers are at least as tight as those through the head alone
         inside = images.clamp(eps, 1 - eps)  # boxes that [0, 1] does not cut
-        _, worst = logits_and_worst_margins(net, inside, labels, eps, math.inf)
+        worst = WorstCaseBounds(net)(inside, labels, eps, math.inf).margins
         assert (interval_margins(net, pixel_box(inside, eps), labels) <= worst + 1e-9).all()
 
 
@@ -144,7 +144,7 @@ def test_worst_margins_of_a_net_are_those_of_its_lipschitz_constant() -> None:
     net = network("mlp", 3)
     images, labels = torch.rand(8, *SHAPE, dtype=torch.float64), torch.randint(CLASSES, (8,))
     with torch.no_grad():
-        _, worst = logits_and_worst_margins(net, images, labels, 0.1, 8.0)
+        worst = WorstCaseBounds(net)(images, labels, 0.1, 8.0).margins
         torch.testing.assert_close(worst, wrong_class_margins(net(images, 8.0), labels) + 2 * 0.1 / 0.5)
 
 
@@ -153,7 +153,7 @@ def test_worst_margins_of_a_hybrid_by_hand() -> None:
     net = network("hybrid", 4)
     assert isinstance(net, LinfDistHybrid)
     images, labels = torch.rand(3, *SHAPE, dtype=torch.float64), torch.tensor([0, 3, 4])
-    _, worst = logits_and_worst_margins(net, images, labels, 0.05, 8.0)
+    worst = WorstCaseBounds(net)(images, labels, 0.05, 8.0).margins
     with torch.no_grad():
         features = net.features(images, 8.0)
         first, _, last = net.head

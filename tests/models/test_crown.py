@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from linflab.models.networks.layers import Normalize
 from linflab.models.networks.linf_dist import LinfDistMLPConfig
-from linflab.models.robustness.bounds.crown import crown_bounds, crown_margins, lines_of
+from linflab.models.robustness.bounds.crown import crown_bounds, crown_margins
 from linflab.models.robustness.bounds.interval import Box, interval_bounds, interval_margins, pixel_box
+from linflab.models.robustness.bounds.lines import lines_of
 from linflab.models.robustness.objectives import wrong_class_margins
 from tests.models.relu_networks import RELU_NETS, SHAPE, Residual, relu_network
 
@@ -69,7 +70,11 @@ def chain_of_residual(net: Residual) -> list[Affine]:
 
 
 def lower_of(
-    rows: np.ndarray, chain: list[Affine], ranges: list[tuple[np.ndarray, np.ndarray]], box: Box
+    rows: np.ndarray,
+    chain: list[Affine],
+    ranges: list[tuple[np.ndarray, np.ndarray]],
+    box: Box,
+    relaxation: str = "adaptive",
 ) -> np.ndarray:
     """Lower bounds of linear functions of what the chain computes, before its last ReLU, for one box."""
     a, total = rows, np.zeros(len(rows))
@@ -88,15 +93,18 @@ def lower_of(
             if high <= 0:
                 before[:, i] = 0
                 continue
-            upper, lower = high / (high - low), float(high > -low)
+            upper, constant = (0.0, high) if relaxation == "box" else (high / (high - low), -high * low / (high - low))
+            lower = float(high > -low) if relaxation == "adaptive" else upper
             before[:, i] = np.where(a[:, i] >= 0, lower, upper) * a[:, i]
-            total = total + np.minimum(a[:, i], 0) * -upper * low
+            total = total + np.minimum(a[:, i], 0) * constant
         a = before
     low, high = box.lower[0].flatten().numpy(), box.upper[0].flatten().numpy()
     return total + np.maximum(a, 0) @ low + np.minimum(a, 0) @ high
 
 
-def bounds_by_hand(chain: list[Affine], box: Box, intermediate: str, last: str) -> tuple[np.ndarray, np.ndarray]:
+def bounds_by_hand(
+    chain: list[Affine], box: Box, intermediate: str, last: str, relaxation: str = "adaptive"
+) -> tuple[np.ndarray, np.ndarray]:
     ranges: list[tuple[np.ndarray, np.ndarray]] = []
     low, high = box.lower[0].flatten().numpy(), box.upper[0].flatten().numpy()
     for k, (matrix, constant, relu) in enumerate(chain):
@@ -104,7 +112,8 @@ def bounds_by_hand(chain: list[Affine], box: Box, intermediate: str, last: str) 
         low, high = positive @ low + negative @ high + constant, positive @ high + negative @ low + constant
         if (last if k == len(chain) - 1 else intermediate) == "crown":
             unit = np.eye(len(matrix))
-            ranges.append((lower_of(unit, chain[: k + 1], ranges, box), -lower_of(-unit, chain[: k + 1], ranges, box)))
+            ends = [lower_of(sign * unit, chain[: k + 1], ranges, box, relaxation) for sign in (1, -1)]
+            ranges.append((ends[0], -ends[1]))
         else:
             ranges.append((low, high))
         low, high = low.copy(), high.copy()
@@ -176,7 +185,7 @@ def test_lines_hold_activations(lower: float, width: float, sound: bool) -> None
     box = Box(*torch.tensor([[lower], [lower + width]], dtype=torch.float64))
     x = torch.linspace(lower, lower + width, 1001, dtype=torch.float64)
     for layer in (nn.ReLU(), nn.Tanh()):
-        lines = lines_of(layer, box, sound)
+        lines = lines_of(layer, box, sound=sound)
         assert lines is not None
         slack = 0 if sound else 1e-12
         assert (lines.lower_slope * x + lines.lower_intercept <= layer(x) + slack).all()
@@ -187,7 +196,7 @@ def test_lines_hold_activations(lower: float, width: float, sound: bool) -> None
 def test_lines_of_tanh_touch_it(ends: tuple[float, float]) -> None:
     box = Box(*torch.tensor(ends, dtype=torch.float64)[:, None])
     x = torch.linspace(*ends, 100_001, dtype=torch.float64)
-    lines = lines_of(nn.Tanh(), box, False)
+    lines = lines_of(nn.Tanh(), box)
     assert lines is not None
     above = lines.upper_slope * x + lines.upper_intercept - x.tanh()
     below = x.tanh() - lines.lower_slope * x - lines.lower_intercept

@@ -11,6 +11,7 @@ from linflab.models.robustness.certification import lipschitz_radius
 from linflab.models.robustness.objectives import (
     ClippedHingeCrossEntropyConfig,
     HingeConfig,
+    WorstCase,
     WorstCaseCrossEntropyConfig,
     WorstCaseHingeConfig,
     wrong_class_margins,
@@ -71,7 +72,7 @@ def test_worst_case_cross_entropy(case: tuple[torch.Tensor, torch.Tensor, torch.
         bounded = np.log(1 + sum(np.exp(bound[j]) for j in range(len(row)) if j != y))
         expected.append(weight * bounded + (1 - weight) * clean)
     objective = WorstCaseCrossEntropyConfig(eps_train=0.1, worst_case_weight=weight).build(1.0)
-    assert objective(z, worst, labels, 0.0).item() == pytest.approx(np.mean(expected))
+    assert objective(WorstCase(z, worst), labels, 0.0, 0.1).item() == pytest.approx(np.mean(expected))
 
 
 @given(worst_case(), st.floats(0.001, 2))
@@ -87,7 +88,7 @@ def test_worst_case_hinge(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         hinge = max(0.0, max(bound[j] + 1 for j in wrong)) if right else 0.0
         scaled = 0.6 * np.array(row)
         expected.append(hinge + weight * (np.log(np.exp(scaled).sum()) - scaled[y]))
-    assert objective(z, worst, labels, weight).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert objective(WorstCase(z, worst), labels, weight, 0.1).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_objectives_have_finite_gradients_at_equal_logits() -> None:
@@ -97,7 +98,7 @@ def test_objectives_have_finite_gradients_at_equal_logits() -> None:
         assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
     for config in (WorstCaseCrossEntropyConfig(eps_train=0.1), WorstCaseHingeConfig(eps_train=0.1)):
         z, labels = torch.zeros(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
-        config.build(2.0)(z, wrong_class_margins(z, labels) + 0.3, labels, 0.1).backward()
+        config.build(2.0)(WorstCase(z, wrong_class_margins(z, labels) + 0.3), labels, 0.1, 0.1).backward()
         assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
 
 

@@ -1,20 +1,23 @@
 """Projected gradient descent, with steps of one length (Madry et al., ICLR 2018)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from linflab.models.robustness.attacks.ball import Ball
 from linflab.models.robustness.objectives import margin
 
+Loss = Literal["cross_entropy", "margin"]
+
 
 def pgd(
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],
     around: Ball,
     labels: Tensor,
-    loss: Literal["cross_entropy", "margin"],
+    loss: Loss,
     steps: int,
     step: float,
     generator: torch.Generator,
@@ -30,17 +33,43 @@ def pgd(
         step: how far every pixel moves in a step.
         generator: of the start.
     """
-    attacked, broken = around.random_point(generator), torch.zeros_like(labels, dtype=torch.bool)
-    for k in range(steps + 1):
-        attacked = attacked.detach().requires_grad_()
-        logits = network(attacked)
-        broken |= ~(margin(logits.detach(), labels) > 0)  # NaN too
-        if k == steps or bool(broken.all()):
-            break
-        if loss == "cross_entropy":
-            gain = functional.cross_entropy(logits, labels, reduction="sum")
-        else:
-            gain = -margin(logits, labels).sum()
-        (gradient,) = torch.autograd.grad(gain, attacked)
-        attacked = around.nearest(attacked.detach() + step * gradient.sign())
-    return broken
+    point, broken = around.random_point(generator), torch.zeros_like(labels, dtype=torch.bool)
+    for _ in range(steps):
+        point, logits = _ascended(network, around, point, labels, loss, step)
+        broken |= ~(margin(logits, labels) > 0)  # NaN too
+        if bool(broken.all()):
+            return broken
+    with torch.no_grad():
+        return broken | ~(margin(network(point), labels) > 0)
+
+
+def adversarial_images(
+    network: Callable[[Tensor], Tensor],
+    around: Ball,
+    labels: Tensor,
+    steps: int,
+    step: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Where an ascent of the cross entropy from a random point ends: images (B, C, H, W) to train on.
+
+    Args: as of `pgd`.
+    """
+    point = around.random_point(generator)
+    for _ in range(steps):
+        point = _ascended(network, around, point, labels, "cross_entropy", step)[0]
+    return point
+
+
+def _ascended(
+    network: Callable[[Tensor], Tensor], around: Ball, point: Tensor, labels: Tensor, loss: Loss, step: float
+) -> tuple[Tensor, Tensor]:
+    """The point a step further, and the logits at this one."""
+    point = point.detach().requires_grad_()
+    logits = network(point)
+    if loss == "cross_entropy":
+        gain = functional.cross_entropy(logits, labels, reduction="sum")
+    else:
+        gain = -margin(logits, labels).sum()
+    (gradient,) = torch.autograd.grad(gain, point)
+    return around.nearest(point.detach() + step * gradient.sign()), logits.detach()

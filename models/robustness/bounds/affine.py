@@ -1,17 +1,35 @@
 """Layers that compute x -> A x + b in evaluation mode: their maps, for bounds that pass through them either way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from linflab.models.networks.layers import MeanShift, Normalize, ScaledLinear
+from linflab.models.networks.layers import L1Linear, MeanShift, Normalize, ScaledLinear
 from linflab.models.robustness.bounds.rounding import TINY, gamma
-from linflab.models.robustness.bounds.tracing import Negation, Shift
+from linflab.models.robustness.bounds.tracing import Negation, Scaling, Shift
+
+
+class Window(NamedTuple):
+    """How a convolution looks at its inputs."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    outputs: tuple[int, ...]  # height and width of its map
+
+    def reach(self, seen: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Height and width of the inputs that so many of its outputs, side by side, look at."""
+        return tuple(
+            (n - 1) * step + d * (size - 1) + 1
+            for n, step, d, size in zip(seen, self.stride, self.dilation, kernel, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,8 @@ class Affine:
         apply: x, weight -> outputs.
         transpose: a (B, *outputs), weight -> (B, *inputs).
         terms: how many products are summed for an output.
+        window: of convolutions.
+        elementwise: outputs are inputs times a weight for each feature or channel.
     """
 
     weight: Tensor
@@ -33,6 +53,8 @@ class Affine:
     apply: Callable[[Tensor, Tensor], Tensor]
     transpose: Callable[[Tensor, Tensor], Tensor]
     terms: int
+    window: Window | None = None
+    elementwise: bool = False
 
     def rounding(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
         """How far off an output (B, *outputs) is, computed in `dtype` of inputs of no larger magnitude than `largest`.
@@ -55,8 +77,13 @@ def affine_of(layer: nn.Module, inputs: torch.Size) -> Affine | None:
 
 @affine_of.register(nn.Linear)
 @affine_of.register(ScaledLinear)
+@affine_of.register(L1Linear)
 def _linear(layer: nn.Linear, inputs: torch.Size) -> Affine:
-    weight = layer.scaled_weight if isinstance(layer, ScaledLinear) else layer.weight
+    weight = layer.weight
+    if isinstance(layer, ScaledLinear):
+        weight = layer.scaled_weight
+    elif isinstance(layer, L1Linear):
+        weight = layer.projected_weight
     bias = weight.new_zeros(()) if layer.bias is None else layer.bias
     return Affine(weight, bias, bias.abs(), functional.linear, torch.matmul, layer.in_features)
 
@@ -103,7 +130,11 @@ def _windows(
     def transpose(a: Tensor, w: Tensor) -> Tensor:
         return functional.conv_transpose2d(a, w, None, stride, padding, missed, groups, dilation)
 
-    return Affine(weight, bias, bias.abs(), apply, transpose, weight[0].numel())
+    outputs = tuple(
+        (n + 2 * p - s) // step + 1 for n, p, s, step in zip(inputs[1:], padding, span, stride, strict=True)
+    )
+    window = Window(stride, padding, dilation, groups, outputs)
+    return Affine(weight, bias, bias.abs(), apply, transpose, weight[0].numel(), window)
 
 
 @affine_of.register
@@ -130,10 +161,15 @@ def _mean_shift(layer: MeanShift, inputs: torch.Size) -> Affine:
     return _scaling(torch.ones_like(mean), -mean, mean.abs(), inputs)
 
 
+@affine_of.register
+def _batch_scaling(layer: Scaling, inputs: torch.Size) -> Affine:
+    return _scaling(layer.scale, layer.offset, layer.offset.abs(), inputs, 10)
+
+
 def _scaling(scale: Tensor, bias: Tensor, bias_size: Tensor, inputs: torch.Size, terms: int = 1) -> Affine:
     """One factor and one number to add for each feature or channel."""
     scale, bias, bias_size = (part.view(-1, *[1] * (len(inputs) - 1)) for part in (scale, bias, bias_size))
-    return Affine(scale, bias, bias_size, _product, _product, terms)
+    return Affine(scale, bias, bias_size, _product, _product, terms, elementwise=True)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -142,7 +178,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 @affine_of.register
 def _negation(layer: Negation, inputs: torch.Size) -> Affine:
-    return Affine(-torch.ones(()), torch.zeros(()), torch.zeros(()), _product, _product, 1)
+    return Affine(-torch.ones(()), torch.zeros(()), torch.zeros(()), _product, _product, 1, elementwise=True)
 
 
 @affine_of.register
@@ -152,4 +188,4 @@ def _shift(layer: Shift, inputs: torch.Size) -> Affine:
         constant = constant[0]
     if constant.dim() > len(inputs) or torch.broadcast_shapes(constant.shape, inputs) != inputs:
         raise TypeError(f"bounds: there is no rule for adding a constant of shape {tuple(constant.shape)}")
-    return Affine(torch.ones(()), constant, constant.abs(), _product, _product, 1)
+    return Affine(torch.ones(()), constant, constant.abs(), _product, _product, 1, elementwise=True)

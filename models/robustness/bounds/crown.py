@@ -4,8 +4,11 @@ A linear function of some layer's values is bounded from below by one of the val
 layers are passed exactly, a ReLU or tanh is replaced by lines that hold it over the range of its inputs. At the images,
 and at the outputs of layers that have no such lines (distance layers, of hybrids), the box of values decides.
 
-Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", NeurIPS
-2018. An unstable ReLU has the lower line x if u > -l, else 0; the ranges come from CROWN itself or from intervals.
+Which lines, is the `relaxation` (see `lines_of`). With adaptive ones the bounds are CROWN's (Zhang et al., "Efficient
+Neural Network Robustness Certification with General Activation Functions", NeurIPS 2018); with parallel ones those of
+the dual network of Wong and Kolter (ICML 2018), which Salman et al. (NeurIPS 2019) show to be the same computation;
+with boxes those of hybrid zonotopes (Mirman et al., ICML 2018), which never are wider than intervals. The ranges of
+activations come from the same bounds, or from intervals.
 
 Sound bounds are computed in float64, in which weights and boxes of floats are exact. Rounding enters as follows. Each
 value, as the network computes it in float32, is the exact result of its layer on computed inputs, plus an error that is
@@ -15,34 +18,30 @@ be those of exact arithmetic, only hold: their intercepts are the least for thei
 """
 
 import math
-from collections.abc import Sequence
-from functools import singledispatch
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from linflab.models.robustness.bounds.affine import affine_of
+from linflab.models.robustness.bounds.coefficients import Coefficients, Rows, Windows
 from linflab.models.robustness.bounds.interval import Box, largest, propagate, step_bounds, trace_layers
+from linflab.models.robustness.bounds.lines import REMAINDER, Lines, Relaxation, has_lines, lines_of
 from linflab.models.robustness.bounds.rounding import TINY, gamma, unit_roundoff, upper_float
-from linflab.models.robustness.bounds.tracing import VIEWS, Concatenation, Step, Sum
+from linflab.models.robustness.bounds.tracing import VIEWS, Concatenation, Step, Sum, Trace
 
 Intermediate = Literal["crown", "interval"]
 LARGEST_ROWS = 2**24  # coefficients that are held together
-REMAINDER = 2.0**-48  # more than all that float64 loses at a value, relative to its largest magnitude
 
 
-class Lines(NamedTuple):
-    """Lower and upper lines of an activation, slope x + intercept, elementwise over a box of its inputs."""
-
-    lower_slope: Tensor
-    lower_intercept: Tensor
-    upper_slope: Tensor
-    upper_intercept: Tensor
-
-
-def crown_bounds(network: nn.Module, box: Box, intermediate: Intermediate = "crown", sound: bool = False) -> Box:
+def crown_bounds(
+    network: nn.Module,
+    box: Box,
+    intermediate: Intermediate = "crown",
+    sound: bool = False,
+    relaxation: Relaxation = "adaptive",
+) -> Box:
     """Bounds of a network's outputs (B, K) over a box of inputs, in evaluation mode at p = inf.
 
     Args:
@@ -50,195 +49,218 @@ def crown_bounds(network: nn.Module, box: Box, intermediate: Intermediate = "cro
         box: of inputs.
         intermediate: what bounds the inputs of activations.
         sound: bounds of the outputs as they are computed, with their roundings; in float64.
+        relaxation: which lines hold activations.
 
     Raises:
         ValueError: the network is in training mode.
         TypeError: a layer or operation has no rule, or none has lines; names it.
     """
-    crown = _Crown(network, box, intermediate, sound)
+    crown = LinearBounds(trace_layers(network, box, sound), box, intermediate, relaxation, sound)
     return crown.bounds(crown.output)
 
 
 def crown_margins(
-    network: nn.Module, box: Box, labels: Tensor, intermediate: Intermediate = "crown", sound: bool = False
+    network: nn.Module,
+    box: Box,
+    labels: Tensor,
+    intermediate: Intermediate = "crown",
+    sound: bool = False,
+    relaxation: Relaxation = "adaptive",
 ) -> Tensor:
     """Upper bounds M (B, K) of z_j - z_y over a box of images, -inf at the right class y itself.
 
     Where all M_j < 0, no image of the box is given another class. Args, raises: as `crown_bounds`; labels (B).
     """
     one = Box(box.lower[:1], box.upper[:1])
-    sizes = [value.lower.numel() for value in propagate(trace_layers(network, one, sound), one).values()]
+    traced = trace_layers(network, one, sound)
+    sizes = [value.lower.numel() for value in propagate(traced, one).values()]
     samples = max(1, LARGEST_ROWS // (max(sizes) * sizes[-1]))  # as many as fit at once
     return torch.cat(
         [
-            _margins(_Crown(network, Box(lower, upper), intermediate, sound), y)
+            LinearBounds(traced, Box(lower, upper), intermediate, relaxation, sound).margins(y)
             for lower, upper, y in zip(*(x.split(samples) for x in (*box, labels)), strict=True)
         ]
     )
 
 
-def _margins(crown: "_Crown", labels: Tensor) -> Tensor:
-    identity = torch.eye(crown.boxes[crown.output].lower.shape[1], dtype=crown.dtype, device=labels.device)
-    ahead = identity[labels][:, None] - identity  # of row j: z_y - z_j
-    return (-crown.lower(crown.output, ahead)).scatter(1, labels[:, None], -math.inf)
+class LinearBounds:
+    """The boxes of a network's values over a box of inputs, and bounds of linear functions of them.
 
+    Args:
+        traced: the network's steps.
+        box: of inputs.
+        intermediate: what bounds the inputs of activations.
+        relaxation: which lines hold activations.
+        sound: bounds of values as they are computed in float32.
+        boxes: those of all values by intervals, where they are known.
 
-@singledispatch
-def lines_of(layer: nn.Module, box: Box, sound: bool) -> Lines | None:
-    """The lines of an activation over a box of its inputs; None for layers that have none."""
-    return None
-
-
-@lines_of.register
-def _relu(layer: nn.ReLU, box: Box, sound: bool) -> Lines:
-    lower, upper = box
-    width = (upper - lower).clamp_min(torch.finfo(lower.dtype).tiny)
-    slope = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, upper / width)).clamp(0, 1)
-    below = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, (upper > -lower).to(lower)))
-    # the line goes through (l, 0) and (u, u)
-    intercept = torch.maximum(-slope * lower.clamp_max(0), (upper - slope * upper).clamp_min(0))
-    return Lines(below, torch.zeros_like(below), slope, _rounded_up(intercept, box) if sound else intercept)
-
-
-@lines_of.register
-def _tanh(layer: nn.Tanh, box: Box, sound: bool) -> Lines:
-    lower, upper = box
-    upper_slope, upper_intercept = _upper_line_of_tanh(lower, upper)
-    lower_slope, mirrored = _upper_line_of_tanh(-upper, -lower)  # tanh is odd
-    if sound:
-        upper_intercept, mirrored = _rounded_up(upper_intercept, box), _rounded_up(mirrored, box)
-    return Lines(lower_slope, -mirrored, upper_slope, upper_intercept)
-
-
-def _rounded_up(intercept: Tensor, box: Box) -> Tensor:
-    return intercept + REMAINDER * (1 + largest(box))
-
-
-def _upper_line_of_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and least intercept of a line above tanh on [lower, upper].
-
-    Where tanh is concave, the tangent in the middle; where it is convex, the chord; between, the tangent through the
-    lower end, or the chord if that tangent touches beyond the upper end.
+    Raises:
+        ValueError: sound bounds of what is not in float32.
+        TypeError: no step is an activation with lines.
     """
-    width = upper - lower
-    middle = (lower + upper) / 2
-    chord = torch.where(width > 1e-6, (upper.tanh() - lower.tanh()) / width.clamp_min(1e-6), _slope_of_tanh(middle))
-    near, far = torch.zeros_like(upper), upper.clamp_min(0)
-    for _ in range(40):  # bisection; where it ends decides how tight the line is, not whether it holds
-        touch = (near + far) / 2
-        beyond = touch.tanh() - lower.tanh() > _slope_of_tanh(touch) * (touch - lower)
-        near, far = torch.where(beyond, near, touch), torch.where(beyond, touch, far)
-    misses = upper.tanh() - lower.tanh() < _slope_of_tanh(upper) * width
-    mixed = torch.where(misses, chord, _slope_of_tanh(far))
-    slope = torch.where(lower >= 0, _slope_of_tanh(middle), torch.where(upper <= 0, chord, mixed)).clamp(0, 1)
-    # tanh x - slope x is largest at an end, or where tanh' = slope, which is 1 - tanh^2
-    turn = torch.atanh((1 - slope).sqrt().clamp_max(1 - torch.finfo(slope.dtype).eps))
-    inside = torch.minimum(torch.maximum(turn, lower), upper)
-    intercept = torch.stack([x.tanh() - slope * x for x in (lower, inside, upper)]).amax(dim=0)
-    return slope, intercept
 
-
-def _slope_of_tanh(x: Tensor) -> Tensor:
-    return 1 - x.tanh() ** 2
-
-
-class _Crown:
-    """The boxes of a network's values, and bounds of linear functions of them."""
-
-    def __init__(self, network: nn.Module, box: Box, intermediate: Intermediate, sound: bool) -> None:
-        traced = trace_layers(network, box, sound)
+    def __init__(
+        self,
+        traced: Trace,
+        box: Box,
+        intermediate: Intermediate,
+        relaxation: Relaxation = "adaptive",
+        sound: bool = False,
+        boxes: dict[str, Box] | None = None,
+    ) -> None:
         if sound and box.lower.dtype != torch.float32:
             raise ValueError(f"sound bounds by crown are for networks in float32, not {box.lower.dtype}")
+        if not any(has_lines(step.layer) for step in traced.steps):
+            raise TypeError("crown: the network has no ReLU or tanh to bound by lines; use interval")
         self.sound, self.output = sound, traced.output
         self.dtype = torch.float64 if sound else box.lower.dtype
         self.makers = {step.output: step for step in traced.steps}
         self.order = [traced.input, *self.makers]
-        self.boxes = {traced.input: box}
+        self.boxes = {traced.input: box} if boxes is None else boxes
         self.lines: dict[str, Lines] = {}
         self.errors: dict[str, Tensor] = {}
+        self.parallel = True  # one pass finds both bounds
         refined: dict[str, Box] = {}
         for step in traced.steps:
             first = step.inputs[0]
-            if lines_of.dispatch(type(step.layer)) is not lines_of.dispatch(object):
+            if has_lines(step.layer):
                 if intermediate == "crown" and first not in refined:
                     refined[first] = self.bounds(first)
                     self.boxes[first] = _outwards(refined[first], box.lower.dtype)
-                lines = lines_of(step.layer, _in(self.dtype, refined.get(first, self.boxes[first])), sound)
+                range_ = _in(self.dtype, refined.get(first, self.boxes[first]))
+                lines = lines_of(step.layer, range_, relaxation, sound)
                 assert lines is not None
                 self.lines[step.output] = lines
-            self.boxes[step.output] = step_bounds(step, self.boxes, sound)
-        if not self.lines:
-            raise TypeError(
-                f"crown: {type(network).__name__} has no ReLU or tanh that it bounds by lines; use interval"
-            )
+                self.parallel = self.parallel and lines.parallel
+            if boxes is None:
+                self.boxes[step.output] = step_bounds(step, self.boxes, sound)
+
+    def margins(self, labels: Tensor) -> Tensor:
+        """Upper bounds M (B, K) of z_j - z_y of the network's outputs z, -inf at y itself."""
+        classes = self.boxes[self.output].lower.shape[1]
+        others = (labels[:, None] + torch.arange(1, classes, device=labels.device)) % classes
+        identity = torch.eye(classes, dtype=self.dtype, device=labels.device)
+        ahead = Rows(identity[labels][:, None] - identity[others])  # of row j: z_y - z_j
+        found = torch.full((len(labels), classes), -math.inf, dtype=self.dtype, device=labels.device)
+        return found.scatter(1, others, -self.lower(self.output, ahead))
 
     def bounds(self, name: str) -> Box:
-        """The box of a value (B, *shape), by CROWN."""
-        shape = self.boxes[name].lower.shape[1:]
-        size = max(box.lower[0].numel() for box in self.boxes.values())
-        samples = len(self.boxes[name].lower) if self.lines else 1  # up to the first lines they share coefficients
-        parts = []
-        for rows in torch.arange(shape.numel()).split(max(1, LARGEST_ROWS // (size * samples))):
-            units = torch.zeros(1, len(rows), shape.numel(), dtype=self.dtype, device=self.boxes[name].lower.device)
-            units[0, torch.arange(len(rows)), rows] = 1
-            units = units.unflatten(2, shape)
-            parts.append((self.lower(name, units), -self.lower(name, -units)))
-        lower, upper = (torch.cat(bounds, dim=1).unflatten(1, shape) for bounds in zip(*parts, strict=True))
+        """The box of a value (B, *shape)."""
+        like = self.boxes[name].lower.to(self.dtype)
+        shape, parts = like.shape[1:], []
+        window = self._largest_window(name)
+        samples = len(like) if self.lines else 1  # up to the first lines they share coefficients
+        if window is None:
+            size = max(box.lower[0].numel() for box in self.boxes.values())
+            for chosen in torch.arange(shape.numel()).split(max(1, LARGEST_ROWS // (size * samples))):
+                parts.append(self._range(name, Rows.units(shape, chosen, like)))
+            lower, upper = (torch.cat(bounds, dim=1).unflatten(1, shape) for bounds in zip(*parts, strict=True))
+            return Box(lower, upper)
+        positions, together = shape[1:].numel(), max(1, LARGEST_ROWS // (window * shape[0] * samples))
+        for first in range(0, positions, together):
+            chosen_here = slice(first, min(first + together, positions))
+            parts.append(self._range(name, Windows.units(shape, chosen_here, like)))
+        lower, upper = (  # (B, P * C) each
+            torch.cat(bounds, dim=1).unflatten(1, (positions, shape[0])).transpose(1, 2).reshape(like.shape)
+            for bounds in zip(*parts, strict=True)
+        )
         return Box(lower, upper)
 
-    def lower(self, name: str, a: Tensor) -> Tensor:
-        """Lower bounds (B, R) of linear functions of a value, with coefficients (B or 1, R, *shape)."""
-        pending = {name: a}
-        total = a.new_zeros(())
+    def lower(self, name: str, functions: Coefficients) -> Tensor:
+        """Lower bounds (B, R) of linear functions of a value."""
+        middle, spread = self._passed_back(name, functions)
+        return middle - spread
+
+    def _range(self, name: str, functions: Coefficients) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds (B, R) of linear functions of a value."""
+        middle, spread = self._passed_back(name, functions)
+        if self.parallel:
+            return middle - spread, middle + spread
+        return middle - spread, -self.lower(name, functions.negated())
+
+    def _passed_back(self, name: str, functions: Coefficients) -> tuple[Tensor, Tensor]:
+        """m and s (B, R), such that functions of a value are at least m - s; and at most m + s, with parallel lines."""
+        pending = {name: functions}
+        middle = spread = functions.a.new_zeros(())
+
+        def add(a: Coefficients, centre: Tensor, radius: Tensor | None = None) -> None:
+            nonlocal middle, spread
+            middle = middle + a.dot(centre)
+            share = 0.0
+            if self.sound:
+                share = 2 * gamma(centre[0].numel() + 4 * len(self.order) + 8, self.dtype)
+                spread = spread + share * a.abs().dot(centre.abs())
+            if radius is not None:
+                spread = spread + (1 + share) * a.abs().dot(radius)
+
         for value in reversed(self.order):
             if value not in pending:
                 continue
-            a, box = pending.pop(value), _in(self.dtype, self.boxes[value])
-            step = self.makers.get(value)
-            passed = None if step is None else self._passed(step, a)
-            if passed is None:  # no lines lead on from here
-                total = total + self._dot(a.clamp_min(0), box.lower) + self._dot(a.clamp_max(0), box.upper)
+            a, step = pending.pop(value), self.makers.get(value)
+            before = None if step is None else self._before(step, a, add)
+            if before is None:  # no lines lead on from here
+                box = _in(self.dtype, self.boxes[value])
+                add(a, (box.lower + box.upper) / 2, (box.upper - box.lower) / 2)
             else:
-                total = total + passed[1]
                 assert step is not None
-                for before, part in zip(step.inputs, passed[0], strict=True):
-                    pending[before] = pending[before] + part if before in pending else part
+                for earlier, part in zip(step.inputs, before, strict=True):
+                    pending[earlier] = pending[earlier].plus(part) if earlier in pending else part
             if self.sound:
-                total = total + self._dot(-a.abs(), self._error(value))
-        return total
+                add(a, torch.zeros_like(self.boxes[value].lower[:1], dtype=self.dtype), self._error(value))
+        return middle, spread
 
-    def _passed(self, step: Step, a: Tensor) -> tuple[Sequence[Tensor], Tensor | float] | None:
-        """Coefficients of a step's inputs, and a constant, that bound those of its output from below."""
+    def _before(self, step: Step, a: Coefficients, add: Callable[..., None]) -> Sequence[Coefficients] | None:
+        """Coefficients of a step's inputs that bound its output's from below, but for what they `add`."""
         if step.output in self.lines:
             lines = self.lines[step.output]
-            positive, negative = a.clamp_min(0), a.clamp_max(0)
-            slopes = positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None]
-            return [slopes], self._dot(positive, lines.lower_intercept) + self._dot(negative, lines.upper_intercept)
+            if lines.parallel:
+                add(a, (lines.lower_intercept + lines.upper_intercept) / 2,
+                    (lines.upper_intercept - lines.lower_intercept) / 2)  # fmt: skip
+                return [a.times(lines.upper_slope)]
+            negative = a.negative()
+            add(negative, lines.upper_intercept - lines.lower_intercept)
+            if isinstance(lines.lower_intercept, Tensor):
+                add(a, lines.lower_intercept)
+            return [a.times(lines.lower_slope).plus(negative.times(lines.upper_slope - lines.lower_slope))]
         if isinstance(step.layer, VIEWS):
-            return [a.flatten(2).unflatten(2, self._shape(step.inputs[0]))], 0.0
+            return [a if isinstance(a, Windows) else Rows(a.a.flatten(2).unflatten(2, self._shape(step.inputs[0])))]
         if isinstance(step.layer, Sum):
-            return [a, a], 0.0
+            return [a, a]
         if isinstance(step.layer, Concatenation):
-            dim = step.layer.dim
-            return a.split([self._shape(name)[dim - 1] for name in step.inputs], dim=dim + 1), 0.0
+            return a.split(step.layer.dim, [self._shape(name)[step.layer.dim - 1] for name in step.inputs])
         affine = affine_of(step.layer, self._shape(step.inputs[0]))
         if affine is None:
             return None
-        bias = affine.bias.to(a).expand(self._shape(step.output))[None]
-        before = affine.transpose(a.flatten(0, 1), affine.weight.to(a)).unflatten(0, a.shape[:2])
-        return [before], self._dot(a, bias)
+        add(a, affine.bias.to(a.a).expand(self._shape(step.output))[None])
+        return [a.through(affine, self._shape(step.inputs[0]))]
+
+    def _largest_window(self, name: str) -> int | None:
+        """How many values the functions of a map's windows see at most; None where they are better held as rows."""
+        kernels: dict[str, tuple[int, ...]] = {name: (1, 1)}
+        largest = rows = 0
+        for value in reversed(self.order):
+            if value not in kernels:
+                continue
+            kernel, step, shape = kernels.pop(value), self.makers.get(value), self._shape(value)
+            if len(shape) != 3:
+                return None
+            largest, rows = max(largest, shape[0] * math.prod(kernel)), max(rows, shape.numel())
+            if step is None:
+                continue
+            if not (value in self.lines or isinstance(step.layer, (*VIEWS, Sum, Concatenation))):
+                affine = affine_of(step.layer, self._shape(step.inputs[0]))
+                if affine is None:
+                    continue
+                if affine.window is not None:
+                    kernel = affine.window.reach(kernel, affine.weight.shape[2:])
+            elif isinstance(step.layer, Concatenation) and step.layer.dim != 1:
+                return None
+            for before in step.inputs:
+                kernels[before] = tuple(map(max, kernel, kernels.get(before, kernel)))
+        return largest if largest < rows else None
 
     def _shape(self, name: str) -> torch.Size:
         return self.boxes[name].lower.shape[1:]
-
-    def _dot(self, a: Tensor, values: Tensor) -> Tensor:
-        """The sum of a (B or 1, R, *shape) times values (B or 1, *shape), (B, R); if sound no more than it is."""
-        a, values = a.flatten(2), values.flatten(1)
-        total = _products(a, values)
-        if not self.sound:
-            return total
-        share = 2 * gamma(values.shape[1] + 4 * len(self.order) + 8, a.dtype)
-        return total - share * _products(a.abs(), values.abs())
 
     def _error(self, name: str) -> Tensor:
         """How far off a value (B, *shape) is from what its layer makes of computed inputs, and what float64 adds."""
@@ -261,17 +283,13 @@ class _Crown:
         return self.errors[name]
 
 
-def _products(a: Tensor, values: Tensor) -> Tensor:
-    if len(a) == 1:
-        return functional.linear(values, a[0])
-    return torch.matmul(a, values[:, :, None])[:, :, 0]
-
-
 def _in(dtype: torch.dtype, box: Box) -> Box:
     return Box(box.lower.to(dtype), box.upper.to(dtype))
 
 
 def _outwards(box: Box, dtype: torch.dtype) -> Box:
     """A box of `dtype` that holds this one."""
+    if box.lower.dtype == dtype:
+        return box
     like = box.lower.to(dtype)
     return Box(-upper_float(-box.lower, like), upper_float(box.upper, like))

@@ -27,6 +27,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from linflab.models.distance import linf_distance_bounds, sort_distance_bounds
 from linflab.models.distance.convolution import output_size, patches_of, sample_chunks
 from linflab.models.networks.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    GroupSort,
+    L1Linear,
     LpDistance,
     LpDistanceConv2d,
     MeanShift,
@@ -36,8 +40,7 @@ from linflab.models.networks.layers import (
 )
 from linflab.models.robustness.bounds.affine import affine_of
 from linflab.models.robustness.bounds.rounding import TINY, check_arithmetic, gamma, unit_roundoff, upper_float
-from linflab.models.robustness.bounds.tracing import Concatenation, Negation, Shift, Step, Sum, Trace, trace
-from linflab.models.robustness.objectives import wrong_class_margins
+from linflab.models.robustness.bounds.tracing import Concatenation, Negation, Scaling, Shift, Step, Sum, Trace, trace
 
 LARGEST_TABLE = 2**24  # numbers that are held together when rows are compared
 
@@ -94,8 +97,8 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
     """
     traced = trace_layers(network, box, sound)
     boxes = propagate(traced, box, sound)
-    last = next((step for step in traced.steps if step.output == traced.output), None)
-    if last is not None and isinstance(last.layer, nn.Linear):
+    last = _last_linear(traced)
+    if last is not None:
         return linear_margins(last.layer, boxes[last.inputs[0]], labels, sound)
     lower, upper = boxes[traced.output]
     margins = upper - lower.gather(1, labels[:, None])
@@ -104,7 +107,29 @@ def interval_margins(network: nn.Module, box: Box, labels: Tensor, sound: bool =
     return margins.scatter(1, labels[:, None], -math.inf)
 
 
-def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = False) -> Tensor:
+def margin_range(traced: Trace, boxes: Mapping[str, Box], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and radii (B, K) of the ranges of z_j - z_y, as `interval_margins` bounds them; what is at y is open.
+
+    Args:
+        traced: the network's steps.
+        boxes: of all its values.
+        labels: (B), the right classes y.
+    """
+    last = _last_linear(traced)
+    if last is not None:
+        return _linear_margin_range(last.layer, boxes[last.inputs[0]], labels)
+    lower, upper = boxes[traced.output]
+    centre, radius = (lower + upper) / 2, (upper - lower) / 2
+    return centre - centre.gather(1, labels[:, None]), radius + radius.gather(1, labels[:, None])
+
+
+def _last_linear(traced: Trace) -> Step | None:
+    """The step that makes the outputs, if its layer is linear and can be merged with margins."""
+    last = next((step for step in traced.steps if step.output == traced.output), None)
+    return last if last is not None and isinstance(last.layer, nn.Linear) else None
+
+
+def linear_margins(layer: nn.Module, box: Box, labels: Tensor, sound: bool = False) -> Tensor:
     """Upper bounds M (B, K) of z_j - z_y for the logits z of a linear layer over a box of its inputs (B, I).
 
     To be sound they are widened for both logits. The rounding of a logit (`Affine.rounding`) is gamma(I + 4) of the sum
@@ -112,6 +137,17 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
     spread and their inputs by as much each, and differences of weights and of logits by a few u; 8 times is more than
     all of it.
     """
+    centre, spread = _linear_margin_range(layer, box, labels)
+    margins = centre.scatter(1, labels[:, None], -math.inf) + spread
+    if not sound:
+        return margins
+    affine = affine_of(layer, box.lower.shape[1:])
+    assert affine is not None
+    error = 8 * affine.rounding(largest(box), margins.dtype)
+    return margins + error + error.gather(1, labels[:, None])
+
+
+def _linear_margin_range(layer: nn.Module, box: Box, labels: Tensor) -> tuple[Tensor, Tensor]:
     affine = affine_of(layer, box.lower.shape[1:])
     assert affine is not None
     centre, radius, weight = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2, affine.weight
@@ -122,11 +158,8 @@ def linear_margins(layer: nn.Linear, box: Box, labels: Tensor, sound: bool = Fal
             for y, r in zip(labels.split(samples), radius.split(samples), strict=True)
         ]
     )
-    margins = wrong_class_margins(layer(centre), labels) + spread
-    if not sound:
-        return margins
-    error = 8 * affine.rounding(largest(box), margins.dtype)
-    return margins + error + error.gather(1, labels[:, None])
+    logits = layer(centre)
+    return logits - logits.gather(1, labels[:, None]), spread
 
 
 def largest(box: Box) -> Tensor:
@@ -152,6 +185,7 @@ def layer_bounds(layer: nn.Module, box: Box | Sequence[Box], sound: bool = False
 @layer_bounds.register(nn.MaxPool2d)
 @layer_bounds.register(nn.Identity)
 @layer_bounds.register(nn.Dropout)
+@layer_bounds.register(GroupSort)
 def _monotone(layer: nn.Module, box: Box, sound: bool = False) -> Box:
     if isinstance(layer, Shift):
         affine_of(layer, box.lower.shape[1:])  # refuses what makes the value larger
@@ -200,9 +234,13 @@ def _tanh(layer: nn.Tanh, box: Box, sound: bool = False) -> Box:
 
 @layer_bounds.register(nn.Linear)
 @layer_bounds.register(ScaledLinear)
+@layer_bounds.register(L1Linear)
 @layer_bounds.register(nn.Conv2d)
 @layer_bounds.register(nn.AvgPool2d)
+@layer_bounds.register(Scaling)
 @layer_bounds.register(_BatchNorm)
+@layer_bounds.register(BatchNorm1d)
+@layer_bounds.register(BatchNorm2d)
 def _affine(layer: nn.Module, box: Box, sound: bool = False) -> Box:
     """To be sound: the layer's own sum, centre, spread and their inputs are off by its rounding at most, each."""
     affine = affine_of(layer, box.lower.shape[1:])

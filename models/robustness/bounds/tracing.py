@@ -46,6 +46,22 @@ class Shift(nn.Module):
         return x + self.constant
 
 
+class Scaling(nn.Module):
+    """x times one factor for each feature or channel, plus another number."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, scale: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "scale", scale)  # made of the network's own: no parameter of this module
+        object.__setattr__(self, "offset", offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.offset.view(shape), x, self.scale.view(shape))
+
+
 class Sum(nn.Module):
     """x + y, of one shape."""
 
