@@ -9,7 +9,7 @@ from linflab.reports import schema
 WAYS = {
     "lipschitz": "margin/2 at p = inf",
     "interval": "bounds through every layer at p = inf",
-    "crown": "linear bounds through the head, intervals before it, at p = inf",
+    "crown": "linear bounds through ReLU, tanh and affine layers (CROWN), intervals before them, at p = inf",
 }
 
 

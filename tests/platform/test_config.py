@@ -81,6 +81,36 @@ def test_wrong_settings(override: str, says: list[str]) -> None:
         assert words in message
 
 
+IBP = ["model.kind=cnn7", "objective.kind=worst_case_cross_entropy", "objective.eps_train=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.kind=cnn7"], ["objective.kind=clipped_hinge_cross_entropy", "model.kind=cnn7", "cross_entropy"]),
+        ([*IBP, "objective.bound=tight"], ["objective.bound=tight", "crown_ibp_fused", "dual"]),
+        ([*IBP, "model.kind=group_sort", "objective.bound=dual"], ["objective.bound=dual", "interval will do"]),
+        (
+            [*IBP, "model.kind=linf_dist_mlp", "objective.bound=crown_ibp"],
+            ["objective.bound=crown_ibp", "linf_dist_mlp"],
+        ),
+        ([*IBP, "evaluation.certifier=lipschitz"], ["evaluation.certifier=lipschitz", "cnn7", "interval will do"]),
+        ([*IBP, "eps_ramp.warmup_share=0.6", "eps_ramp.share=0.5"], ["eps_ramp", "0.6", "at most 1"]),
+        ([*IBP, "optimizer.largest_gradient=0"], ["optimizer.largest_gradient=0", "greater than 0"]),
+        (["model.kind=group_sort", "model.width=63"], ["model", "group=2 does not divide width=63", "64"]),
+        (
+            ["model.kind=sort_net", "objective.kind=adversarial_cross_entropy", "objective.eps_train=0.1"],
+            ["objective.kind=adversarial_cross_entropy", "SortNet"],
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(overrides: list[str], says: list[str]) -> None:
+    with pytest.raises(SettingError) as caught:
+        load_experiment(RECIPE, overrides)
+    for words in says:
+        assert words in str(caught.value)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(SettingError, match=f"did you mean {RECIPE}"):
         load_experiment(RECIPE.replace("linf", "lin"))

@@ -184,7 +184,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     assert not checkpoints.exist()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "SortNet hybrid"])
+@pytest.mark.parametrize("kind", ["mlp", "SortNet hybrid", "CROWN-IBP"])
 def test_two_workers_have_the_losses_of_one(kind: str, tmp_path: Path) -> None:
     """Over the first 50 steps at the same global batch, with crops, mean shift and decay: within 1e-4, relatively."""
     settings = ["augmentation.padding=1", "augmentation.flip=true", "optimizer.lp_weight_decay=0.005"]
@@ -212,6 +212,12 @@ fit(experiment, load_dataset("digits", experiment.augmentation), on_step=lambda 
 torch.save(torch.stack(losses), f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
+
+
+def test_images_too_small_for_a_network() -> None:
+    settings = ["model.kind=conv_net", "model.size=medium", "objective.kind=cross_entropy"]
+    with pytest.raises(SettingError, match=r"model\.size=medium: images of shape \(1, 8, 8\) are too small"):
+        fit(load_experiment(RECIPE, settings), load_dataset("digits"))
 
 
 def test_batch_larger_than_the_data() -> None:

@@ -5,6 +5,7 @@ every position of a map, the coefficients of the window that its functions look 
 zero. For the outputs of a second convolution on images of 28 x 28 that is a hundredth of the work.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch.nn import functional
 from linflab.models.robustness.bounds.affine import Affine
 
 Pair = tuple[int, ...]
+LARGEST_MATRIX = 2**17  # numbers in the matrix that a convolution is of small windows
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,19 @@ class Windows(Coefficients):
         if window is None:  # one factor for each channel
             return replace(self, a=self.a * affine.weight.to(self.a))
         a = self.a if self.inside else self.a * self.seen(self.a.new_ones(1, 1, *window.outputs))
-        weight, places = affine.weight.to(a), a.shape[:3]
-        a = functional.conv_transpose2d(
-            a.flatten(0, 2), weight, None, window.stride, 0, 0, window.groups, window.dilation
-        )
+        kernel = window.reach(a.shape[-2:], affine.weight.shape[2:])
+        before = (inputs[0], *kernel)
+        weight, places, seen = affine.weight.to(a), a.shape[:3], a.shape[3:]
+
+        def passed(x: Tensor) -> Tensor:
+            return functional.conv_transpose2d(x, weight, None, window.stride, 0, 0, window.groups, window.dilation)
+
+        if seen.numel() * math.prod(before) <= LARGEST_MATRIX and math.prod(places) > seen.numel():
+            # of windows that are small and many, one matrix product is several times as fast
+            units = torch.eye(seen.numel(), dtype=a.dtype, device=a.device).unflatten(1, seen)
+            a = (a.flatten(0, 2).flatten(1) @ passed(units).flatten(1)).unflatten(1, before)
+        else:
+            a = passed(a.flatten(0, 2))
         return Windows(
             a.unflatten(0, places),
             self.size,
