@@ -6,6 +6,7 @@ A recipe is a YAML file in `recipes/`, named by its stem, or any other YAML file
 
 import difflib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -176,7 +177,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         tree = _copy(tree) if isinstance(tree, dict) else tree  # fails here on a tree that contains itself
     except FileNotFoundError:
         raise SettingError(
-            f"recipe={recipe}: unknown{_suggest(recipe, recipe_names())}; `linflab recipes` lists the recipes, "
+            f"recipe={recipe}: there is no such file"
+            if recipe.endswith((".yaml", ".yml"))
+            else f"recipe={recipe}: unknown{_suggest(recipe, recipe_names())}; `linflab recipes` lists the recipes, "
             "and the path of a YAML file will do too"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: the 31st of February
@@ -187,7 +190,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`model.width=128` -> ("model.width", 128); the value is read as YAML.
+    """`model.width=128` -> ("model.width", 128); the value is read as YAML, or is a fraction, as in eps=8/255.
 
     Raises:
         SettingError: it has no key or no `=`.
@@ -195,6 +198,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise SettingError(f"override={text}: must be written key=value, for example model.width=128")
+    if fraction := re.fullmatch(r"(\d+)/(\d*[1-9]\d*)", value):
+        return path, int(fraction[1]) / int(fraction[2])
     try:
         return path, yaml.safe_load(value)
     except (ValueError, yaml.YAMLError):

@@ -7,6 +7,7 @@ training belongs to the objective, and is left out.
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split()).split(". ")[0]
+        if isinstance(error, UnpicklingError):  # torch's own advice, to load it without a check, is not for here
+            reason = "it is no file of torch.save, or holds more than tensors"
         raise SettingError(f"{file}: can't be read as a state_dict ({reason})") from None
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 

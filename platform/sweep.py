@@ -239,6 +239,9 @@ def plan_sweep(
             raise SettingError(
                 f"space={space_name}: {path} can't be searched, since all trials of a table share {', '.join(FIXED)}"
             )
+    for path, _ in map(parse_override, overrides):
+        if path in space.parameters:
+            raise SettingError(f"{path}: the space {space_name} varies it; leave it out, or vary something else")
     Search(space, search, base.seed)  # refuses a grid without end
     # a trial may still meet a combination that is refused: it fails, and the sweep goes on
     for point in space.probes():

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import yaml
@@ -41,6 +42,8 @@ def load_network(path: Path) -> tuple[Experiment, nn.Module]:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, UnpicklingError):  # torch's own advice, to load it without a check, is not for here
+            reason = "it is no file of torch.save, or holds more than tensors and plain data"
         raise SettingError(f"{path}: can't be read as weights of a linflab network ({reason})") from None
     return experiment, network.eval()
 

@@ -24,6 +24,12 @@ def test_overrides() -> None:
     assert experiment.settings()["evaluation.attack.steps"] == 100
 
 
+def test_eps_as_a_fraction() -> None:
+    assert load_experiment(RECIPE, ["eps=8/255"]).eps == 8 / 255
+    with pytest.raises(SettingError, match="eps=8/0"):
+        load_experiment(RECIPE, ["eps=8/0"])
+
+
 def test_another_kind_keeps_the_settings_that_it_has_too() -> None:
     objective = load_experiment(RECIPE, ["objective.theta=0.3", "objective.kind=hinge"]).objective
     assert (objective.kind, objective.theta) == ("hinge", 0.3)
@@ -112,6 +118,8 @@ def test_settings_that_do_not_go_together(overrides: list[str], says: list[str])
 
 
 def test_unknown_recipe() -> None:
+    with pytest.raises(SettingError, match=r"recipe=mine\.yaml: there is no such file"):
+        load_experiment("mine.yaml")
     with pytest.raises(SettingError, match=f"did you mean {RECIPE}"):
         load_experiment(RECIPE.replace("linf", "lin"))
 

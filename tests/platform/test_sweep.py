@@ -114,6 +114,11 @@ def test_sweeps_are_listed(finished_sweep: FinishedSweep, here: Here) -> None:
     assert f"{100 * best:.2f}%" in said and "three" in said
 
 
+def test_a_setting_that_the_space_varies_is_refused(here: Here, tmp_path: Path) -> None:
+    done = here("sweep", RECIPE, "demo", "model.width=32", "--storage", str(tmp_path))
+    assert done.returncode == 2 and "model.width: the space demo varies it" in done.stderr
+
+
 def test_name_is_taken(finished_sweep: FinishedSweep, linflab: Command) -> None:
     done = linflab("sweep", RECIPE, "demo", "--name", "three", "--storage", str(finished_sweep.storage))
     assert done.returncode == 2 and "choose another name" in done.stderr
