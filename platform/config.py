@@ -264,7 +264,24 @@ def _check_together(experiment: Experiment) -> None:
         )
     bound = getattr(objective, "bound", "interval")
     if bound != "interval" and kind in (*DISTANCE_NETS, "group_sort"):
-        raise SettingError(f"objective.bound={bound}: model.kind={kind} is trained on intervals; interval will do")
+        raise SettingError(
+            f"objective.bound={bound}: is of ReLU networks, which model.kind={kind} is not; interval will do"
+        )
+    penalty = getattr(objective, "penalty", 0.0)
+    if penalty and kind in (*DISTANCE_NETS, "group_sort"):
+        raise SettingError(f"objective.penalty={penalty:g}: is on ReLUs, and model.kind={kind} has none; 0 will do")
+    if experiment.optimizer.lp_weight_decay and kind not in DISTANCE_NETS:
+        raise SettingError(
+            f"optimizer.lp_weight_decay={experiment.optimizer.lp_weight_decay:g}: model.kind={kind} has no distance "
+            "layers; optimizer.weight_decay will do"
+        )
+    if getattr(model, "batch_norm", False) and experiment.training.batch_size == 1:
+        raise SettingError("training.batch_size=1: model.batch_norm=true needs more than one sample")
+    if kind == "group_sort" and experiment.evaluation.sound and certifier in ("auto", "lipschitz"):
+        raise SettingError(
+            f"evaluation.sound=true: is not known of lipschitz certificates of model.kind={kind}; "
+            "evaluation.certifier=interval will do"
+        )
     if model.kind == "linf_dist_hybrid" and model.net.kind != "linf_dist_conv_net" and model.net.depth < 2:
         raise SettingError("model.net.depth=1: must be at least 2, as the head takes the place of the last layer")
     if (certifier == "lipschitz" and kind not in LIPSCHITZ_NETS) or (certifier == "crown" and kind in LIPSCHITZ_NETS):

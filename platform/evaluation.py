@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
     Raises:
         TypeError: see `certified`.
     """
+    settle_convolutions()
     images, labels = split.batch(positions)
     certifier, sound = scoring.certifier, scoring.sound
     with exact_products() if sound else nullcontext():
@@ -126,6 +128,13 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
 
     found = (kept(exact), kept(robust), kept(radii if scoring.radii else None))
     return BatchScore(positions.cpu(), clean.cpu(), safe.cpu(), *found)
+
+
+def settle_convolutions() -> None:
+    """Have cuDNN convolve in float32, and repeat its bits: by default it rounds to TF32, and certificates with it."""
+    backends: Any = torch.backends
+    backends.cudnn.conv.fp32_precision = "ieee"
+    backends.cudnn.deterministic = True
 
 
 def evaluate(

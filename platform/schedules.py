@@ -61,7 +61,7 @@ class PSchedule(BaseModel):
 
 
 class EpsRamp(BaseModel):
-    """eps of a worst-case objective: from 0 up to its `eps_train`, and on from there.
+    """eps of an objective that has one: 0, then up to its `eps_train`, and on from there.
 
     Sources: Zhang et al. 2021 (linear); Xu et al., "Automatic Perturbation Analysis", NeurIPS 2020, as SortNet uses it
     (smooth: a quartic, then from 0.4 of the ramp on the line that goes on from it).

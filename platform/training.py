@@ -1,10 +1,12 @@
 """The training loop. It knows no Ray: under torch.distributed it is one worker of several, else the only one."""
 
 import copy
+import ctypes
 import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
 from linflab.platform.errors import Interrupted, SettingError, TrainingError, WorkerDied
-from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of
+from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of, settle_convolutions
 from linflab.platform.schedules import cosine_after, exponential
 
 
@@ -91,11 +93,12 @@ class _Loss(nn.Module):
             self.bounds = WorstCaseBounds(network, getattr(config, "bound", "interval"))
 
     def forward(
-        self, images: Tensor, labels: Tensor, at: Scheduled, subsets: Subsets | None, chance: torch.Generator
+        self, images: Tensor, labels: Tensor, at: Scheduled, subsets: Subsets | None, starts: Tensor | None
     ) -> Tensor:
+        """The loss of images; `starts` (B, C, H, W) in [0, 1] say where attacks begin."""
         if not self.objective.worst_case:
-            if isinstance(self.config, AdversarialCrossEntropyConfig):
-                images = self._attacked(self.config, images, labels, at, chance)
+            if starts is not None:
+                images = self._attacked(images, labels, at, starts)
             return self.objective(self._logits(images, at.p, subsets), labels, at.cross_entropy_weight)
         share, penalized = 1.0, False
         if isinstance(self.objective, WorstCaseCrossEntropy):
@@ -108,21 +111,29 @@ class _Loss(nn.Module):
             return self.network(images, p, subsets)
         return self.network(images)
 
-    def _attacked(
-        self,
-        config: AdversarialCrossEntropyConfig,
-        images: Tensor,
-        labels: Tensor,
-        at: Scheduled,
-        chance: torch.Generator,
-    ) -> Tensor:
+    def _attacked(self, images: Tensor, labels: Tensor, at: Scheduled, starts: Tensor) -> Tensor:
         """The images that PGD finds; in evaluation mode, so that running statistics stay those of the data."""
+        assert isinstance(self.config, AdversarialCrossEntropyConfig)
+        around, step = ball(images, at.eps), self.config.step_size * at.eps
         self.network.eval()
         try:
-            around, step = ball(images, at.eps), config.step_size * at.eps
-            return adversarial_images(lambda x: self._logits(x, at.p), around, labels, config.steps, step, chance)
+            return adversarial_images(
+                lambda x: self._logits(x, at.p), around, labels, around.point(starts), self.config.steps, step
+            )
         finally:
             self.network.train()
+
+
+def keep_memory() -> None:
+    """Have this process keep memory that tensors leave, for those of the next step, where the C library is glibc.
+
+    By default glibc gives back what was large at once, and the system fills every page with zeros when it is asked for
+    again: with linear bounds, half of a step's time.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing in a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def check_fits(experiment: Experiment, dataset: Dataset) -> None:
@@ -155,6 +166,8 @@ class Trainer:
         """Raises SettingError: see `check_fits`."""
         check_fits(experiment, dataset)
         torch.set_num_threads(experiment.compute.cpus_per_worker)
+        keep_memory()
+        settle_convolutions()
         torch.manual_seed(experiment.seed)
         self.experiment, self.rank, self.workers = experiment, rank, workers
         self.train = dataset.training(experiment.training.include_validation)
@@ -217,7 +230,11 @@ class Trainer:
         images, labels = self.train.batch(order[mine], draws[mine])
         chance = torch.Generator().manual_seed(_mixed(self.experiment.seed, -1 - step))
         subsets = draw_subsets(self.network, batch_size, self.workers, chance)
-        loss = self.parallel(images, labels, at, subsets, chance)
+        starts = None
+        if isinstance(self.experiment.objective, AdversarialCrossEntropyConfig) and at.eps > 0:
+            # those of the whole batch, of which this worker takes its part
+            starts = torch.rand(batch_size, *images.shape[1:], generator=chance)[self.rank :: self.workers].to(images)
+        loss = self.parallel(images, labels, at, subsets, starts)
         self.optimizer.zero_grad()
         loss.backward()
         if (largest := self.experiment.optimizer.largest_gradient) is not None:
@@ -268,8 +285,8 @@ def fit(
         what = f"the loss became {at.losses[first].item()}" if len(wrong) else "a weight became infinite or NaN"
         step = (at.epoch - 1) * trainer.steps_per_epoch + first
         raise TrainingError(
-            f"{what} at step {step + 1} of {trainer.steps}, in epoch {at.epoch} of {epochs} "
-            f"(p = {trainer.scheduled(step).p:g}); "
+            f"{what} at step {step + 1} of {trainer.steps}, in epoch {at.epoch} of {epochs}"
+            f"{f' (p = {trainer.scheduled(step).p:g})' if trainer.has_distances else ''}; "
             f"try a smaller optimizer.learning_rate than {experiment.optimizer.learning_rate:g}"
         )
 

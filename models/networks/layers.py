@@ -1,4 +1,4 @@
-"""The layers of l_inf-distance nets. Each takes what varies over training as an argument and keeps none of it."""
+"""The layers of networks. Distance layers take what varies over training as an argument and keep none of it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -218,6 +218,11 @@ def decay_distances(layer: DistanceLayer, p: float, amount: float) -> None:
     weight.sub_(pull.mul_(weight.sign()).mul_(amount * norms))
 
 
+def workers() -> int:
+    """How many processes train together under torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class MeanShift(nn.Module):
     """y - mean(y) per feature: batch normalisation without the scaling, which would change the Lipschitz constant.
 
@@ -237,8 +242,8 @@ class MeanShift(nn.Module):
         if not self.training:
             return y - self.per_position(self.running_mean, y)
         mean = y.mean(dim=[d for d in range(y.dim()) if d != 1])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            mean = all_reduce(mean) / dist.get_world_size()
+        if workers() > 1:
+            mean = all_reduce(mean) / workers()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
         return y - self.per_position(mean, y)
@@ -277,11 +282,6 @@ def recomputed_means(network: nn.Module) -> Iterator[None]:
         for shift, momentum in zip(shifts, momenta, strict=True):
             shift.momentum = momentum
             shift.eval()
-
-
-def workers() -> int:
-    """How many processes train together under torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class WorkersBatchNorm(_BatchNorm):

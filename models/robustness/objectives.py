@@ -9,14 +9,15 @@ Objectives whose `worst_case` is False take (logits, labels, lambda), the others
 lambda is the weight of the cross entropy, and eps, in pixels, the radius that has grown to `eps_train` at the end.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Radius = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Bound = Literal["interval", "crown_ibp", "crown_ibp_fused", "dual", "hybrid_zonotope"]
 
@@ -82,7 +83,7 @@ class AdversarialCrossEntropyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["adversarial_cross_entropy"] = "adversarial_cross_entropy"
-    eps_train: Positive = Field(description="radius of the attack in training, in pixels of [0, 1]")
+    eps_train: Radius = Field(description="radius of the attack in training, in pixels of [0, 1]")
     steps: int = Field(7, ge=1, description="steps of PGD, from a random point")
     step_size: float = Field(0.25, gt=0, allow_inf_nan=False, description="length of a step, as a share of eps")
 
@@ -166,7 +167,7 @@ class WorstCaseCrossEntropyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["worst_case_cross_entropy"] = "worst_case_cross_entropy"
-    eps_train: Positive = Field(description="radius of the worst case in training, in pixels of [0, 1]")
+    eps_train: Radius = Field(description="radius of the worst case in training, in pixels of [0, 1]")
     worst_case_weight: Weight = Field(0.5, description="weight of the worst case; the rest is the clean one")
     worst_case_weight_start: Weight | None = Field(
         None, description="its weight while eps is 0, from where it moves with eps; left out: the same throughout"
@@ -177,6 +178,15 @@ class WorstCaseCrossEntropyConfig(BaseModel):
     penalty: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="weight, while eps is 0, of the penalty on loose bounds; falls to 0"
     )
+
+    @model_validator(mode="after")
+    def _shares_of_crown_ibp(self) -> Self:
+        shares = (self.crown_share_start, self.crown_share_end)
+        if shares != (1.0, 0.0) and not self.bound.startswith("crown_ibp"):
+            raise ValueError(
+                f"crown_share_start={shares[0]:g}, crown_share_end={shares[1]:g}: bound={self.bound} has none"
+            )
+        return self
 
     def build(self, lipschitz_constant: float) -> "WorstCaseCrossEntropy":
         return WorstCaseCrossEntropy(self)
@@ -217,7 +227,7 @@ class WorstCaseHingeConfig(DecayingCrossEntropyConfig):
     """Settings of `WorstCaseHinge`."""
 
     kind: Literal["worst_case_hinge"] = "worst_case_hinge"
-    eps_train: Positive = Field(description="radius of the worst case in training, in pixels of [0, 1]")
+    eps_train: Radius = Field(description="radius of the worst case in training, in pixels of [0, 1]")
 
     def build(self, lipschitz_constant: float) -> "WorstCaseHinge":
         return WorstCaseHinge()

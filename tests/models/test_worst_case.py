@@ -22,6 +22,7 @@ from linflab.models.robustness.bounds.interval import (
     propagate,
     trace_layers,
 )
+from linflab.models.robustness.bounds.rounding import exact_products
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds, looseness
 from linflab.models.robustness.objectives import (
     Bound,
@@ -83,13 +84,48 @@ def test_hybrid_zonotopes_are_never_wider_than_intervals(kind: str, seed: int, e
         assert (zonotopes.upper - zonotopes.lower).mean() < (intervals.upper - intervals.lower).mean() or eps < 1e-9
 
 
+class Odd(nn.Module):
+    """Shapes and joints that the shipped networks do not have: all that windows must keep apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+        self.near, self.far = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (3, 5), padding=(1, 2), groups=2)
+        self.pool, self.columns = nn.AvgPool2d(2, padding=1), nn.Linear(7, 3)  # of a map's last dimension
+        self.next, self.last = nn.Conv2d(8, 3, 2, padding=1), nn.Linear(45, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(images))
+        x = functional.relu(self.near(x) + self.far(x))
+        x = torch.cat([self.pool(x), self.pool(-x)], dim=1)
+        x = functional.relu(self.next(functional.relu(x)))
+        return self.last(functional.relu(self.columns(x)).flatten(1))
+
+
+def test_a_linear_layer_of_maps_is_no_factor() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Linear(6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)
+    ).eval()
+    box = pixel_box(torch.rand(4, 1, 6, 6), 0.05)
+    with torch.no_grad():
+        for relaxation in ("adaptive", "parallel", "box"):
+            with exact_products():
+                lower, upper = crown_bounds(net, box, sound=True, relaxation=relaxation)
+            for _ in range(200):
+                logits = net(random_images_within(box)).double()
+                assert (logits >= lower).all() and (logits <= upper).all()
+
+
 @pytest.mark.parametrize("relaxation", ["adaptive", "parallel", "box"])
-@pytest.mark.parametrize("size", ["small", "cnn7", "residual"])
+@pytest.mark.parametrize("size", ["small", "cnn7", "residual", "odd"])
 def test_windows_are_rows_without_their_zeros(size: str, relaxation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With padding, strides, batch normalisation and a shortcut: what windows leave out is zero."""
     torch.manual_seed(0)
     if size == "residual":
         net, shape = relu_network("residual", 0).double(), SHAPE
+    elif size == "odd":
+        net, shape = Odd().double().eval(), (2, 11, 12)
     else:
         config = ConvNetConfig(size="small") if size == "small" else CNN7Config(width=3, hidden=8)
         shape = (2, 11, 12)
@@ -244,6 +280,27 @@ def test_fused_loss_of_margins_that_exp_can_not_hold() -> None:
     assert fused is not None and (fused > 100).all() and fused.isfinite().all()
     fused.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
+def test_what_is_random_or_of_the_batch_is_refused_in_training(layer: nn.Module) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), layer, nn.ReLU(), nn.Linear(8, 3))
+    images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    bounds = WorstCaseBounds(net)
+    with pytest.raises(TypeError, match=f"{type(layer).__name__} in training"):
+        bounds(images, labels, 0.1, math.inf)
+    net.eval()
+    bounds(images, labels, 0.1, math.inf)
+
+
+def test_loose_bounds_are_penalized_at_eps_0_too() -> None:
+    """Where the penalty weighs most."""
+    torch.manual_seed(0)
+    net = ConvNetConfig(size="small").build((1, 10, 10), 3, (0.3,), 0.3)
+    images, labels = torch.rand(4, 1, 10, 10), torch.tensor([0, 1, 2, 0])
+    small, none = (WorstCaseBounds(net)(images, labels, eps, math.inf, penalized=True).penalty for eps in (1e-5, 0.0))
+    assert isinstance(small, torch.Tensor) and small > 0.5
+    torch.testing.assert_close(none, small, rtol=0.02, atol=0)
 
 
 def test_penalty_by_hand() -> None:

@@ -103,6 +103,12 @@ IBP = ["model.kind=cnn7", "objective.kind=worst_case_cross_entropy", "objective.
         ([*IBP, "evaluation.certifier=lipschitz"], ["evaluation.certifier=lipschitz", "cnn7", "interval will do"]),
         ([*IBP, "eps_ramp.warmup_share=0.6", "eps_ramp.share=0.5"], ["eps_ramp", "0.6", "at most 1"]),
         ([*IBP, "optimizer.largest_gradient=0"], ["optimizer.largest_gradient=0", "greater than 0"]),
+        ([*IBP, "objective.eps_train=1.5"], ["objective.eps_train=1.5", "less than or equal to 1"]),
+        ([*IBP, "objective.crown_share_end=0.5"], ["crown_share_end=0.5", "bound=interval"]),
+        ([*IBP, "optimizer.lp_weight_decay=0.005"], ["optimizer.lp_weight_decay=0.005", "cnn7"]),
+        ([*IBP, "model.kind=linf_dist_mlp", "objective.penalty=0.5"], ["objective.penalty=0.5", "linf_dist_mlp"]),
+        ([*IBP, "model.kind=conv_net", "model.batch_norm=true", "training.batch_size=1"], ["training.batch_size=1"]),
+        (["model.kind=group_sort", "evaluation.sound=true"], ["evaluation.sound=true", "certifier=interval"]),
         (["model.kind=group_sort", "model.width=63"], ["model", "group=2 does not divide width=63", "64"]),
         (
             ["model.kind=sort_net", "objective.kind=adversarial_cross_entropy", "objective.eps_train=0.1"],

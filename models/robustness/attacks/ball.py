@@ -15,8 +15,11 @@ class Ball(NamedTuple):
 
     def random_point(self, generator: torch.Generator) -> Tensor:
         """Drawn uniformly, on the CPU, so that every device draws the same."""
-        share = torch.rand(self.centre.shape, generator=generator).to(self.centre)
-        return self.nearest(self.low + (self.high - self.low) * share)
+        return self.point(torch.rand(self.centre.shape, generator=generator).to(self.centre))
+
+    def point(self, shares: Tensor) -> Tensor:
+        """The point that is so far on the way from the lowest to the highest, pixel by pixel."""
+        return self.nearest(self.low + (self.high - self.low) * shares)
 
     def nearest(self, images: Tensor) -> Tensor:
         """The points of the ball that are nearest to these images."""

@@ -44,20 +44,15 @@ def pgd(
 
 
 def adversarial_images(
-    network: Callable[[Tensor], Tensor],
-    around: Ball,
-    labels: Tensor,
-    steps: int,
-    step: float,
-    generator: torch.Generator,
+    network: Callable[[Tensor], Tensor], around: Ball, labels: Tensor, start: Tensor, steps: int, step: float
 ) -> Tensor:
-    """Where an ascent of the cross entropy from a random point ends: images (B, C, H, W) to train on.
+    """Where an ascent of the cross entropy ends: images (B, C, H, W) to train on.
 
-    Args: as of `pgd`.
+    Args: as of `pgd`, with the point to start from.
     """
-    point = around.random_point(generator)
+    point = start
     for _ in range(steps):
-        point = _ascended(network, around, point, labels, "cross_entropy", step)[0]
+        point, _ = _ascended(network, around, point, labels, "cross_entropy", step)
     return point
 
 

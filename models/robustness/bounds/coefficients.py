@@ -134,7 +134,8 @@ class Windows(Coefficients):
 
     def through(self, affine: Affine, inputs: torch.Size) -> "Windows":
         window = affine.window
-        if window is None:  # one factor for each channel
+        if window is None:
+            assert affine.elementwise  # one factor for each channel
             return replace(self, a=self.a * affine.weight.to(self.a))
         a = self.a if self.inside else self.a * self.seen(self.a.new_ones(1, 1, *window.outputs))
         kernel = window.reach(a.shape[-2:], affine.weight.shape[2:])

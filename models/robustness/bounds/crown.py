@@ -251,6 +251,8 @@ class LinearBounds:
                 affine = affine_of(step.layer, self._shape(step.inputs[0]))
                 if affine is None:
                     continue
+                if not (affine.window or affine.elementwise):
+                    return None
                 if affine.window is not None:
                     kernel = affine.window.reach(kernel, affine.weight.shape[2:])
             elif isinstance(step.layer, Concatenation) and step.layer.dim != 1:

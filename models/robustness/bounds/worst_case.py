@@ -10,6 +10,7 @@ statistics of the batch without perturbation, as in evaluation it is by the runn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.networks.hybrid import LinfDistHybrid
 from linflab.models.networks.layers import WorkersBatchNorm
@@ -36,6 +37,9 @@ LINEAR: dict[Bound, tuple[Relaxation, Intermediate]] = {
     "dual": ("parallel", "crown"),
     "hybrid_zonotope": ("box", "crown"),
 }
+
+
+SMALLEST_RADIUS = 1e-6  # of boxes whose widening is looked at
 
 
 class WorstCaseBounds:
@@ -73,27 +77,39 @@ class WorstCaseBounds:
             eps: radius of the l_inf ball, in pixels.
             p: of the distance layers.
             subsets: SortNet's, in training.
-            crown_share: of CROWN-IBP's bounds, that by linear bounds; the rest is that by intervals.
-            penalized: with the penalty on loose bounds.
+            crown_share: of CROWN-IBP's bounds, that by linear bounds; the rest is by intervals. Of loss fusion, it is
+                the bounds of the loss that are mixed (Xu et al. mix those of the sum of exponentials).
+            penalized: with the penalty on loose bounds, at a radius that is not 0. Of several workers each has that of
+                its own part of the batch.
+
+        Raises:
+            TypeError: a layer does in training what there is no rule for; names it.
         """
         if self.traced is None:
             return self._of_distances(images, labels, eps, p, subsets)
         traced, values = self._forward(self.traced, images)
-        logits, box = values[traced.output], pixel_box(images, eps)
+        logits = values[traced.output]
+        box = pixel_box(images, max(eps, SMALLEST_RADIUS) if penalized else eps)
+        relaxation, intermediate = LINEAR.get(self.bound, ("adaptive", "interval"))
+        if intermediate == "crown" and not penalized:  # intervals have no part in these
+            return WorstCase(logits, LinearBounds(traced, box, intermediate, relaxation).margins(labels))
         boxes = propagate(traced, box)
+        penalty = looseness(traced, boxes) if penalized else 0.0
+        if intermediate == "crown":
+            margins = LinearBounds(traced, box, intermediate, relaxation).margins(labels)
+            return WorstCase(logits, margins, penalty=penalty)
         centre, spread = margin_range(traced, boxes, labels)
-        margins, fused = (centre + spread).scatter(1, labels[:, None], -torch.inf), None
-        penalty = looseness(traced, boxes) if penalized else logits.new_zeros(())
-        if self.bound in LINEAR and crown_share > 0:
-            relaxation, intermediate = LINEAR[self.bound]
-            known = boxes if intermediate == "interval" else None
-            bounds = LinearBounds(traced, box, intermediate, relaxation, boxes=known)
-            if self.bound == "crown_ibp_fused":
-                fused = fused_cross_entropy(bounds, centre - spread, centre + spread, labels)
-                fused = crown_share * fused + (1 - crown_share) * cross_entropies(margins, labels)
-            else:
-                linear = bounds.margins(labels)
-                margins = linear if crown_share == 1 else crown_share * linear + (1 - crown_share) * margins
+        margins = (centre + spread).scatter(1, labels[:, None], -torch.inf)
+        if self.bound == "interval" or crown_share == 0:
+            return WorstCase(logits, margins, penalty=penalty)
+        bounds = LinearBounds(traced, box, intermediate, relaxation, boxes=boxes)
+        if self.bound == "crown_ibp":
+            linear = bounds.margins(labels)
+            mixed = linear if crown_share == 1 else crown_share * linear + (1 - crown_share) * margins
+            return WorstCase(logits, mixed, penalty=penalty)
+        fused = fused_cross_entropy(bounds, centre - spread, centre + spread, labels)
+        if crown_share < 1:
+            fused = crown_share * fused + (1 - crown_share) * cross_entropies(margins, labels)
         return WorstCase(logits, margins, fused, penalty)
 
     def _of_distances(self, images: Tensor, labels: Tensor, eps: float, p: float, subsets: Subsets | None) -> WorstCase:
@@ -115,6 +131,12 @@ class WorstCaseBounds:
         values, steps = {traced.input: images}, list[Step]()
         for step in traced.steps:
             layer = step.layer
+            if (
+                layer.training
+                and isinstance(layer, nn.Dropout | _BatchNorm)
+                and not isinstance(layer, WorkersBatchNorm)
+            ):
+                raise TypeError(f"bounds: there is no rule for {type(layer).__name__} in training")
             if isinstance(layer, WorkersBatchNorm):
                 mean, variance = layer.statistics(values[step.inputs[0]])
                 scale = layer.weight * torch.rsqrt(variance + layer.eps)
