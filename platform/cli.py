@@ -54,6 +54,8 @@ data_app = typer.Typer(help="Data sets: what is there, and fetching more.", no_a
 app.add_typer(data_app, name="data")
 report_app = typer.Typer(help="Tables from records.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
+records_app = typer.Typer(help="Records as a file: out of one storage, into another.", no_args_is_help=True)
+app.add_typer(records_app, name="records")
 node_app = typer.Typer(help="What cluster files run on the machines of a cluster.", no_args_is_help=True)
 app.add_typer(node_app, name="node")
 
@@ -499,6 +501,36 @@ def _wrote(files: Iterable[Path], what: str) -> None:
     console.print(what)
     for path in files:
         console.print(f"  {path}")
+
+
+@records_app.command("export")
+def records_export(
+    file: Annotated[Path, typer.Argument(help="to write")],
+    names: Annotated[list[str] | None, typer.Argument(help="runs and sweeps; all by default")] = None,
+    storage: StorageFolder = RUNS,
+    cluster: OnCluster = False,
+) -> None:
+    """Write what tables are made of, without weights, to a file that can be kept beside a paper."""
+    from linflab.platform.exchange import export_records
+    from linflab.platform.reporting import one_error
+
+    with _records(storage, cluster) as place, one_error(place):
+        count = export_records(place, names or [], file)
+    console.print(f"{count} runs are in {file}; `linflab records import {file}` adds them to another storage.")
+
+
+@records_app.command("import")
+def records_import(
+    file: Annotated[Path, typer.Argument(help="that `linflab records export` wrote")], storage: StorageFolder = RUNS
+) -> None:
+    """Add the runs of a file to the record; those that are there stay as they are."""
+    from linflab.platform.exchange import import_records
+    from linflab.platform.reporting import one_error
+
+    place = Storage.open(storage)
+    with one_error(place):
+        added, before = import_records(place, file)
+    console.print(f"{added} runs were added to {place.root}; {before} had been there before.")
 
 
 @app.command()

@@ -50,9 +50,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a ser
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every database it makes
 
 
-def mlflow_experiment(client: MlflowClient, storage: Storage, experiment: Experiment) -> str:
-    """The id of MLflow's experiment for this setting (data set and eps), made where it is missing."""
-    name = f"{experiment.dataset} eps {experiment.eps:g}"
+def experiment_named(client: MlflowClient, storage: Storage, name: str) -> str:
+    """The id of MLflow's experiment of this name, made where it is missing."""
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":  # in the UI, say; new runs bring it back
         client.restore_experiment(found.experiment_id)
@@ -137,7 +136,8 @@ class Run:
             **_here(),
             **({schema.COMMIT: commit} if (commit := git_commit()) else {}),
         }
-        run = client.create_run(mlflow_experiment(client, storage, experiment), tags={**everywhere, **tags})
+        group = experiment_named(client, storage, f"{experiment.dataset} eps {experiment.eps:g}")
+        run = client.create_run(group, tags={**everywhere, **tags})
         self = cls(client, run.info.run_id)
         try:
             self.describe(experiment, settings)

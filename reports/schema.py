@@ -26,6 +26,7 @@ CERTIFIER = "linflab.certifier"  # what the certified accuracies are by; with -s
 ATTACK = "linflab.attack"  # what the robust accuracy is under, in words
 SELECTION = "linflab.selection"  # which epoch's network was kept, and by what
 FAILURE = "linflab.failure"  # why a run failed, one line
+IMPORTED = "linflab.imported"  # the id that the run had where its record was exported
 EXPERIMENT = "linflab.experiment"  # a digest of all settings: the same for repetitions of one experiment
 HARDWARE = "linflab.hardware"
 HOST = "linflab.host"  # the name of the machine that trained it last

@@ -1,0 +1,163 @@
+"""Records as a file, to be kept beside a paper or in a repository: what tables are made of, without weights or curves.
+
+JSON, one run a line, the oldest first, behind a line that says what it is. Read again, the runs are in a record as they
+were, but for their ids (the tag `linflab.imported` has those), and make the same tables.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Run as MLflowRun
+from mlflow.tracking import MlflowClient
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from linflab.platform.checkpoints import write_partial
+from linflab.platform.errors import SettingError
+from linflab.platform.storage import Storage
+from linflab.platform.tracking import experiment_named
+from linflab.reports import schema
+from linflab.reports.records import TAGS, search_runs
+
+HEAD = '{"format": "linflab records", "version": 1}'
+MOST_PARAMETERS = 100  # that MLflow takes at once
+PARENT = "mlflow.parentRunId"
+
+
+class RecordedRun(BaseModel):
+    """A run as it is written: its latest metrics alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    experiment: str  # MLflow's, by name
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    started: int  # milliseconds since 1970
+    ended: int
+    tags: dict[str, str]
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+
+
+def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
+    """Write runs, by id or the beginning of it, and sweeps, by name, to a file; returns how many runs.
+
+    Args:
+        names: none: all that have ended.
+
+    Raises:
+        SettingError: there is no such run or sweep, or the file can't be written.
+    """
+    client = MlflowClient(storage.tracking_uri)
+    runs = [run for run in search_runs(client, "") if schema.KIND in run.data.tags and run.info.status != "RUNNING"]
+    chosen = runs
+    if names:
+        known = {name: [run for run in runs if _is_named(run, name)] for name in names}
+        for name, found in known.items():
+            if not found:
+                raise SettingError(f"{name}: there is no run or sweep of this name that has ended in {storage.root}")
+        ids = {run.info.run_id for found in known.values() for run in found}
+        chosen = [run for run in runs if run.info.run_id in ids]
+    experiments = {found.experiment_id: found.name for found in client.search_experiments()}
+    lines = [_line(run, experiments) for run in sorted(chosen, key=lambda run: (run.info.start_time, run.info.run_id))]
+    content = "\n".join([HEAD, *lines, ""]).encode()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(write_partial(file, lambda out: out.write(content)), file)
+    except OSError as error:
+        raise SettingError(f"file={file}: can't be written ({error})") from None
+    return len(lines)
+
+
+def _is_named(run: MLflowRun, name: str) -> bool:
+    return run.data.tags.get(schema.SWEEP) == name or run.info.run_id.startswith(name)
+
+
+def _line(run: MLflowRun, experiments: dict[str, str]) -> str:
+    record = RecordedRun(
+        run_id=run.info.run_id,
+        experiment=experiments[run.info.experiment_id],
+        status=run.info.status,
+        started=run.info.start_time,
+        ended=run.info.end_time or run.info.start_time,
+        tags={name: text for name, text in sorted(run.data.tags.items()) if _belongs(name)},
+        parameters=dict(sorted(run.data.params.items())),
+        metrics={name: value for name, value in sorted(run.data.metrics.items()) if _is_ours(name)},
+    )
+    return json.dumps(record.model_dump())
+
+
+def _belongs(tag: str) -> bool:
+    """Whether a tag is of the run, and not of where it was recorded."""
+    return tag.startswith(TAGS) and tag not in ("mlflow.user", "mlflow.log-model.history")
+
+
+def _is_ours(metric: str) -> bool:
+    return "/" in metric and not metric.startswith("system/")
+
+
+def import_records(storage: Storage, file: Path) -> tuple[int, int]:
+    """Add the runs of a file to a record: how many were added, and how many had been there before.
+
+    Read as a whole before any is added; what an import that was cut left half-written is done anew.
+
+    Raises:
+        SettingError: the file can't be read, or is not of this form; names the line.
+    """
+    records = read_file(file)
+    client = MlflowClient(storage.tracking_uri)
+    known: dict[str, str] = {}
+    for run in search_runs(client, ""):
+        original = run.data.tags.get(schema.IMPORTED)
+        if original is not None and run.info.status == "RUNNING":
+            client.delete_run(run.info.run_id)
+        else:
+            known[original or run.info.run_id] = run.info.run_id
+    added = 0
+    # parents first, as their runs have new ids
+    for record in sorted(records, key=lambda record: PARENT in record.tags):
+        if record.run_id in known:
+            continue
+        tags = {**record.tags, schema.IMPORTED: record.run_id}
+        if PARENT in tags:
+            tags[PARENT] = known.get(tags[PARENT], tags[PARENT])
+        experiment = experiment_named(client, storage, record.experiment)
+        run = client.create_run(experiment, start_time=record.started, tags=tags)
+        parameters = [Param(name, text) for name, text in record.parameters.items()]
+        for start in range(0, len(parameters), MOST_PARAMETERS):
+            client.log_batch(run.info.run_id, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
+        metrics = [Metric(name, value, record.ended, 0) for name, value in record.metrics.items()]
+        client.log_batch(
+            run.info.run_id, metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True
+        )
+        client.set_terminated(run.info.run_id, record.status, record.ended)
+        known[record.run_id], added = run.info.run_id, added + 1
+    return added, len(records) - added
+
+
+def read_file(file: Path) -> list[RecordedRun]:
+    """The runs of a file.
+
+    Raises:
+        SettingError: it can't be read, or is not of this form; names the line.
+    """
+    try:
+        head, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"file={file}: can't be read ({error})") from None
+    if head != HEAD:
+        raise SettingError(f"file={file}: is none of `linflab records export`: its first line must be {HEAD}")
+    records = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            records.append(RecordedRun.model_validate_json(line))
+        except ValidationError as error:
+            complaint = error.errors()[0]
+            place = ".".join(str(part) for part in complaint["loc"])
+            raise SettingError(
+                f"file={file}: line {number}: {place} {complaint['msg'][0].lower()}{complaint['msg'][1:]}"
+            ) from None
+    return records

@@ -1,0 +1,86 @@
+"""Records out of one storage and into another: the same tables there."""
+
+from pathlib import Path
+
+import pandas as pd
+from mlflow.tracking import MlflowClient
+
+from linflab.platform.exchange import HEAD
+from linflab.platform.storage import Storage
+from linflab.reports import schema
+from linflab.reports.records import read_runs
+from tests.conftest import FinishedSweep, Here
+
+
+def exported(sweep: FinishedSweep, here: Here, tmp_path: Path, *names: str) -> Path:
+    file = tmp_path / "some" / "measured.jsonl"
+    done = here("records", "export", str(file), *names, "--storage", str(sweep.storage))
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+def test_imported_records_make_the_same_tables(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    file, there = exported(finished_sweep, here, tmp_path), tmp_path / "there"
+    assert len(file.read_text().splitlines()) == 5 and file.stat().st_size < 50_000  # a head, a sweep, three trials
+    done = here("records", "import", str(file), "--storage", str(there))
+    assert done.returncode == 0 and "4 runs were added" in done.stdout
+    again = here("records", "import", str(file), "--storage", str(there))
+    assert "0 runs were added" in again.stdout and "4 had been there before" in again.stdout
+    # where they come from they are not doubled either
+    back = here("records", "import", str(file), "--storage", str(finished_sweep.storage))
+    assert "0 runs were added" in back.stdout
+    tables = []
+    for storage in (finished_sweep.storage, there):
+        out = tmp_path / f"report-{storage.name}"
+        assert here("report", "sweep", "three", "--storage", str(storage), "--out", str(out)).returncode == 0
+        tables.append((out / "sweep-three.csv").read_bytes())
+    assert tables[0] == tables[1]
+    # and out again, they are the same but for where they were
+    second = tmp_path / "second.jsonl"
+    here("records", "export", str(second), "--storage", str(there))
+    mine, theirs = (runs_of(storage) for storage in (finished_sweep.storage, there))
+    assert set(theirs.columns) - set(mine.columns) == {schema.IMPORTED}
+    theirs = theirs.set_index(schema.IMPORTED).loc[mine["run_id"]]
+    for name in mine.columns:
+        if name not in ("run_id", "mlflow.user", "mlflow.parentRunId") and not name.startswith("system/"):
+            assert mine[name].tolist() == theirs[name].tolist() or mine[name].isna().any(), name
+    (parent,) = read_runs(Storage(there).tracking_uri, {schema.KIND: "sweep"})["run_id"]
+    assert set(theirs["mlflow.parentRunId"]) == {parent}
+
+
+def runs_of(storage: Path) -> pd.DataFrame:
+    return read_runs(Storage(storage).tracking_uri, {schema.KIND: "trial"})
+
+
+def test_chosen_runs(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    run = runs_of(finished_sweep.storage)["run_id"].iloc[0]
+    assert len(exported(finished_sweep, here, tmp_path, run[:12]).read_text().splitlines()) == 2
+    assert len(exported(finished_sweep, here, tmp_path, run, "three").read_text().splitlines()) == 5
+    failed = here("records", "export", str(tmp_path / "no"), "four", "--storage", str(finished_sweep.storage))
+    assert failed.returncode == 2 and "four: there is no run or sweep" in failed.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_import_that_was_cut_is_done_anew(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    file, there = exported(finished_sweep, here, tmp_path), tmp_path / "there"
+    here("records", "import", str(file), "--storage", str(there))
+    client = MlflowClient(Storage(there).tracking_uri)
+    run = runs_of(there).iloc[0]
+    client.update_run(run["run_id"], status="RUNNING")
+    done = here("records", "import", str(file), "--storage", str(there))
+    assert "1 runs were added" in done.stdout and "3 had been there before" in done.stdout
+    assert sorted(runs_of(there)[schema.IMPORTED]) == sorted(runs_of(finished_sweep.storage)["run_id"])
+
+
+def test_what_is_no_file_of_records(here: Here, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    for name, text, says in (
+        ("none", None, "can't be read"),
+        ("other.jsonl", "{}\n", "first line"),
+        ("damaged.jsonl", f'{HEAD}\n{{"run_id": "a"}}\n', "line 2: experiment"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        failed = here("records", "import", str(tmp_path / name), "--storage", str(storage))
+        assert failed.returncode == 2 and says in failed.stderr and len(failed.stderr.splitlines()) == 1
+    assert not Storage(storage).has_records or runs_of(storage).empty
