@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +131,9 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
 
 def settle_convolutions() -> None:
     """Have cuDNN convolve in float32, and repeat its bits: by default it rounds to TF32, and certificates with it."""
-    backends: Any = torch.backends
-    backends.cudnn.conv.fp32_precision = "ieee"
-    backends.cudnn.deterministic = True
+    # by these names: where the newer ones have been used, PyTorch's own export fails
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def evaluate(

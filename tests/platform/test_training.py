@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from linflab.models.robustness.bounds.rounding import exact_products
 from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import Scoring, evaluate, scoring_of
+from linflab.platform.evaluation import Scoring, evaluate, scoring_of, settle_convolutions
 from linflab.platform.training import EpochReport, StepReport, Trainer, fit
 from tests.conftest import QUICK, RECIPE, TrainedOnDigits
 
@@ -234,6 +235,15 @@ fit(experiment, load_dataset("digits", experiment.augmentation), on_step=lambda 
 torch.save(torch.stack(losses), f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
+
+
+def test_convolutions_are_settled_for_those_who_ask() -> None:
+    """PyTorch refuses some mixtures of its settings of precision: its export asks by the old names, we by the new."""
+    settle_convolutions()
+    with torch.backends.cudnn.flags(enabled=True), exact_products():
+        pass
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic and torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
 
 
 def test_images_too_small_for_a_network() -> None:
