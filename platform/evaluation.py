@@ -14,6 +14,7 @@ from linflab.models.robustness.certification import Certifier, certified, certif
 from linflab.models.robustness.objectives import margin
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Split
+from linflab.platform.process import settle_process
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
     Raises:
         TypeError: see `certified`.
     """
-    settle_convolutions()
+    settle_process()
     images, labels = split.batch(positions)
     certifier, sound = scoring.certifier, scoring.sound
     with exact_products() if sound else nullcontext():
@@ -127,13 +128,6 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
 
     found = (kept(exact), kept(robust), kept(radii if scoring.radii else None))
     return BatchScore(positions.cpu(), clean.cpu(), safe.cpu(), *found)
-
-
-def settle_convolutions() -> None:
-    """Have cuDNN convolve in float32, and repeat its bits: by default it rounds to TF32, and certificates with it."""
-    # by these names: where the newer ones have been used, PyTorch's own export fails
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
 
 
 def evaluate(

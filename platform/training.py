@@ -1,12 +1,10 @@
 """The training loop. It knows no Ray: under torch.distributed it is one worker of several, else the only one."""
 
 import copy
-import ctypes
 import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,7 +31,8 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import Experiment
 from linflab.platform.datasets import Dataset, Split
 from linflab.platform.errors import Interrupted, SettingError, TrainingError, WorkerDied
-from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of, settle_convolutions
+from linflab.platform.evaluation import Accuracy, evaluate, recompute_means, scoring_of
+from linflab.platform.process import settle_process
 from linflab.platform.schedules import cosine_after, exponential
 
 
@@ -124,18 +123,6 @@ class _Loss(nn.Module):
             self.network.train()
 
 
-def keep_memory() -> None:
-    """Have this process keep memory that tensors leave, for those of the next step, where the C library is glibc.
-
-    By default glibc gives back what was large at once, and the system fills every page with zeros when it is asked for
-    again: with linear bounds, half of a step's time.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing in a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
 def check_fits(experiment: Experiment, dataset: Dataset) -> None:
     """Check what the settings ask of the data.
 
@@ -166,8 +153,7 @@ class Trainer:
         """Raises SettingError: see `check_fits`."""
         check_fits(experiment, dataset)
         torch.set_num_threads(experiment.compute.cpus_per_worker)
-        keep_memory()
-        settle_convolutions()
+        settle_process()
         torch.manual_seed(experiment.seed)
         self.experiment, self.rank, self.workers = experiment, rank, workers
         self.train = dataset.training(experiment.training.include_validation)

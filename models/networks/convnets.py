@@ -108,20 +108,24 @@ def dense(widths: Sequence[int], batch_norm: bool = False) -> list[nn.Module]:
 
 
 CONVOLUTIONS = {
+    "strided": [Convolution(16, 4, 2, 1), Convolution(32, 4, 2, 1)],
     "small": [Convolution(16, 4, 2), Convolution(32, 4)],
     "medium": [Convolution(32, 3), Convolution(32, 4, 2), Convolution(64, 3), Convolution(64, 4, 2)],
     "large": [
         Convolution(filters, 3, stride, 1) for filters, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (128, 1))
     ],
 }
-HIDDEN = {"small": [100], "medium": [512, 512], "large": [512]}
+HIDDEN = {"strided": [100], "small": [100], "medium": [512, 512], "large": [512]}
 
 
 class ConvNetConfig(ReluNetConfig):
-    """Settings of the networks of Gowal et al. 2018, Table 1; large is that of Zhang et al. 2021, Table 1."""
+    """Settings of the networks of Gowal et al. 2018, Table 1; large is that of Zhang et al. 2021, Table 1.
+
+    And strided, the one of Wong & Kolter, "Provable Defenses against Adversarial Examples", ICML 2018, on MNIST.
+    """
 
     kind: Literal["conv_net"] = "conv_net"
-    size: Literal["small", "medium", "large"] = Field("large", description="2, 4 or 5 convolutions")
+    size: Literal["strided", "small", "medium", "large"] = Field("large", description="2, 2, 4 or 5 convolutions")
     batch_norm: bool = Field(False, description="batch normalisation before each ReLU")
 
     def features(self, channels: int) -> list[nn.Module]:

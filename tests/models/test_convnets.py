@@ -115,7 +115,12 @@ def test_weights_for_intervals_keep_the_width_of_boxes() -> None:
 
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(ConvNetConfig(size="small"), 10), (ConvNetConfig(size="medium"), 16), (DenseNetConfig(), 4)],
+    [
+        (ConvNetConfig(size="strided"), 4),
+        (ConvNetConfig(size="small"), 10),
+        (ConvNetConfig(size="medium"), 16),
+        (DenseNetConfig(), 4),
+    ],
     ids=lambda value: value.kind if isinstance(value, ReluNetConfig) else None,
 )
 def test_smallest_images(config: ReluNetConfig, size: int) -> None:

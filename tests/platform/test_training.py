@@ -13,7 +13,8 @@ from linflab.platform.checkpoints import Checkpoints
 from linflab.platform.config import load_experiment
 from linflab.platform.datasets import load_dataset
 from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import Scoring, evaluate, scoring_of, settle_convolutions
+from linflab.platform.evaluation import Scoring, evaluate, scoring_of
+from linflab.platform.process import settle_process
 from linflab.platform.training import EpochReport, StepReport, Trainer, fit
 from tests.conftest import QUICK, RECIPE, TrainedOnDigits
 
@@ -239,7 +240,7 @@ dist.destroy_process_group()
 
 def test_convolutions_are_settled_for_those_who_ask() -> None:
     """PyTorch refuses some mixtures of its settings of precision: its export asks by the old names, we by the new."""
-    settle_convolutions()
+    settle_process()
     with torch.backends.cudnn.flags(enabled=True), exact_products():
         pass
     assert not torch.backends.cudnn.allow_tf32
