@@ -172,6 +172,13 @@ def project_onto_l1_ball(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def _active_set(below: Tensor) -> Tensor:
     """Where rows (O, I), whose largest elements are 0, are above their thresholds: (O, I) bool."""
+    if below.is_meta or torch.compiler.is_exporting():  # there are no numbers that could end a loop
+        largest = below.sort(dim=1, descending=True).values
+        excess = largest.cumsum(dim=1) - 1  # of the k largest above the threshold that they alone would have, times k
+        kept = largest * torch.arange(1, below.shape[1] + 1, device=below.device) > excess
+        return below > (excess / torch.arange(1, below.shape[1] + 1, device=below.device)).gather(
+            1, kept.sum(dim=1, keepdim=True) - 1
+        )
     tau = ((below.sum(dim=1, keepdim=True) - 1) / below.shape[1]).clamp_min(-1)  # neither is more than the threshold
     active = below > tau
     counts = active.sum(dim=1, keepdim=True)
@@ -180,7 +187,7 @@ def _active_set(below: Tensor) -> Tensor:
         tau = torch.maximum(tau, tau + excess / counts)  # sets only shrink, so this ends whatever roundings do
         active = below > tau
         before, counts = counts, active.sum(dim=1, keepdim=True)
-        if below.is_meta or torch.equal(counts, before):  # the meta device has no numbers
+        if torch.equal(counts, before):
             return active
 
 

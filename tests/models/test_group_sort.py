@@ -150,3 +150,15 @@ def test_size_of_the_table() -> None:
 def test_groups_must_fill_the_width() -> None:
     with pytest.raises(ValidationError, match="group=3 does not divide width=1024; it divides width=1026"):
         GroupSortConfig(group=3)
+
+
+def test_exported_as_it_is() -> None:
+    """As MLflow's record has it: tracing can't follow a loop that ends by numbers."""
+    torch.manual_seed(0)
+    net = GroupSortConfig(depth=3, width=16).build((1, 4, 4), 5, (0.3,), 0.4).eval()
+    with torch.no_grad():
+        for layer in net.parameters():
+            layer.mul_(5)
+    images = torch.rand(3, 1, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(net, (images,)).module()(images), net(images))
