@@ -247,7 +247,7 @@ void fit_power(double exponent, int base, float (&c)[8]) {
     for (int j = 0; j <= DEGREE; ++j) c[j] = (float)sums[j];
 }
 
-constexpr double LARGEST_FIT = 56;  // beyond, so few terms count that looking for them is faster
+constexpr double LARGEST_FIT = 40;  // beyond, so few terms count that looking for them is faster
 
 // Calls f with what raises to this power.
 template <class F>
@@ -261,8 +261,6 @@ void with_power(double exponent, F f) {
         case 16: return f(FittedPower<16>{c});
         case 24: return f(FittedPower<24>{c});
         case 32: return f(FittedPower<32>{c});
-        case 40: return f(FittedPower<40>{c});
-        case 48: return f(FittedPower<48>{c});
         default: return f(LogPower{Vec::all((float)exponent)});
     }
 }
