@@ -42,7 +42,7 @@ def test_p_start_above_p_end(here: Here, tmp_path: Path) -> None:
 
 
 def test_unknown_recipe(linflab: Command) -> None:
-    refused(linflab("train", "digits_eps0.1"), "recipe=digits_eps0.1", RECIPE)
+    refused(linflab("train", "digits_eps0.1_linf_net"), "recipe=digits_eps0.1_linf_net", RECIPE)
 
 
 def test_missing_data_without_network(here: Here, tmp_path: Path) -> None:
