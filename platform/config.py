@@ -50,6 +50,7 @@ ModelConfig = Annotated[
     Field(discriminator="kind"),
 ]
 DISTANCE_NETS = ("linf_dist_mlp", "linf_dist_conv_net", "sort_net", "linf_dist_hybrid")
+WITHOUT_RELU = (*DISTANCE_NETS, "group_sort")
 LIPSCHITZ_NETS = ("linf_dist_mlp", "linf_dist_conv_net", "sort_net", "group_sort")
 
 
@@ -263,12 +264,12 @@ def _check_together(experiment: Experiment) -> None:
             "worst_case_cross_entropy or worst_case_hinge, or else cross_entropy or adversarial_cross_entropy"
         )
     bound = getattr(objective, "bound", "interval")
-    if bound != "interval" and kind in (*DISTANCE_NETS, "group_sort"):
+    if bound != "interval" and kind in WITHOUT_RELU:
         raise SettingError(
             f"objective.bound={bound}: is of ReLU networks, which model.kind={kind} is not; interval will do"
         )
     penalty = getattr(objective, "penalty", 0.0)
-    if penalty and kind in (*DISTANCE_NETS, "group_sort"):
+    if penalty and kind in WITHOUT_RELU:
         raise SettingError(f"objective.penalty={penalty:g}: is on ReLUs, and model.kind={kind} has none; 0 will do")
     if experiment.optimizer.lp_weight_decay and kind not in DISTANCE_NETS:
         raise SettingError(

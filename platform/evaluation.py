@@ -94,7 +94,6 @@ def score_batch(network: nn.Module, split: Split, positions: Tensor, scoring: Sc
     Raises:
         TypeError: see `certified`.
     """
-    settle_process()
     images, labels = split.batch(positions)
     certifier, sound = scoring.certifier, scoring.sound
     with exact_products() if sound else nullcontext():
@@ -142,6 +141,7 @@ def evaluate(
     Raises:
         TypeError: see `certified`.
     """
+    settle_process()
     was_training = network.training
     network.eval()
     scores = []

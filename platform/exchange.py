@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mlflow.entities import Metric, Param, RunTag
+import pandas as pd
+from mlflow.entities import Metric, Param
 from mlflow.entities import Run as MLflowRun
 from mlflow.tracking import MlflowClient
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +21,7 @@ from linflab.platform.errors import SettingError
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import experiment_named
 from linflab.reports import schema
+from linflab.reports.comparison import run_of
 from linflab.reports.records import TAGS, search_runs
 
 HEAD = '{"format": "linflab records", "version": 1}'
@@ -49,18 +51,13 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
         names: none: all that have ended.
 
     Raises:
-        SettingError: there is no such run or sweep, or the file can't be written.
+        SettingError: the file can't be written.
+        LookupError: there is no such run or sweep that has ended, or there are several.
     """
     client = MlflowClient(storage.tracking_uri)
     runs = [run for run in search_runs(client, "") if schema.KIND in run.data.tags and run.info.status != "RUNNING"]
-    chosen = runs
-    if names:
-        known = {name: [run for run in runs if _is_named(run, name)] for name in names}
-        for name, found in known.items():
-            if not found:
-                raise SettingError(f"{name}: there is no run or sweep of this name that has ended in {storage.root}")
-        ids = {run.info.run_id for found in known.values() for run in found}
-        chosen = [run for run in runs if run.info.run_id in ids]
+    ids = _named(runs, names) if names else {run.info.run_id for run in runs}
+    chosen = [run for run in runs if run.info.run_id in ids]
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
     lines = [_line(run, experiments) for run in sorted(chosen, key=lambda run: (run.info.start_time, run.info.run_id))]
     content = "\n".join([HEAD, *lines, ""]).encode()
@@ -72,8 +69,16 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
     return len(lines)
 
 
-def _is_named(run: MLflowRun, name: str) -> bool:
-    return run.data.tags.get(schema.SWEEP) == name or run.info.run_id.startswith(name)
+def _named(runs: Sequence[MLflowRun], names: Sequence[str]) -> set[str]:
+    """The ids of the runs of sweeps of these names, and of those whose ids alone begin so."""
+    of_sweeps = pd.DataFrame(
+        {"run_id": [run.info.run_id for run in runs], schema.SWEEP: [run.data.tags.get(schema.SWEEP) for run in runs]}
+    )
+    ids: set[str] = set()
+    for name in names:
+        trials = of_sweeps[of_sweeps[schema.SWEEP] == name]
+        ids |= set((trials if len(trials) else run_of(of_sweeps, name))["run_id"])
+    return ids
 
 
 def _line(run: MLflowRun, experiments: dict[str, str]) -> str:
@@ -130,9 +135,7 @@ def import_records(storage: Storage, file: Path) -> tuple[int, int]:
         for start in range(0, len(parameters), MOST_PARAMETERS):
             client.log_batch(run.info.run_id, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
         metrics = [Metric(name, value, record.ended, 0) for name, value in record.metrics.items()]
-        client.log_batch(
-            run.info.run_id, metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True
-        )
+        client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
         client.set_terminated(run.info.run_id, record.status, record.ended)
         known[record.run_id], added = run.info.run_id, added + 1
     return added, len(records) - added

@@ -26,6 +26,7 @@ from linflab.platform.datasets import data_folder, load_dataset
 from linflab.platform.errors import Busy, SettingError, TrainingError, WorkerDied
 from linflab.platform.evaluation import BatchScore, Scoring, score_batch
 from linflab.platform.node import cluster_description
+from linflab.platform.process import settle_process
 from linflab.platform.shipping import check_code
 from linflab.platform.storage import Storage
 from linflab.platform.tracking import STORE_ERRORS
@@ -301,6 +302,7 @@ class _Scorer:
     def __init__(self, experiment: Experiment, state: dict[str, Tensor], scoring: Scoring, threads: int) -> None:
         check_code()
         torch.set_num_threads(threads)
+        settle_process()
         device = device_of(experiment) if torch.cuda.is_available() else torch.device("cpu")
         self.network = network_of(experiment)
         self.network.load_state_dict(state)

@@ -173,12 +173,7 @@ def project_onto_l1_ball(rows: Tensor) -> Tensor:
 def _active_set(below: Tensor) -> Tensor:
     """Where rows (O, I), whose largest elements are 0, are above their thresholds: (O, I) bool."""
     if below.is_meta or torch.compiler.is_exporting():  # there are no numbers that could end a loop
-        largest = below.sort(dim=1, descending=True).values
-        excess = largest.cumsum(dim=1) - 1  # of the k largest above the threshold that they alone would have, times k
-        kept = largest * torch.arange(1, below.shape[1] + 1, device=below.device) > excess
-        return below > (excess / torch.arange(1, below.shape[1] + 1, device=below.device)).gather(
-            1, kept.sum(dim=1, keepdim=True) - 1
-        )
+        return below > _threshold_by_sorting(below)
     tau = ((below.sum(dim=1, keepdim=True) - 1) / below.shape[1]).clamp_min(-1)  # neither is more than the threshold
     active = below > tau
     counts = active.sum(dim=1, keepdim=True)
@@ -189,6 +184,13 @@ def _active_set(below: Tensor) -> Tensor:
         before, counts = counts, active.sum(dim=1, keepdim=True)
         if torch.equal(counts, before):
             return active
+
+
+def _threshold_by_sorting(rows: Tensor) -> Tensor:
+    """The threshold (O, 1) of rows (O, I): that of their k largest elements, for the most k that are all above it."""
+    largest = rows.sort(dim=1, descending=True).values
+    thresholds = (largest.cumsum(dim=1) - 1) / torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    return thresholds.gather(1, (largest > thresholds).sum(dim=1, keepdim=True) - 1)
 
 
 class GroupSort(nn.Module):

@@ -327,9 +327,14 @@ def test_penalty_by_hand() -> None:
 
 def test_weights_move_with_eps() -> None:
     config = WorstCaseCrossEntropyConfig(
-        eps_train=0.2, worst_case_weight_start=0.0, worst_case_weight=0.6, penalty=0.5, bound="crown_ibp",
-        crown_share_start=0.8, crown_share_end=0.2,
-    )  # fmt: skip
+        eps_train=0.2,
+        worst_case_weight_start=0.0,
+        worst_case_weight=0.6,
+        penalty=0.5,
+        bound="crown_ibp",
+        crown_share_start=0.8,
+        crown_share_end=0.2,
+    )
     objective, labels = config.build(math.nan), torch.tensor([1, 0])
     z = torch.randn(2, 3)
     worst = WorstCase(z, wrong_class_margins(z, labels) + 0.7, penalty=torch.tensor(2.0))

@@ -214,8 +214,8 @@ class LinearBounds:
         if step.output in self.lines:
             lines = self.lines[step.output]
             if lines.parallel:
-                add(a, (lines.lower_intercept + lines.upper_intercept) / 2,
-                    (lines.upper_intercept - lines.lower_intercept) / 2)  # fmt: skip
+                low, high = lines.lower_intercept, lines.upper_intercept
+                add(a, (low + high) / 2, (high - low) / 2)
                 return [a.times(lines.upper_slope)]
             negative = a.negative()
             add(negative, lines.upper_intercept - lines.lower_intercept)

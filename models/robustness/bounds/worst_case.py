@@ -30,6 +30,7 @@ from linflab.models.robustness.bounds.lines import Relaxation, has_lines
 from linflab.models.robustness.bounds.tracing import Scaling, Step, Trace, trace
 from linflab.models.robustness.objectives import Bound, WorstCase, cross_entropies, wrong_class_margins
 
+SMALLEST_RADIUS = 1e-6  # of boxes whose widening is looked at
 # which lines hold activations, and what bounds their inputs
 LINEAR: dict[Bound, tuple[Relaxation, Intermediate]] = {
     "crown_ibp": ("adaptive", "interval"),
@@ -37,9 +38,6 @@ LINEAR: dict[Bound, tuple[Relaxation, Intermediate]] = {
     "dual": ("parallel", "crown"),
     "hybrid_zonotope": ("box", "crown"),
 }
-
-
-SMALLEST_RADIUS = 1e-6  # of boxes whose widening is looked at
 
 
 class WorstCaseBounds:
@@ -54,10 +52,9 @@ class WorstCaseBounds:
         self.network, self.bound = network, bound
         self.traced: Trace | None = None
         if not isinstance(network, LinfDistNet | LinfDistHybrid):
-            modes = {module: module.training for module in network.modules()}
+            training = network.training
             self.traced = trace(network.eval(), has_rule)
-            for module, training in modes.items():
-                module.training = training
+            network.train(training)
 
     def __call__(
         self,
@@ -91,9 +88,7 @@ class WorstCaseBounds:
         logits = values[traced.output]
         box = pixel_box(images, max(eps, SMALLEST_RADIUS) if penalized else eps)
         relaxation, intermediate = LINEAR.get(self.bound, ("adaptive", "interval"))
-        if intermediate == "crown" and not penalized:  # intervals have no part in these
-            return WorstCase(logits, LinearBounds(traced, box, intermediate, relaxation).margins(labels))
-        boxes = propagate(traced, box)
+        boxes = propagate(traced, box) if penalized or intermediate == "interval" else {}
         penalty = looseness(traced, boxes) if penalized else 0.0
         if intermediate == "crown":
             margins = LinearBounds(traced, box, intermediate, relaxation).margins(labels)
