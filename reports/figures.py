@@ -145,7 +145,8 @@ def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> F
     figure = Figure(figsize=(2 * SIZE[0] * 0.8, 2 * SIZE[1] * 0.8), layout="constrained")
     figure.suptitle(title, fontsize=9, parse_math=False)  # names may hold dollars
     last = max((epoch for curve in history.values() for epoch in curve), default=1)
-    for place, (what, unit, names) in enumerate(panels):
+    there = [panel for panel in panels if any(history.get(name) for name in panel[2])]
+    for place, (what, unit, names) in enumerate(there):  # no p of networks without distances
         axes = figure.add_subplot(2, 2, place + 1)
         _plain(axes)
         for (name, label), style in zip(names.items(), ("-", "--"), strict=False):
