@@ -140,7 +140,7 @@ def train(
         check_machine(experiment)
         train_it = run_trial
     try:
-        with TrainingBar(console, experiment.training.epochs) as bar:
+        with TrainingBar(console, experiment) as bar:
             metrics = train_it(experiment, place, name, tags, bar.on_epoch, bar.on_step, checkpointed=True, resume=cut)
     except (KeyboardInterrupt, SystemExit, Interrupted) as error:  # Ray Train exits by itself
         what = str(error) if isinstance(error, Interrupted) else "interrupted"

@@ -141,6 +141,16 @@ def import_records(storage: Storage, file: Path) -> tuple[int, int]:
     return added, len(records) - added
 
 
+def frame_of(records: Sequence[RecordedRun]) -> pd.DataFrame:
+    """The trainings among records, as `linflab.reports.records.read_runs` has them."""
+    trials = [record for record in records if record.tags.get(schema.KIND) == "trial"]
+    return pd.DataFrame(
+        {"run_id": trial.run_id, "status": trial.status, "started": trial.started}
+        | trial.tags | trial.parameters | trial.metrics
+        for trial in sorted(trials, key=lambda trial: (-trial.started, trial.run_id))
+    )  # fmt: skip
+
+
 def read_file(file: Path) -> list[RecordedRun]:
     """The runs of a file.
 

@@ -17,17 +17,22 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from linflab.platform.config import DISTANCE_NETS, Experiment
 from linflab.platform.training import EpochReport, StepReport
 from linflab.reports import schema
 from linflab.reports.wording import describe_settings
 
 
 class TrainingBar:
-    """A bar with epoch, p, loss, validation accuracies and time left; a line an epoch where there is no terminal."""
+    """A bar with p of nets of distances, loss, validation accuracies and time left.
 
-    def __init__(self, console: Console, epochs: int) -> None:
+    A line an epoch where there is no terminal.
+    """
+
+    def __init__(self, console: Console, experiment: Experiment) -> None:
         self.console = console
-        self.epochs = epochs
+        self.epochs = experiment.training.epochs
+        self.has_distances = experiment.model.kind in DISTANCE_NETS
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,7 +55,7 @@ class TrainingBar:
         self.progress.stop()
 
     def on_step(self, report: StepReport) -> None:
-        state = f"p {_p(report.p)}  {self.last}"
+        state = self._shown_p(report.p) + self.last
         self.progress.update(self.task, completed=report.step, total=report.steps, state=state)
 
     def on_epoch(self, report: EpochReport) -> None:
@@ -60,7 +65,7 @@ class TrainingBar:
             self.last = f"{self.last}  {scores}"
         if not self.console.is_terminal:
             self.console.print(
-                f"epoch {report.epoch}/{self.epochs}  p {_p(report.at.p)}  {self.last}  {report.seconds:.1f} s",
+                f"epoch {report.epoch}/{self.epochs}  {self._shown_p(report.at.p)}{self.last}  {report.seconds:.1f} s",
                 highlight=False,
             )
         if report.epoch == self.epochs:
@@ -68,6 +73,9 @@ class TrainingBar:
             self.progress.update(self.task, state=self.last)
             if not self.console.is_terminal:
                 self.console.print(self.last, highlight=False)
+
+    def _shown_p(self, p: float) -> str:
+        return f"p {_p(p)}  " if self.has_distances else ""
 
 
 @dataclass(frozen=True)

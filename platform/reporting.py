@@ -11,9 +11,10 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from linflab.platform.errors import SettingError
+from linflab.platform.exchange import frame_of, read_file
 from linflab.platform.storage import ELSEWHERE, Storage
 from linflab.reports import schema
-from linflab.reports.comparison import comparison_table, load_definition, table_of
+from linflab.reports.comparison import TableDefinition, comparison_table, load_definition, table_of
 from linflab.reports.pages import Page, page_name, write_index, write_page, write_run_page, write_sweep_page
 from linflab.reports.papers import table_names
 from linflab.reports.records import read_runs, read_trials
@@ -50,7 +51,7 @@ def report_table(storage: Storage, name: str, out: Path | None) -> Page:
     """A shipped table, or one that a YAML file defines; without records, the quoted rows alone.
 
     Raises:
-        SettingError: as `report_sweep`, or the definition is wrong.
+        SettingError: as `report_sweep`, or the definition is wrong, or the file of records that it names.
     """
     try:
         definition = load_definition(name)
@@ -58,7 +59,7 @@ def report_table(storage: Storage, name: str, out: Path | None) -> Page:
         raise SettingError(str(error)) from None
     stem = name if name in table_names() else page_name("table", Path(name).stem)
     with one_error(storage, out):
-        table = comparison_table(definition, _runs(storage))
+        table = comparison_table(definition, _runs_for(definition, storage))
         return write_page(table, out or storage.reports, stem)
 
 
@@ -71,20 +72,27 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
     folder = out or storage.reports
     with one_error(storage, out):
         runs = _runs(storage)
-        tables = [comparison_table(load_definition(name), runs) for name in table_names()]
+        definitions = [load_definition(name) for name in table_names()]
+        tables = [comparison_table(each, _runs_for(each, storage) if each.records else runs) for each in definitions]
         pages = [write_page(table, folder, name) for name, table in zip(table_names(), tables, strict=True)]
         notes = [] if len(runs) else [f"Nothing has been recorded in {storage.root} yet: all rows are quoted."]
         if len(runs) and schema.SWEEP in runs:
             for name, trials in runs.groupby(schema.SWEEP, sort=False):
                 pages.append(write_sweep_page(str(name), trials, folder))
         shown = [run_id for table in tables for row in table.rows for run_id in row.runs]
-        for run_id in dict.fromkeys(shown):
+        here = set(runs["run_id"]) if len(runs) else set()
+        for run_id in dict.fromkeys(run_id for run_id in shown if run_id in here):
             pages.append(write_run_page(MlflowClient(storage.tracking_uri), runs, run_id, folder))
         return [write_index(pages, folder, notes)]
 
 
 def _runs(storage: Storage) -> pd.DataFrame:
     return read_runs(storage.tracking_uri, TRIALS) if storage.has_records else pd.DataFrame()
+
+
+def _runs_for(definition: TableDefinition, storage: Storage) -> pd.DataFrame:
+    """The runs that a table is made of: those of its own file, or the storage's."""
+    return _runs(storage) if definition.records is None else frame_of(read_file(Path(definition.records)))
 
 
 def _trials(storage: Storage, name: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ A table is defined by YAML (`papers/`, or a file of one's own):
     groups: [{dataset: fashion_mnist, eps: 0.1}]
     quoted: [zhang2021_table1]          # names of sources in literature.yaml
     measured: {seeds: 3, by: [method, model.width], where: {training.epochs: 25}}
+    records: ours.jsonl                 # of `linflab records export`; else those of the storage
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from linflab.reports.records import parameters
 from linflab.reports.sweep_tables import ORDERS, in_order, objectives_of
 from linflab.reports.tables import (
     CERTIFIED,
+    CPUS,
     EPOCH_SECONDS,
     EPOCHS,
     FLOPS,
@@ -54,7 +56,7 @@ SEED, FINAL = "seed", "training.include_validation"
 NOT_COMPARED = (SEED, FINAL, "training.checkpoint_epochs", "evaluation.batch_size")  # as is compute
 SIZES = ("depth", "width", "dense_width", "hidden", "q")  # settings of a network that tell its size
 Column = Literal[
-    "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Test", "Robust", "Certified", "Hours", "Runs",
+    "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Test", "Robust", "Certified", "Hours", "CPUs", "Runs",
     "Per-epoch Time (seconds)",
 ]  # fmt: skip
 
@@ -106,6 +108,7 @@ class TableDefinition(_Strict):
     groups: tuple[Group, ...] = Field(min_length=1)
     quoted: tuple[str, ...] = ()
     measured: Measured | None = Measured()
+    records: str | None = Field(None, description="a file of records beside this one, whose runs measured rows are of")
 
     @model_validator(mode="after")
     def _sources_are_known(self) -> Self:
@@ -118,14 +121,18 @@ class TableDefinition(_Strict):
 def load_definition(name: str) -> TableDefinition:
     """A shipped table by its name, or one of the user's by the path of its YAML file.
 
+    The file of records that it names is looked for beside it, and comes back as a path.
+
     Raises:
         ValueError: there is no such table, or it can't be understood; says where.
     """
     if name in table_names():
-        content = (resources.files("linflab.reports.papers") / f"{name}.yaml").read_text()
+        file = Path(str(resources.files("linflab.reports.papers"))) / f"{name}.yaml"
+        content = file.read_text()
     else:
+        file = Path(name)
         try:
-            content = Path(name).read_text(encoding="utf-8")
+            content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise ValueError(
                 f"table={name}: is neither a file nor one of the shipped tables, {', '.join(table_names())}"
@@ -137,7 +144,7 @@ def load_definition(name: str) -> TableDefinition:
     if not isinstance(tree, dict):
         raise ValueError(f"table={name}: must have title and groups, as in {{title: ..., groups: [...]}}")
     try:
-        return TableDefinition.model_validate(tree)
+        definition = TableDefinition.model_validate(tree)
     except ValidationError as error:
         complaint = error.errors()[0]
         if complaint["type"] == "value_error":
@@ -146,6 +153,9 @@ def load_definition(name: str) -> TableDefinition:
         message = complaint["msg"][0].lower() + complaint["msg"][1:]
         given = "" if complaint["type"] == "missing" else f"={complaint['input']}"
         raise ValueError(f"table={name}: {place}{given}: {message}") from None
+    if definition.records is None:
+        return definition
+    return definition.model_copy(update={"records": str(file.parent / definition.records)})
 
 
 def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
@@ -180,12 +190,13 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
     return _table(definition.title, definition.columns, rows, notes)
 
 
-def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool) -> Table:
+def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool, title: str = "") -> Table:
     """One row for each run, by its id or the beginning of it, and for each sweep, by its name: its best, all seeds.
 
     Args:
         runs: what `read_runs` returns of trials.
         quoted: beside them, what papers report of the same data sets and eps.
+        title: left out: that it compares the names.
 
     Raises:
         LookupError: there is no such run or sweep, or it has no test scores.
@@ -204,7 +215,7 @@ def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool) -> Table:
             rows += [_in_group(row, group) for row in same if CERTIFIED in row.cells]
         rows += [_measured_row(chosen, group, ("method",), how, next(letters)) for chosen, how in mine]
     columns = (METHOD, FLOPS, VALIDATION, TEST, ROBUST, CERTIFIED)
-    return _table(f"Comparison of {', '.join(names)}", columns, rows, [])
+    return _table(title or f"Comparison of {', '.join(names)}", columns, rows, [])
 
 
 def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
@@ -349,6 +360,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
         CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
         EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
         HOURS: _mean(seconds / 3600),
+        CPUS: text(_cpus(first)),
         RUNS: Cell(str(len(runs)), len(runs)),
     }
     seeds = ", ".join(str(seed) for seed in runs[SEED])
@@ -370,6 +382,12 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
 
 
+def _cpus(run: pd.Series) -> int | None:
+    """How many CPUs a training had; None where that is not in the record."""
+    parts = pd.to_numeric(run.reindex(["compute.workers", "compute.cpus_per_worker"]), errors="coerce")
+    return None if parts.isna().any() else int(parts.prod())
+
+
 def _mean(values: pd.Series, digits: int = 2) -> Cell:
     return number(values.mean(), values.std(), digits)  # of one value, no deviation
 
@@ -380,7 +398,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Seque
         said.append("Accuracies in percent.")
     kinds = {row.kind for row in rows}
     if "measured" in kinds:
-        said.append("Rows with a letter were measured by this installation; the others are quoted.")
+        said.append("Rows with a letter were measured with linflab; the others are quoted.")
     compared = [column for column in columns if column in MORE_IS_BETTER]
     if compared:
         both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""

@@ -94,7 +94,7 @@ def write_run_page(client: MlflowClient, runs: pd.DataFrame, run_id: str, folder
         LookupError: as `table_of`.
     """
     run_id = str(run_of(runs, run_id)["run_id"].iloc[0])
-    table = table_of(runs, [run_id], quoted=False)
+    table = table_of(runs, [run_id], quoted=False, title=f"Run {run_id[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     name, figures, files = page_name("run", run_id[:8]), {}, []
     with tempfile.TemporaryDirectory() as there:

@@ -8,7 +8,7 @@ from typing import Literal
 METHOD, MODEL, SETTING, EPOCHS, FLOPS = "Method", "Model", "Setting", "Epochs", "FLOPs"
 VALIDATION_CLEAN, VALIDATION = "Val. clean", "Val. certified"
 TEST, ROBUST, CERTIFIED = "Test", "Robust", "Certified"
-EPOCH_SECONDS, HOURS, RUNS = "Per-epoch Time (seconds)", "Hours", "Runs"
+EPOCH_SECONDS, HOURS, CPUS, RUNS = "Per-epoch Time (seconds)", "Hours", "CPUs", "Runs"
 NUMBER = "#"
 DASH = "-"
 

@@ -72,6 +72,24 @@ def test_an_import_that_was_cut_is_done_anew(finished_sweep: FinishedSweep, here
     assert sorted(runs_of(there)[schema.IMPORTED]) == sorted(runs_of(finished_sweep.storage)["run_id"])
 
 
+def test_a_table_of_a_file_of_records(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    """A definition and its records make the same table wherever they are, whatever the storage holds."""
+    file = exported(finished_sweep, here, tmp_path)
+    columns, groups = "[Method, Epochs, Certified, Hours, CPUs]", "[{dataset: digits, eps: 0.1}]"
+    table = f"title: Mine\ncolumns: {columns}\ngroups: {groups}\nmeasured: {{by: [method, model.width]}}\n"
+    (tmp_path / "plain.yaml").write_text(table)
+    (file.parent / "mine.yaml").write_text(f"{table}records: {file.name}\n")
+    of_storage = ("report", "table", str(tmp_path / "plain.yaml"), "--storage", str(finished_sweep.storage))
+    assert here(*of_storage, "--out", str(tmp_path / "a")).returncode == 0
+    done = here("report", "table", str(file.parent / "mine.yaml"), "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "table-plain.csv").read_bytes() == (tmp_path / "b" / "table-mine.csv").read_bytes()
+    assert "linflab train" in (tmp_path / "b" / "table-mine.md").read_text()
+    file.unlink()
+    failed = here("report", "table", str(file.parent / "mine.yaml"))
+    assert failed.returncode == 2 and f"file={file}: can't be read" in failed.stderr and failed.stderr.count("\n") == 1
+
+
 def test_what_is_no_file_of_records(here: Here, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     for name, text, says in (

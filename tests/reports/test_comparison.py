@@ -197,7 +197,7 @@ def test_the_fastest_epoch_is_the_best() -> None:
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "title: Widths\ncolumns: [Method, Model, Epochs, Certified, Runs, Hours]\n"
+        "title: Widths\ncolumns: [Method, Model, Epochs, Certified, Runs, Hours, CPUs]\n"
         "groups: [{dataset: fashion_mnist, eps: 25.5/255}]\n"
         "measured: {by: [method, model.width], where: {training.epochs: 25}}\n"
     )
@@ -206,7 +206,8 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     ]
     table = comparison_table(load_definition(str(file)), pd.DataFrame(runs))
     assert [row.cell("Method").text for row in table.rows] == ["l_inf-dist Net (width=32)", "l_inf-dist Net (width=64)"]
-    assert [table.rows[0].cell(name).text for name in table.columns[1:]] == ["width=32", "25", "70.00", "1", "1.00"]
+    shown = [table.rows[0].cell(name).text for name in table.columns[1:]]
+    assert shown == ["width=32", "25", "70.00", "1", "1.00", "2"]
 
 
 @pytest.mark.parametrize(
