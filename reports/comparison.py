@@ -11,6 +11,7 @@ A table is defined by YAML (`papers/`, or a file of one's own):
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import count, product
@@ -384,8 +385,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
 
 def _cpus(run: pd.Series) -> int | None:
     """How many CPUs a training had; None where that is not in the record."""
-    parts = pd.to_numeric(run.reindex(["compute.workers", "compute.cpus_per_worker"]), errors="coerce")
-    return None if parts.isna().any() else int(parts.prod())
+    parts = run.reindex(["compute.workers", "compute.cpus_per_worker"])
+    return None if parts.isna().any() else math.prod(int(str(part)) for part in parts)
 
 
 def _mean(values: pd.Series, digits: int = 2) -> Cell:
