@@ -1,12 +1,12 @@
 # make demo: set up and see all of it work. make install: set up. make test: what a contributor runs.
-# make check: format, lint, types.
+# make check: format, lint, types. make readme: the measured table into README.md, from its records.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # after changes in these, an install is due
 
-.PHONY: demo install test test-all check format clean
+.PHONY: demo install test test-all check format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
@@ -29,6 +29,12 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+readme: $(VENV)/.installed
+	$(BIN)/linflab report measured --out build/readme
+	sed -e '/^<!-- measured -->/,/^<!-- end -->/{//!d;}' -e '/^<!-- measured -->/r build/readme/measured.md' README.md \
+		> build/readme/README.md
+	cp build/readme/README.md README.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -353,7 +353,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     cells = {
         METHOD: text(method),
         MODEL: text(describe_settings(network)),
-        EPOCHS: text(first[schema.EPOCHS]),
+        EPOCHS: number(epochs.iloc[0], digits=0),
         FLOPS: flops(first[schema.FLOPS]),
         VALIDATION: _mean(100 * runs[schema.BEST_VALIDATION_CERTIFIED]),
         TEST: _mean(100 * runs[schema.TEST_CLEAN]),
@@ -371,7 +371,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     spent = seconds.mean()
     cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
     each = f" on {workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
-    parts.append(f"{text(first[schema.EPOCHS]).text} epochs{each}{cost}, on {machines(runs)}")
+    trained = number(epochs.iloc[0], digits=0).text
+    parts.append(f"{trained} epoch{'s' * (trained != '1')}{each}{cost}, on {machines(runs)}")
     for name in (schema.TEST_CLEAN, schema.TEST_ROBUST):
         if 0 < runs[name].notna().sum() < len(runs):
             parts.append(f"{name} is of {runs[name].notna().sum()} of them")

@@ -1,0 +1,63 @@
+"""The table of what was measured: made of the records that are shipped, repeated by the commands that it prints."""
+
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from linflab.platform.config import load_experiment
+from linflab.platform.exchange import frame_of, read_file
+from linflab.reports import schema
+from linflab.reports.comparison import comparison_table, load_definition
+from linflab.reports.rendering import to_markdown
+from linflab.reports.tables import Row, Table
+
+
+@pytest.fixture(scope="module")
+def runs() -> pd.DataFrame:
+    records = load_definition("measured").records
+    assert records is not None
+    return frame_of(read_file(Path(records)))
+
+
+@pytest.fixture(scope="module")
+def table(runs: pd.DataFrame) -> Table:
+    return comparison_table(load_definition("measured"), runs)
+
+
+def measured(table: Table) -> list[Row]:
+    return [row for row in table.rows if row.kind == "measured"]
+
+
+def test_the_readme_shows_it(table: Table) -> None:
+    """`make readme` puts it there."""
+    _, shown = Path("README.md").read_text().split("<!-- measured -->\n")
+    assert shown.split("<!-- end -->")[0] == to_markdown(table)
+
+
+def test_its_commands_train_what_is_on_record(table: Table, runs: pd.DataFrame) -> None:
+    """A recipe that changes after it was run is no longer the row's."""
+    by_id = runs.set_index("run_id")
+    for row in measured(table):
+        commands = row.command.splitlines()
+        assert len(commands) == len(row.runs) > 0
+        for command, run_id in zip(commands, row.runs, strict=True):
+            program, action, recipe, *overrides = shlex.split(command)
+            assert (program, action) == ("linflab", "train")
+            settings = load_experiment(recipe, overrides).settings()
+            recorded = by_id.loc[run_id]
+            assert {name: str(value) for name, value in settings.items()} == {
+                name: recorded[name] for name in settings
+            }, command
+
+
+def test_its_costs_are_told(table: Table, runs: pd.DataFrame) -> None:
+    """No training of a row took more than an hour on two CPUs, and none of its certificates was broken."""
+    by_id = runs.set_index("run_id")
+    for row in measured(table):
+        for column in ("Epochs", "Hours", "CPUs", "FLOPs", "Test", "Robust", "Certified"):
+            assert row.cell(column).value is not None, column
+        for run_id in row.runs:
+            assert by_id.loc[run_id, schema.TRAIN_SECONDS] < 3600 and by_id.loc[run_id, schema.TEST_BROKEN] == 0
+        assert row.cell("CPUs").value <= 2
