@@ -31,6 +31,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 readme: $(VENV)/.installed
+	grep -q "^<!-- measured -->" README.md && grep -q "^<!-- end -->" README.md
 	$(BIN)/linflab report measured --out build/readme
 	sed -e '/^<!-- measured -->/,/^<!-- end -->/{//!d;}' -e '/^<!-- measured -->/r build/readme/measured.md' README.md \
 		> build/readme/README.md

@@ -53,7 +53,7 @@ def seconds(function: Callable[..., object], *arguments: object) -> float:
 def time_share(threads: int, rounds: int) -> bool:
     """Print the share of the input pipeline in a training step; is it small enough at every p?"""
     settings = (f"augmentation.padding={AUGMENTATION.padding}", f"training.batch_size={BATCH}")
-    experiment = load_experiment(RECIPE, [*settings, f"compute.cpus_per_worker={threads}"])
+    experiment = load_experiment(RECIPE, ["model.depth=5", *settings, f"compute.cpus_per_worker={threads}"])
     trainer = Trainer(experiment, load_dataset(experiment.dataset, experiment.augmentation))
     normalize, per_epoch, good = trainer.network.features.normalize, trainer.steps_per_epoch, True
 

@@ -442,8 +442,13 @@ def report_table(
     cluster: OnCluster = False,
 ) -> None:
     """A table of one's own: which data sets, methods, columns and quoted rows it has is said in YAML."""
-    from linflab.platform.reporting import report_table
+    from linflab.platform.reporting import report_table, table_definition
 
+    if (records := table_definition(file).records) is not None:
+        if cluster:
+            raise SettingError(f"cluster: table={file} is made of {records}, not of a cluster's record; leave it out")
+        _show(report_table(Storage.at(storage), file, out))
+        return
     with _records_if_any(storage, cluster) as place:
         _show(report_table(place, file, out))
 

@@ -159,7 +159,7 @@ def read_file(file: Path) -> list[RecordedRun]:
     """
     try:
         head, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path
         raise SettingError(f"file={file}: can't be read ({error})") from None
     if head != HEAD:
         raise SettingError(f"file={file}: is none of `linflab records export`: its first line must be {HEAD}")

@@ -53,14 +53,20 @@ def report_table(storage: Storage, name: str, out: Path | None) -> Page:
     Raises:
         SettingError: as `report_sweep`, or the definition is wrong, or the file of records that it names.
     """
-    try:
-        definition = load_definition(name)
-    except ValueError as error:
-        raise SettingError(str(error)) from None
+    definition = table_definition(name)
     stem = name if name in table_names() else page_name("table", Path(name).stem)
     with one_error(storage, out):
-        table = comparison_table(definition, _runs_for(definition, storage))
+        recorded = pd.DataFrame() if definition.records else _runs(storage)
+        table = comparison_table(definition, _runs_for(definition, recorded))
         return write_page(table, out or storage.reports, stem)
+
+
+def table_definition(name: str) -> TableDefinition:
+    """As `load_definition`. Raises SettingError: as that ValueError."""
+    try:
+        return load_definition(name)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def report_all(storage: Storage, out: Path | None) -> list[Path]:
@@ -73,9 +79,9 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
     with one_error(storage, out):
         runs = _runs(storage)
         definitions = [load_definition(name) for name in table_names()]
-        tables = [comparison_table(each, _runs_for(each, storage) if each.records else runs) for each in definitions]
+        tables = [comparison_table(each, _runs_for(each, runs)) for each in definitions]
         pages = [write_page(table, folder, name) for name, table in zip(table_names(), tables, strict=True)]
-        notes = [] if len(runs) else [f"Nothing has been recorded in {storage.root} yet: all rows are quoted."]
+        notes = [] if len(runs) else [f"Nothing has been recorded in {storage.root} yet."]
         if len(runs) and schema.SWEEP in runs:
             for name, trials in runs.groupby(schema.SWEEP, sort=False):
                 pages.append(write_sweep_page(str(name), trials, folder))
@@ -90,9 +96,9 @@ def _runs(storage: Storage) -> pd.DataFrame:
     return read_runs(storage.tracking_uri, TRIALS) if storage.has_records else pd.DataFrame()
 
 
-def _runs_for(definition: TableDefinition, storage: Storage) -> pd.DataFrame:
-    """The runs that a table is made of: those of its own file, or the storage's."""
-    return _runs(storage) if definition.records is None else frame_of(read_file(Path(definition.records)))
+def _runs_for(definition: TableDefinition, recorded: pd.DataFrame) -> pd.DataFrame:
+    """The runs that a table is made of: those of its own file, else those that the storage has."""
+    return recorded if definition.records is None else frame_of(read_file(definition.records))
 
 
 def _trials(storage: Storage, name: str) -> pd.DataFrame:

@@ -11,7 +11,6 @@ A table is defined by YAML (`papers/`, or a file of one's own):
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import count, product
@@ -109,7 +108,7 @@ class TableDefinition(_Strict):
     groups: tuple[Group, ...] = Field(min_length=1)
     quoted: tuple[str, ...] = ()
     measured: Measured | None = Measured()
-    records: str | None = Field(None, description="a file of records beside this one, whose runs measured rows are of")
+    records: Path | None = Field(None, description="a file of records, whose runs measured rows are of")
 
     @model_validator(mode="after")
     def _sources_are_known(self) -> Self:
@@ -122,7 +121,7 @@ class TableDefinition(_Strict):
 def load_definition(name: str) -> TableDefinition:
     """A shipped table by its name, or one of the user's by the path of its YAML file.
 
-    The file of records that it names is looked for beside it, and comes back as a path.
+    The file of records that it names is looked for beside it.
 
     Raises:
         ValueError: there is no such table, or it can't be understood; says where.
@@ -156,7 +155,7 @@ def load_definition(name: str) -> TableDefinition:
         raise ValueError(f"table={name}: {place}{given}: {message}") from None
     if definition.records is None:
         return definition
-    return definition.model_copy(update={"records": str(file.parent / definition.records)})
+    return definition.model_copy(update={"records": file.parent / definition.records.expanduser()})
 
 
 def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
@@ -188,6 +187,8 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
             notes.append(f"Of {group.title}, no run with test scores is on record.")
         if left_out := _left_out(there):
             notes.append(f"Of {group.title}, left out: {left_out}.")
+    if definition.records is not None:
+        notes.append(f"Measured rows are of the records in {definition.records.name}.")
     return _table(definition.title, definition.columns, rows, notes)
 
 
@@ -353,7 +354,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     cells = {
         METHOD: text(method),
         MODEL: text(describe_settings(network)),
-        EPOCHS: number(epochs.iloc[0], digits=0),
+        EPOCHS: _count(epochs.iloc[0]),
         FLOPS: flops(first[schema.FLOPS]),
         VALIDATION: _mean(100 * runs[schema.BEST_VALIDATION_CERTIFIED]),
         TEST: _mean(100 * runs[schema.TEST_CLEAN]),
@@ -361,8 +362,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
         CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
         EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
         HOURS: _mean(seconds / 3600),
-        CPUS: text(_cpus(first)),
-        RUNS: Cell(str(len(runs)), len(runs)),
+        CPUS: _cpus(runs),
+        RUNS: _count(len(runs)),
     }
     seeds = ", ".join(str(seed) for seed in runs[SEED])
     several = len(runs) > 1
@@ -371,7 +372,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     spent = seconds.mean()
     cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
     each = f" on {workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
-    trained = number(epochs.iloc[0], digits=0).text
+    trained = _count(epochs.iloc[0]).text
     parts.append(f"{trained} epoch{'s' * (trained != '1')}{each}{cost}, on {machines(runs)}")
     for name in (schema.TEST_CLEAN, schema.TEST_ROBUST):
         if 0 < runs[name].notna().sum() < len(runs):
@@ -384,10 +385,15 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
 
 
-def _cpus(run: pd.Series) -> int | None:
-    """How many CPUs a training had; None where that is not in the record."""
-    parts = run.reindex(["compute.workers", "compute.cpus_per_worker"])
-    return None if parts.isna().any() else math.prod(int(str(part)) for part in parts)
+def _cpus(runs: pd.DataFrame) -> Cell:
+    """How many CPUs a training had; a dash where that is not in the record, or not the same of all."""
+    parts = runs.reindex(columns=["compute.workers", "compute.cpus_per_worker"]).apply(pd.to_numeric, errors="coerce")
+    counts = parts.prod(axis=1, skipna=False).unique()
+    return _count(counts[0]) if len(counts) == 1 else Cell()
+
+
+def _count(value: float) -> Cell:
+    return Cell() if value != value else Cell(str(int(value)), int(value))
 
 
 def _mean(values: pd.Series, digits: int = 2) -> Cell:
@@ -405,6 +411,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Seque
     if compared:
         both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""
         said.append(f"Bold: the best of its group{both}.")
+    if HOURS in columns and "measured" in kinds:
+        said.append("Hours of a training, with its scoring on validation images, without that on test images.")
     if EPOCH_SECONDS in columns and "measured" in kinds:
         said.append("Seconds of an epoch that was measured include its scoring on validation images.")
     for name in dict.fromkeys(row.source for row in rows if row.source):

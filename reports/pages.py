@@ -109,7 +109,8 @@ def write_run_page(client: MlflowClient, runs: pd.DataFrame, run_id: str, folder
                     files.append(folder / f"{name}_{source.name}")
                     files[-1].write_bytes(source.read_bytes())
                     figures[what] = f"{name}_{file}.png"
-    if not figures and (history := read_history(client, run_id)):
+    history = {} if figures else read_history(client, run_id)
+    if any(epoch > 0 for curve in history.values() for epoch in curve):  # an imported run has its last values alone
         files += write_figure(
             learning_curves(history, str(table.rows[0].cell("Method").text)), folder, f"{name}_curves"
         )

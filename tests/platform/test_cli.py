@@ -1,6 +1,8 @@
 """The command as a user types it: what it prints, and one clear line with exit status 2 for wrong input."""
 
+import io
 import json
+import math
 import os
 import re
 import socket
@@ -10,8 +12,13 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 from linflab.platform.checkpoints import exclusive_lock
+from linflab.platform.config import load_experiment
+from linflab.platform.evaluation import Accuracy
+from linflab.platform.progress import TrainingBar
+from linflab.platform.training import EpochReport, Scheduled
 from tests.conftest import QUICK, RECIPE, Done, FinishedSweep, Here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -152,6 +159,14 @@ def test_train_prints_progress_and_result(linflab: Command, tmp_path: Path) -> N
     assert lines[3].startswith("scoring") and lines[4].startswith("Test: clean ")
     assert re.search(r"as run [0-9a-f]{32}; `linflab evaluate", lines[5])
     assert f"linflab ui --storage {tmp_path}" in lines[6]
+
+
+@pytest.mark.parametrize(("recipe", "shown"), [("digits_eps0.1_ibp", False), ("digits_eps0.1_linf_dist_net", True)])
+def test_p_is_shown_of_distances_alone(recipe: str, shown: bool) -> None:
+    text = io.StringIO()
+    bar = TrainingBar(Console(file=text), load_experiment(recipe))
+    bar.on_epoch(EpochReport(1, Scheduled(math.inf, 0.1, 0.0, 0.1), 0.5, Accuracy(clean=0.9, certified=0.8), 0.8, 1.0))
+    assert ("  p inf  " in text.getvalue()) == shown and "loss 0.5000  val 90.0% certified 80.0%" in text.getvalue()
 
 
 def test_loss_that_is_not_finite(linflab: Command, tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def test_imported_records_make_the_same_tables(finished_sweep: FinishedSweep, he
     assert set(theirs["mlflow.parentRunId"]) == {parent}
 
 
+def test_a_page_of_an_imported_run(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    """It has the run's row, and no curves, of which only the last values were in the file."""
+    there, out = tmp_path / "there", tmp_path / "out"
+    here("records", "import", str(exported(finished_sweep, here, tmp_path)), "--storage", str(there))
+    run = runs_of(there)["run_id"].iloc[0]
+    done = here("report", "run", run, "--storage", str(there), "--out", str(out))
+    assert done.returncode == 0 and done.stderr == ""
+    assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".html", ".md", ".tex"]
+
+
 def runs_of(storage: Path) -> pd.DataFrame:
     return read_runs(Storage(storage).tracking_uri, {schema.KIND: "trial"})
 
@@ -81,8 +91,11 @@ def test_a_table_of_a_file_of_records(finished_sweep: FinishedSweep, here: Here,
     (file.parent / "mine.yaml").write_text(f"{table}records: {file.name}\n")
     of_storage = ("report", "table", str(tmp_path / "plain.yaml"), "--storage", str(finished_sweep.storage))
     assert here(*of_storage, "--out", str(tmp_path / "a")).returncode == 0
-    done = here("report", "table", str(file.parent / "mine.yaml"), "--out", str(tmp_path / "b"))
-    assert done.returncode == 0, done.stderr
+    empty = ("--storage", str(tmp_path / "empty"))
+    done = here("report", "table", str(file.parent / "mine.yaml"), "--out", str(tmp_path / "b"), *empty)
+    assert done.returncode == 0 and "Measured rows are of the records in measured.jsonl." in done.stdout, done.stderr
+    failed = here("report", "table", str(file.parent / "mine.yaml"), "--cluster")
+    assert failed.returncode == 2 and "cluster: table=" in failed.stderr and failed.stderr.count("\n") == 1
     assert (tmp_path / "a" / "table-plain.csv").read_bytes() == (tmp_path / "b" / "table-mine.csv").read_bytes()
     assert "linflab train" in (tmp_path / "b" / "table-mine.md").read_text()
     file.unlink()
