@@ -195,6 +195,8 @@ def search_config(budget: str, **settings: Any) -> SearchConfig:
             raise SettingError(str(complaint["ctx"]["error"])) from None
         name = str(complaint["loc"][0])
         message = complaint["msg"][0].lower() + complaint["msg"][1:]
+        if name in limits:
+            name, complaint["input"] = "budget", budget
         raise SettingError(f"{name}={complaint['input']}: {message}") from None
     except ValueError:
         raise SettingError(f"budget={budget}: must be a number of trials, as in 20, or of hours, as in 1.5h") from None

@@ -93,7 +93,7 @@ def test_too_many_workers_for_this_machine(linflab: Command, tmp_path: Path) -> 
     ("arguments", "says"),
     [
         (["demoo"], "space=demoo"),
-        (["demo", "--budget", "0"], "trials=0"),
+        (["demo", "--budget", "0"], "budget=0: input should be greater than or equal to 1"),
         (["demo", "--budget", "soon"], "budget=soon: must be a number of trials, as in 20, or of hours"),
         (["demo", "--race", "5"], "race=5: must be a power of 3"),
         (["demo", "--sampler", "grid"], "sampler=grid: p_schedule.start"),
