@@ -270,9 +270,9 @@ def test_no_new_points_when_the_hours_are_spent() -> None:
     ("asked", "words"),
     [
         ({"budget": "many"}, "budget=many: must be a number of trials, as in 20, or of hours, as in 1.5h"),
-        ({"budget": "0"}, "trials=0"),
-        ({"budget": "-1h"}, "hours=-1"),
-        ({"budget": "nanh"}, "hours=nan"),
+        ({"budget": "0"}, "budget=0: "),
+        ({"budget": "-1h"}, "budget=-1h: "),
+        ({"budget": "nanh"}, "budget=nanh: "),
         ({"budget": "20", "race": 4}, "race=4: must be a power of 3"),
         ({"budget": "20", "race": 27}, "race=27: needs at least 27 trials"),
         ({"budget": "2h", "race": 3}, "race=3: needs a budget in trials"),
