@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -444,13 +444,15 @@ def report_table(
     """A table of one's own: which data sets, methods, columns and quoted rows it has is said in YAML."""
     from linflab.platform.reporting import report_table, table_definition
 
-    if (records := table_definition(file).records) is not None:
-        if cluster:
-            raise SettingError(f"cluster: table={file} is made of {records}, not of a cluster's record; leave it out")
-        _show(report_table(Storage.at(storage), file, out))
-        return
-    with _records_if_any(storage, cluster) as place:
-        _show(report_table(place, file, out))
+    definition = table_definition(file)
+    if definition.records is not None and cluster:
+        raise SettingError(
+            f"cluster: table={file} is made of {definition.records}, not of a cluster's record; leave it out"
+        )
+    # records of its own need no storage
+    opened = _records_if_any(storage, cluster) if definition.records is None else nullcontext(Storage.at(storage))
+    with opened as place:
+        _show(report_table(place, file, definition, out))
 
 
 def _add_shipped_table(name: str) -> None:

@@ -47,18 +47,16 @@ def report_comparison(storage: Storage, names: Sequence[str], quoted: bool, out:
         return write_page(table, out or storage.reports, "comparison")
 
 
-def report_table(storage: Storage, name: str, out: Path | None) -> Page:
-    """A shipped table, or one that a YAML file defines; without records, the quoted rows alone.
+def report_table(storage: Storage, name: str, definition: TableDefinition, out: Path | None) -> Page:
+    """A table by its definition, of its own records or the storage's; without any, the quoted rows alone.
 
     Raises:
-        SettingError: as `report_sweep`, or the definition is wrong, or the file of records that it names.
+        SettingError: as `report_sweep`, or the table's own file of records can't be read.
     """
-    definition = table_definition(name)
     stem = name if name in table_names() else page_name("table", Path(name).stem)
     with one_error(storage, out):
-        recorded = pd.DataFrame() if definition.records else _runs(storage)
-        table = comparison_table(definition, _runs_for(definition, recorded))
-        return write_page(table, out or storage.reports, stem)
+        runs = _runs(storage) if definition.records is None else frame_of(read_file(definition.records))
+        return write_page(comparison_table(definition, runs), out or storage.reports, stem)
 
 
 def table_definition(name: str) -> TableDefinition:
@@ -78,8 +76,10 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
     folder = out or storage.reports
     with one_error(storage, out):
         runs = _runs(storage)
-        definitions = [load_definition(name) for name in table_names()]
-        tables = [comparison_table(each, _runs_for(each, runs)) for each in definitions]
+        tables = []
+        for definition in map(load_definition, table_names()):
+            own = None if definition.records is None else frame_of(read_file(definition.records))
+            tables.append(comparison_table(definition, runs if own is None else own))
         pages = [write_page(table, folder, name) for name, table in zip(table_names(), tables, strict=True)]
         notes = [] if len(runs) else [f"Nothing has been recorded in {storage.root} yet."]
         if len(runs) and schema.SWEEP in runs:
@@ -94,11 +94,6 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
 
 def _runs(storage: Storage) -> pd.DataFrame:
     return read_runs(storage.tracking_uri, TRIALS) if storage.has_records else pd.DataFrame()
-
-
-def _runs_for(definition: TableDefinition, recorded: pd.DataFrame) -> pd.DataFrame:
-    """The runs that a table is made of: those of its own file, else those that the storage has."""
-    return recorded if definition.records is None else frame_of(read_file(definition.records))
 
 
 def _trials(storage: Storage, name: str) -> pd.DataFrame:
