@@ -204,7 +204,10 @@ def test_the_store_is_out_of_reach_for_a_minute(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs")
     sweep.start(RECIPE, "demo", *SHORT, "--budget", "3", "--sampler", "random", "--name", "locked")
     sweep.wait_for("started", times=2)
-    time.sleep(8)
+    deadline = time.monotonic() + 120  # a process killed before it trains is no start on record
+    while not 0 < len(sweep.processes("ImplicitFunc")) == len(list(sweep.storage.glob("checkpoints/*/latest.pt"))):
+        assert time.monotonic() < deadline and sweep.process.poll() is None, sweep.log.read_text()
+        time.sleep(0.1)
     connection = sqlite3.connect(Storage(sweep.storage).database, isolation_level=None, timeout=60)
     connection.execute("BEGIN EXCLUSIVE")
     time.sleep(5)
