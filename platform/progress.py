@@ -162,10 +162,11 @@ class SweepView(Callback):
 
     def _render(self) -> Group:
         table = Table(expand=True, box=SIMPLE_HEAD)
-        for name in ("#", "Setting", "Epoch", "p", "Loss", "Val. certified", "Best", "State"):
+        rows = list(self.rows.values())
+        with_p = any(schema.P in row.result for row in rows)  # not of networks without distances
+        for name in ("#", "Setting", "Epoch", *(["p"] * with_p), "Loss", "Val. certified", "Best", "State"):
             text = name in ("Setting", "State")
             table.add_column(name.replace(" ", "\n"), justify="left" if text else "right", no_wrap=name != "Setting")
-        rows = list(self.rows.values())
         ended = self.before + sum(row.state in ("done", "failed") for row in rows)
         # running ones first, then the best: where the screen ends, the worst are left out
         for row in nsmallest(self.console.height, rows, key=_Row.place):
@@ -173,7 +174,7 @@ class SweepView(Callback):
                 row.label,
                 row.setting,
                 str(row.result.get("epoch", "")),
-                _p(row.result[schema.P]) if schema.P in row.result else "",
+                *([_p(row.result[schema.P]) if schema.P in row.result else ""] * with_p),
                 f"{row.result[schema.TRAIN_LOSS]:.4f}" if schema.TRAIN_LOSS in row.result else "",
                 _percent(row.result.get(schema.VALIDATION_CERTIFIED)),
                 _percent(row.result.get(schema.BEST_VALIDATION_CERTIFIED)),

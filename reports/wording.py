@@ -7,9 +7,9 @@ import pandas as pd
 from linflab.reports import schema
 
 WAYS = {
-    "lipschitz": "margin/2 at p = inf",
-    "interval": "bounds through every layer at p = inf",
-    "crown": "linear bounds through ReLU, tanh and affine layers (CROWN), intervals before them, at p = inf",
+    "lipschitz": "margin/2",
+    "interval": "bounds through every layer",
+    "crown": "linear bounds through ReLU, tanh and affine layers (CROWN), intervals before them",
 }
 
 
