@@ -317,9 +317,12 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
             chosen = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
             yield chosen, "not chosen by validation, which none of its runs has: the latest settings on record"
             continue
-        by = competing.groupby("configuration", sort=False)[schema.BEST_VALIDATION_CERTIFIED].agg(["size", "mean"])
+        by = competing.groupby("configuration", sort=False).agg(
+            size=("started", "size"), mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"), started=("started", "min")
+        )
         enough = by[by["size"] >= min(measured.seeds, by["size"].max())]
-        best = enough["mean"].idxmax()
+        equal = enough[enough["mean"] == enough["mean"].max()]
+        best = equal["started"].idxmin()
         how = f"settings chosen by certified accuracy on validation ({100 * enough['mean'][best]:.2f})"
         if len(enough) < len(by):
             how += (
@@ -327,6 +330,8 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
             )
         elif len(by) > 1:
             how += f" among {len(by)} that were tried"
+        if len(equal) > 1:
+            how += f", the first of {len(equal)} that came to it"
         again = candidates[final & (candidates["configuration"] == best)]
         if len(again):
             yield again, f"{how}, then trained on training and validation images"

@@ -147,6 +147,14 @@ def test_the_same_seed_again_counts_once_and_a_final_training_takes_the_row() ->
     assert row.cell("Certified").text == "78.00" and "not chosen by validation" in row.note
 
 
+def test_of_equal_settings_the_first_tried_take_the_row() -> None:
+    runs = [run(2, 0.78, 0.99, **{"model.width": "96"}), run(1, 0.78, 0.77), run(3, 0.70, 0.98, **{"model.width": "8"})]
+    for order in (runs, runs[::-1]):
+        (row,) = measured(comparison_table(TABLE, pd.DataFrame(order)))
+        assert row.cell("Certified").text == "77.00"
+        assert "(78.00) among 3 that were tried, the first of 2 that came to it" in row.note
+
+
 def test_runs_without_scores_are_left_out_and_counted() -> None:
     runs = [
         run(1, 0.78, 0.77),
