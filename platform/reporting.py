@@ -1,7 +1,7 @@
 """Reports on a storage's records: read, made into pages, and written to a folder."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,8 +55,8 @@ def report_table(storage: Storage, name: str, definition: TableDefinition, out: 
     """
     stem = name if name in table_names() else page_name("table", Path(name).stem)
     with one_error(storage, out):
-        runs = _runs(storage) if definition.records is None else frame_of(read_file(definition.records))
-        return write_page(comparison_table(definition, runs), out or storage.reports, stem)
+        table = comparison_table(definition, _runs_for(definition, lambda: _runs(storage)))
+        return write_page(table, out or storage.reports, stem)
 
 
 def table_definition(name: str) -> TableDefinition:
@@ -76,10 +76,8 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
     folder = out or storage.reports
     with one_error(storage, out):
         runs = _runs(storage)
-        tables = []
-        for definition in map(load_definition, table_names()):
-            own = None if definition.records is None else frame_of(read_file(definition.records))
-            tables.append(comparison_table(definition, runs if own is None else own))
+        definitions = [load_definition(name) for name in table_names()]
+        tables = [comparison_table(definition, _runs_for(definition, lambda: runs)) for definition in definitions]
         pages = [write_page(table, folder, name) for name, table in zip(table_names(), tables, strict=True)]
         notes = [] if len(runs) else [f"Nothing has been recorded in {storage.root} yet."]
         if len(runs) and schema.SWEEP in runs:
@@ -94,6 +92,11 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
 
 def _runs(storage: Storage) -> pd.DataFrame:
     return read_runs(storage.tracking_uri, TRIALS) if storage.has_records else pd.DataFrame()
+
+
+def _runs_for(definition: TableDefinition, recorded: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table's own records, where it has any, else what is recorded in the storage."""
+    return recorded() if definition.records is None else frame_of(read_file(definition.records))
 
 
 def _trials(storage: Storage, name: str) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -244,6 +245,17 @@ def test_a_trial_whose_process_could_not_even_start_is_shown() -> None:
     view = SweepView(Console(quiet=True), ["model.width"], 3)
     view.lost("1")
     assert view.rows["1"].state == "lost"
+
+
+@pytest.mark.parametrize("result", [{schema.TRAIN_LOSS: 0.5}, {schema.TRAIN_LOSS: 0.5, schema.P: 24.0}])
+def test_p_is_shown_of_networks_with_distances(result: dict[str, float]) -> None:
+    console = Console(file=StringIO(), force_terminal=True, color_system=None, width=100, height=20)
+    with SweepView(console, ["model.width"], 3) as view:
+        view.ended("1", {"model.width": 8}, result, None)
+        with console.capture() as screen:
+            console.print(view.live.get_renderable())
+    header, *rows = (line.split() for line in screen.get().splitlines() if "Loss" in line or "done" in line)
+    assert ("p" in header) == ("24" in rows[0]) == (schema.P in result) and "0.5000" in rows[0]
 
 
 @pytest.mark.parametrize(
