@@ -1,7 +1,8 @@
 """Records as a file, to be kept beside a paper or in a repository: what tables are made of, without weights or curves.
 
 JSON, one run a line, the oldest first, behind a line that says what it is. Read again, the runs are in a record as they
-were, but for their ids (the tag `linflab.imported` has those), and make the same tables.
+were, but for their ids (the tag `linflab.imported` has those), make the same tables, and are the same file when they
+are written once more.
 """
 
 import json
@@ -48,19 +49,27 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
     """Write runs, by id or the beginning of it, and sweeps, by name, to a file; returns how many runs.
 
     Args:
-        names: none: all that have ended.
+        names: none: all that have ended, but for trials of sweeps that have not.
 
     Raises:
         SettingError: the file can't be written.
         LookupError: there is no such run or sweep that has ended, or there are several.
     """
     client = MlflowClient(storage.tracking_uri)
-    runs = [run for run in search_runs(client, "") if schema.KIND in run.data.tags and run.info.status != "RUNNING"]
-    ids = _named(runs, names) if names else {run.info.run_id for run in runs}
+    ours = [run for run in search_runs(client, "") if schema.KIND in run.data.tags]
+    runs = [run for run in ours if run.info.status != "RUNNING"]
+    going_on = {_sweep(run) for run in ours if run.info.status == "RUNNING" and run.data.tags[schema.KIND] == "sweep"}
+    for name in going_on & set(names):
+        raise LookupError(
+            f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut"
+        )
+    ids = _named(runs, names) if names else {run.info.run_id for run in runs if _sweep(run) not in going_on}
     chosen = [run for run in runs if run.info.run_id in ids]
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
-    lines = [_line(run, experiments) for run in sorted(chosen, key=lambda run: (run.info.start_time, run.info.run_id))]
-    content = "\n".join([HEAD, *lines, ""]).encode()
+    names_of = {run.info.run_id: _original(run) for run in runs}
+    lines = [_line(run, experiments, names_of) for run in chosen]
+    lines.sort(key=lambda line: (line.started, line.run_id))
+    content = "\n".join([HEAD, *(json.dumps(line.model_dump()) for line in lines), ""]).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         os.replace(write_partial(file, lambda out: out.write(content)), file)
@@ -71,9 +80,7 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
 
 def _named(runs: Sequence[MLflowRun], names: Sequence[str]) -> set[str]:
     """The ids of the runs of sweeps of these names, and of those whose ids alone begin so."""
-    of_sweeps = pd.DataFrame(
-        {"run_id": [run.info.run_id for run in runs], schema.SWEEP: [run.data.tags.get(schema.SWEEP) for run in runs]}
-    )
+    of_sweeps = pd.DataFrame({"run_id": [run.info.run_id for run in runs], schema.SWEEP: [_sweep(run) for run in runs]})
     ids: set[str] = set()
     for name in names:
         trials = of_sweeps[of_sweeps[schema.SWEEP] == name]
@@ -81,23 +88,35 @@ def _named(runs: Sequence[MLflowRun], names: Sequence[str]) -> set[str]:
     return ids
 
 
-def _line(run: MLflowRun, experiments: dict[str, str]) -> str:
-    record = RecordedRun(
-        run_id=run.info.run_id,
+def _sweep(run: MLflowRun) -> str | None:
+    name: str | None = run.data.tags.get(schema.SWEEP)
+    return name
+
+
+def _original(run: MLflowRun) -> str:
+    """The id that a run had where it was made, however often it was imported since."""
+    return str(run.data.tags.get(schema.IMPORTED, run.info.run_id))
+
+
+def _line(run: MLflowRun, experiments: dict[str, str], originals: dict[str, str]) -> RecordedRun:
+    tags = {name: text for name, text in sorted(run.data.tags.items()) if _belongs(name)}
+    if PARENT in tags:
+        tags[PARENT] = originals.get(tags[PARENT], tags[PARENT])
+    return RecordedRun(
+        run_id=_original(run),
         experiment=experiments[run.info.experiment_id],
         status=run.info.status,
         started=run.info.start_time,
         ended=run.info.end_time or run.info.start_time,
-        tags={name: text for name, text in sorted(run.data.tags.items()) if _belongs(name)},
+        tags=tags,
         parameters=dict(sorted(run.data.params.items())),
         metrics={name: value for name, value in sorted(run.data.metrics.items()) if _is_ours(name)},
     )
-    return json.dumps(record.model_dump())
 
 
 def _belongs(tag: str) -> bool:
     """Whether a tag is of the run, and not of where it was recorded."""
-    return tag.startswith(TAGS) and tag not in ("mlflow.user", "mlflow.log-model.history")
+    return tag.startswith(TAGS) and tag not in (schema.IMPORTED, "mlflow.user", "mlflow.log-model.history")
 
 
 def _is_ours(metric: str) -> bool:
@@ -116,11 +135,10 @@ def import_records(storage: Storage, file: Path) -> tuple[int, int]:
     client = MlflowClient(storage.tracking_uri)
     known: dict[str, str] = {}
     for run in search_runs(client, ""):
-        original = run.data.tags.get(schema.IMPORTED)
-        if original is not None and run.info.status == "RUNNING":
+        if schema.IMPORTED in run.data.tags and run.info.status == "RUNNING":
             client.delete_run(run.info.run_id)
         else:
-            known[original or run.info.run_id] = run.info.run_id
+            known[_original(run)] = run.info.run_id
     added = 0
     # parents first, as their runs have new ids
     for record in sorted(records, key=lambda record: PARENT in record.tags):

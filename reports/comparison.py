@@ -11,6 +11,7 @@ A table is defined by YAML (`papers/`, or a file of one's own):
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import count, product
@@ -50,8 +51,9 @@ from linflab.reports.tables import (
     number,
     text,
 )
-from linflab.reports.wording import attacks, certifiers, describe_settings, machines, workers
+from linflab.reports.wording import attacks, certifiers, describe_settings, machines, repeats, workers
 
+ROUNDING = 1e-9  # of means over seeds: far below a share of any number of images
 SEED, FINAL = "seed", "training.include_validation"
 NOT_COMPARED = (SEED, FINAL, "training.checkpoint_epochs", "evaluation.batch_size")  # as is compute
 SIZES = ("depth", "width", "dense_width", "hidden", "q")  # settings of a network that tell its size
@@ -318,23 +320,27 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
             yield chosen, "not chosen by validation, which none of its runs has: the latest settings on record"
             continue
         by = competing.groupby("configuration", sort=False).agg(
-            size=("started", "size"), mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"), started=("started", "min")
+            size=("started", "size"),
+            mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"),
+            seconds=(schema.TRAIN_SECONDS, "mean"),
         )
         enough = by[by["size"] >= min(measured.seeds, by["size"].max())]
-        equal = enough[enough["mean"] == enough["mean"].max()]
-        best = equal["started"].idxmin()
-        how = f"settings chosen by certified accuracy on validation ({100 * enough['mean'][best]:.2f})"
+        equal = enough[enough["mean"] > enough["mean"].max() - ROUNDING]
+        best = equal["seconds"].fillna(math.inf).idxmin()
+        reached = f"{100 * enough['mean'][best]:.2f}"
         if len(enough) < len(by):
-            how += (
-                f" among {len(enough)} of {len(by)} that were tried, those with at least {enough['size'].min()} seeds"
-            )
-        elif len(by) > 1:
-            how += f" among {len(by)} that were tried"
+            seeds = enough["size"].min()
+            among = f" among {len(enough)} of {len(by)} on record, those with at least {seeds} seeds"
+        else:
+            among = f" among {len(by)} on record"
+        how = f"settings chosen by certified accuracy on validation ({reached}){among}"
+        if len(by) == 1:
+            how = f"the only settings on record (certified on validation: {reached})"
         if len(equal) > 1:
-            how += f", the first of {len(equal)} that came to it"
+            how += f", of {len(equal)} that came to it the quickest to train"
         again = candidates[final & (candidates["configuration"] == best)]
         if len(again):
-            yield again, f"{how}, then trained on training and validation images"
+            yield again, f"{how}, then trained on training and validation images, the last epoch kept"
         else:
             yield competing[competing["configuration"] == best], how
 
@@ -373,6 +379,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     seeds = ", ".join(str(seed) for seed in runs[SEED])
     several = len(runs) > 1
     parts = [f"{len(runs)} runs (seeds {seeds}), mean ± standard deviation" if several else f"1 run (seed {seeds})"]
+    if "objective.kind" in first and first["objective.kind"] == first["objective.kind"]:
+        parts.append(f"objective {first['objective.kind']}")
     parts += [how, f"certifier {certifiers(runs)}", f"robust under {attacks(runs)}"]
     spent = seconds.mean()
     cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
@@ -385,7 +393,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     broken = runs[schema.TEST_BROKEN].sum()
     if broken > 0:
         parts.append(f"attacks broke {int(broken)} samples that had been certified")
-    commands = "\n".join(str(command) for command in runs[schema.COMMAND].dropna())
+    commands = "\n".join(line for _, run in runs.iterrows() if (line := repeats(run)))
     note = f"measured: {'; '.join(parts)}."
     return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
 
@@ -417,9 +425,11 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Seque
         both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""
         said.append(f"Bold: the best of its group{both}.")
     if HOURS in columns and "measured" in kinds:
-        said.append("Hours of a training, with its scoring on validation images, without that on test images.")
+        said.append(
+            "Hours of a training, scoring on validation images (where there is any) included, on test images not."
+        )
     if EPOCH_SECONDS in columns and "measured" in kinds:
-        said.append("Seconds of an epoch that was measured include its scoring on validation images.")
+        said.append("Seconds of an epoch that was measured include its scoring on validation images, where it has any.")
     for name in dict.fromkeys(row.source for row in rows if row.source):
         said.append(f"Quoted: {sources()[name].describe()}.")
     return Table(title, tuple(columns), emphasized(rows, compared), (*said, *notes))

@@ -32,6 +32,7 @@ from linflab.reports.wording import (
     describe_settings,
     duration,
     machines,
+    repeats,
     short_name,
     workers,
 )
@@ -69,7 +70,7 @@ def sweep_table(sweep: str, trials: pd.DataFrame, shares: Mapping[str, float] | 
                 ROBUST: percent(trial[schema.TEST_ROBUST]),
                 CERTIFIED: percent(trial[schema.TEST_CERTIFIED]),
             },
-            command=str(trial[schema.COMMAND]),
+            command=repeats(trial),
         )
         for trial in trials.to_dict("records")
     )

@@ -39,6 +39,17 @@ def workers(run: pd.Series) -> str:
     return f"{count} worker{'s' * (count > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
 
 
+def repeats(run: pd.Series) -> str:
+    """The command that repeats a run, with the commit that it was of, as recipes change; empty where none is known."""
+    command, commit = run.get(schema.COMMAND), run.get(schema.COMMIT)
+    if not isinstance(command, str):
+        return ""
+    if not isinstance(commit, str):
+        return command
+    number, *changed = commit.split("-")
+    return f"{command}  # linflab {'-'.join([number[:9], *changed])}"
+
+
 def duration(seconds: float) -> str:
     """A time for reading."""
     return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"

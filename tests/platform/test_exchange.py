@@ -9,7 +9,7 @@ from linflab.platform.exchange import HEAD
 from linflab.platform.storage import Storage
 from linflab.reports import schema
 from linflab.reports.records import read_runs
-from tests.conftest import FinishedSweep, Here
+from tests.conftest import QUICK, RECIPE, FinishedSweep, Here
 
 
 def exported(sweep: FinishedSweep, here: Here, tmp_path: Path, *names: str) -> Path:
@@ -38,6 +38,9 @@ def test_imported_records_make_the_same_tables(finished_sweep: FinishedSweep, he
     # and out again, they are the same but for where they were
     second = tmp_path / "second.jsonl"
     here("records", "export", str(second), "--storage", str(there))
+    assert second.read_bytes() == file.read_bytes()
+    back = here("records", "import", str(second), "--storage", str(finished_sweep.storage))
+    assert "0 runs were added" in back.stdout
     mine, theirs = (runs_of(storage) for storage in (finished_sweep.storage, there))
     assert set(theirs.columns) - set(mine.columns) == {schema.IMPORTED}
     theirs = theirs.set_index(schema.IMPORTED).loc[mine["run_id"]]
@@ -69,6 +72,21 @@ def test_chosen_runs(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) 
     failed = here("records", "export", str(tmp_path / "no"), "four", "--storage", str(finished_sweep.storage))
     assert failed.returncode == 2 and "four: there is no such run or sweep; sweeps: three" in failed.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_a_sweep_that_goes_on_is_not_exported(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
+    """Its trials would be without a sweep elsewhere."""
+    file, there = exported(finished_sweep, here, tmp_path), tmp_path / "there"
+    here("records", "import", str(file), "--storage", str(there))
+    here("train", RECIPE, *QUICK, "--storage", str(there))
+    client = MlflowClient(Storage(there).tracking_uri)
+    (parent,) = read_runs(Storage(there).tracking_uri, {schema.KIND: "sweep"})["run_id"]
+    client.update_run(parent, status="RUNNING")
+    failed = here("records", "export", str(tmp_path / "no"), "three", "--storage", str(there))
+    assert failed.returncode == 2 and "three: this sweep has not ended" in failed.stderr
+    assert not (tmp_path / "no").exists()
+    done = here("records", "export", str(tmp_path / "rest"), "--storage", str(there))
+    assert done.returncode == 0 and "1 runs are in" in done.stdout
 
 
 def test_an_import_that_was_cut_is_done_anew(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
-from linflab.platform.config import load_experiment
+from linflab.platform.config import Experiment, build_experiment, load_experiment
 from linflab.platform.exchange import frame_of, read_file
 from linflab.reports import schema
 from linflab.reports.comparison import comparison_table, load_definition
@@ -33,6 +35,18 @@ def measured(table: Table) -> list[Row]:
     return rows
 
 
+def experiment_of(recorded: pd.Series) -> Experiment:
+    """The experiment of a run's parameters; what became a setting later has its default, as it had then."""
+    tree: dict[str, Any] = {}
+    for path, text in recorded.items():
+        *sections, name = str(path).split(".")
+        section = tree
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[name] = None if text == "None" else yaml.safe_load(text)
+    return build_experiment(tree, {})
+
+
 def test_the_readme_shows_it(table: Table) -> None:
     """`make readme` puts it there."""
     _, shown = Path("README.md").read_text().split("<!-- measured -->\n")
@@ -46,13 +60,10 @@ def test_its_commands_train_what_is_on_record(table: Table, runs: pd.DataFrame) 
         commands = row.command.splitlines()
         assert len(commands) == len(row.runs) > 0
         for command, run_id in zip(commands, row.runs, strict=True):
-            program, action, recipe, *overrides = shlex.split(command)
+            program, action, recipe, *overrides = shlex.split(command, comments=True)
             assert (program, action) == ("linflab", "train")
-            settings = load_experiment(recipe, overrides).settings()
-            recorded = by_id.loc[run_id, parameters(runs)].dropna().to_dict()
-            # what became a setting later has its default, as it had then
-            later = {name: str(value) for name, value in settings.items() if name not in runs}
-            assert {name: str(value) for name, value in settings.items()} == recorded | later, command
+            recorded = by_id.loc[run_id, parameters(runs)].dropna()
+            assert load_experiment(recipe, overrides) == experiment_of(recorded), command
 
 
 def test_its_costs_are_told(table: Table, runs: pd.DataFrame) -> None:

@@ -119,7 +119,7 @@ def test_rows_are_chosen_on_validation_with_mean_and_deviation_over_seeds() -> N
     assert row.cell("FLOPs").text == "1.2M" and row.mark == "a"
     for words in (
         "3 runs (seeds 0, 1, 2)",
-        "on validation (77.10) among 2 of 3 that were tried, those with at least 3 seeds",
+        "on validation (77.10) among 2 of 3 on record, those with at least 3 seeds",
         "certifier lipschitz",
         "PGD (20 steps)",
         "2 CPU cores",
@@ -147,12 +147,27 @@ def test_the_same_seed_again_counts_once_and_a_final_training_takes_the_row() ->
     assert row.cell("Certified").text == "78.00" and "not chosen by validation" in row.note
 
 
-def test_of_equal_settings_the_first_tried_take_the_row() -> None:
-    runs = [run(2, 0.78, 0.99, **{"model.width": "96"}), run(1, 0.78, 0.77), run(3, 0.70, 0.98, **{"model.width": "8"})]
-    for order in (runs, runs[::-1]):
+def test_of_equal_settings_the_quickest_to_train_take_the_row() -> None:
+    runs = [
+        run(4, 0.78, 0.99, **{"model.width": "96", schema.TRAIN_SECONDS: 400.0}),
+        run(3, 0.78, 0.77, **{schema.TRAIN_SECONDS: 200.0}),
+        run(2, 0.70, 0.98, **{"model.width": "8", schema.TRAIN_SECONDS: 100.0}),
+        run(1, 0.78, 0.77, **{schema.TRAIN_SECONDS: 210.0}),  # again the same
+    ]
+    for order in (runs, [runs[1], runs[2], runs[0], runs[3]]):
         (row,) = measured(comparison_table(TABLE, pd.DataFrame(order)))
         assert row.cell("Certified").text == "77.00"
-        assert "(78.00) among 3 that were tried, the first of 2 that came to it" in row.note
+        assert "(78.00) among 3 on record, of 2 that came to it the quickest to train" in row.note
+
+
+def test_means_that_differ_by_rounding_are_equal() -> None:
+    first, second = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
+    assert sum(first) != sum(second)
+    runs = [run(seed, value, 0.9, seed=str(seed)) for seed, value in enumerate(first)]
+    wide = {"model.width": "96", schema.TRAIN_SECONDS: 1.0}
+    runs += [run(10 + seed, value, 0.5, seed=str(seed), **wide) for seed, value in enumerate(second)]
+    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert row.cell("Certified").text == "50.00 ± 0.00" and "of 2 that came to it" in row.note
 
 
 def test_runs_without_scores_are_left_out_and_counted() -> None:
