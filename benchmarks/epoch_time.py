@@ -19,10 +19,11 @@ On 2 cores of an AMD EPYC with AVX-512:
     crown_ibp_fused     15.19       1.65   2.49
     linf_dist_net        7.66       0.84   1.13
 
-The first three are of one run, 8 steps each, in which the net took 9.55 s (1.04 times IBP); the net's row is of another,
-16 steps beside 16 of IBP, which took 9.12 s, after p beyond 40 had become faster. Its steps take 5.5 s at p = 8, where powers are multiplications; 17 to 19 s from there to p = 40, by a polynomial for every
-term; 4 to 5.6 s beyond, where few terms count and the others are passed over; 2.2 s at p = inf. With the p-schedule's
-`cheap_exponents` there are no such powers between.
+The first three are of one run, 8 steps each, in which the net took 9.55 s (1.04 times IBP); the net's row is of
+another, 16 steps beside 16 of IBP, which took 9.12 s, after p beyond 40 had become faster. Its steps take 5.5 s at
+p = 8, where powers are multiplications; 17 to 19 s from there to p = 40, by a polynomial for every term; 4 to 5.6 s
+beyond, where few terms count and the others are passed over; 2.2 s at p = inf. With the p-schedule's `cheap_exponents`
+there are no such powers between.
 """
 
 import argparse

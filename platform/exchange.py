@@ -60,9 +60,7 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
     runs = [run for run in ours if run.info.status != "RUNNING"]
     going_on = {_sweep(run) for run in ours if run.info.status == "RUNNING" and run.data.tags[schema.KIND] == "sweep"}
     for name in going_on & set(names):
-        raise LookupError(
-            f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut"
-        )
+        raise LookupError(f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut")
     ids = _named(runs, names) if names else {run.info.run_id for run in runs if _sweep(run) not in going_on}
     chosen = [run for run in runs if run.info.run_id in ids]
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
