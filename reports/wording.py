@@ -1,6 +1,7 @@
 """What stands in records, in the words of tables."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ def workers(run: pd.Series) -> str:
     return f"{count} worker{'s' * (count > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
 
 
-def repeats(run: pd.Series) -> str:
+def repeats(run: pd.Series | Mapping[Hashable, Any]) -> str:
     """The command that repeats a run, with the commit that it was of, as recipes change; empty where none is known."""
     command, commit = run.get(schema.COMMAND), run.get(schema.COMMIT)
     if not isinstance(command, str):
