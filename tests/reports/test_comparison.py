@@ -160,6 +160,25 @@ def test_of_equal_settings_the_quickest_to_train_take_the_row() -> None:
         assert "(78.00) among 3 on record, of 2 that came to it the quickest to train" in row.note
 
 
+def test_what_repeats_a_run_says_its_commit() -> None:
+    """Recipes change; the shell passes over what follows #."""
+    runs = [run(k, 0.78, 0.77, seed=str(k)) for k in range(3)]
+    runs[0][schema.COMMIT], runs[1][schema.COMMIT] = "0123456789abcdef", "0123456789abcdef-dirty"
+    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert row.command.splitlines() == [
+        "linflab train r seed=0  # linflab 012345678",
+        "linflab train r seed=1  # linflab 012345678-dirty",
+        "linflab train r seed=2",
+    ]
+
+
+def test_a_note_says_the_objective_and_whether_there_was_a_choice() -> None:
+    (row,) = measured(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, **{"objective.kind": "hinge"})])))
+    assert "objective hinge; the only settings on record (certified on validation: 78.00); certifier" in row.note
+    (row,) = measured(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77)])))
+    assert "objective" not in row.note
+
+
 def test_means_that_differ_by_rounding_are_equal() -> None:
     first, second = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
     assert sum(first) != sum(second)
