@@ -6,7 +6,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -17,9 +17,25 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 from tabulate import tabulate
 
-from linflab.reports.tables import METHOD, NUMBER, SETTING, Cell, Row, Table
+from linflab.reports.tables import (
+    CPUS,
+    EPOCHS,
+    FLOPS,
+    HOURS,
+    METHOD,
+    MODEL,
+    NUMBER,
+    RUNS,
+    SETTING,
+    VALIDATION,
+    Cell,
+    Row,
+    Table,
+)
 
 MOST_SHOWN = 40  # rows on a terminal
+NARROWEST_TEXT = 20  # a column of words, on a terminal
+DROPPED_FIRST = (CPUS, RUNS, HOURS, EPOCHS, MODEL, FLOPS, VALIDATION)  # where a terminal is too narrow for all
 LINES_OF_A_PAGE = 48  # of LaTeX
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -277,21 +293,20 @@ def print_table(table: Table, console: Console) -> None:
         title = f"{title}, {methods.pop()}"
         columns.remove(METHOD)
     shown = TerminalTable(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-    widths = {
-        column: max([len(part) for part in column.split()] + [len(row.cell(column).text) for row in rows])
-        for column in columns
-    }
-    taken = sum(3 + widths[column] for column in columns if column != SETTING)
+    least = {column: _least_width(column, rows, table) for column in columns}
+    dropped = []
+    for column in DROPPED_FIRST:
+        if column in columns[1:] and sum(least[name] + 3 for name in columns) - 1 > console.width:
+            dropped.append(column)
+            columns.remove(column)
     for column in columns:
         right = column in table.numeric
-        least = max(len(row.group) for row in rows) if column == columns[0] and rows else 0
         shown.add_column(
             escape(column.replace(" ", "\n")),
             justify="right" if right else "left",
             no_wrap=right or column == NUMBER,
-            overflow="fold" if column == SETTING else "ellipsis",
-            # a setting in a line, where the terminal is wide enough for all columns
-            min_width=max(1, min(24, console.width - taken - 3)) if column == SETTING else least or None,
+            overflow="ellipsis" if right else "fold",
+            min_width=least[column],
         )
     for group, of_group in groupby(rows, key=lambda row: row.group):
         if group:
@@ -299,11 +314,23 @@ def print_table(table: Table, console: Console) -> None:
         for row in of_group:
             shown.add_row(*(_terminal_cell(row, column, table) for column in columns))
     console.print(shown, soft_wrap=False)
+    if dropped:
+        names = ", ".join(column for column in table.columns if column in dropped)
+        console.print(f"This terminal is too narrow for {names}; the files have all columns.")
     if len(table.rows) > len(rows):
         console.print(f"{len(table.rows) - len(rows)} more rows are in the files.")
     console.print()
     for note in [*table.notes, *(f"[{row.mark}] {row.note}" for row in rows if row.mark)]:
         console.print(Text(note), style="dim", soft_wrap=False)
+
+
+def _least_width(column: str, rows: Sequence[Row], table: Table) -> int:
+    """Text may be wrapped to this width; numbers are never cut."""
+    cells = [_terminal_cell(row, column, table).plain for row in rows]
+    words = [word for text in (column, *cells) for word in text.split()]
+    if column in table.numeric or column == NUMBER:
+        return max(map(len, [*column.split(), *cells]))
+    return min(NARROWEST_TEXT, max(map(len, words), default=1))
 
 
 def _terminal_cell(row: Row, column: str, table: Table) -> Text:

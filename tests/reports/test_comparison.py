@@ -350,6 +350,24 @@ def test_the_terminal_shows_what_is_measured() -> None:
     assert "Fashion MNIST (eps = 0.1)" in text and max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 130])
+def test_no_number_is_cut_on_a_narrow_terminal(width: int) -> None:
+    """What there is no room for is named."""
+    columns = ("Method", "Model", "Epochs", "FLOPs", "Test", "Robust", "Certified", "Hours", "CPUs", "Runs")
+    runs = [run(k, 0.78 + k / 100, 0.77 + k / 100, seed=str(k), **{schema.TRAIN_SECONDS: 500.0 * k}) for k in range(3)]
+    table = comparison_table(TABLE.model_copy(update={"columns": columns}), pd.DataFrame(runs))
+    console = Console(file=io.StringIO(), width=width)
+    print_table(table, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = text.partition("Accuracies in percent.")[0]
+    assert max(map(len, text.splitlines())) <= width and "…" not in shown
+    assert all(part in shown for part in ("l_inf-dist", "Net+MLP", "Fashion", "[a]", "78.00 ± 1.00", "Certified"))
+    left_out = re.search(r"too narrow for ([^;]*);", " ".join(shown.split()))
+    header = shown.split("─")[0]
+    assert all((column in header) != (column in (left_out[1].split(", ") if left_out else [])) for column in columns)
+    assert (width < 130) <= bool(left_out)
+
+
 def test_radii_as_papers_write_them() -> None:
     assert [eps_text(eps) for eps in (0.1, 0.3, 8 / 255, 2 / 255, 0.2, 0.031)] == [
         "0.1", "0.3", "8/255", "2/255", "0.2", "0.031",
