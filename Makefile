@@ -10,6 +10,7 @@ SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # after c
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
+	@echo "This shell knows linflab after: source $(BIN)/activate"
 
 install: $(VENV)/.installed
 

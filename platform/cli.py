@@ -365,6 +365,26 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCl
     _print_rows([{str(key): value for key, value in row.items()} for row in rows], list(found.columns), as_json)
 
 
+@app.command()
+def runs(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCluster = False) -> None:
+    """The trainings, the latest first: their ids, by which `evaluate`, `report` and `records` know them, and scores."""
+    from linflab.platform.reporting import one_error
+    from linflab.reports.records import list_runs
+
+    with _records(storage, cluster) as place, one_error(place):
+        found = list_runs(place.tracking_uri)
+    rows: list[dict[str, Any]] = [
+        {str(name): None if value != value else value for name, value in row.items()}
+        for row in found.to_dict("records")
+    ]
+    if not as_json:
+        for row in rows:
+            row["run"] = row["run"][:8]
+            for name in ("validation", "test"):
+                row[name] = "-" if row[name] is None else f"{100 * row[name]:.2f}%"
+    _print_rows(rows, list(found.columns), as_json)
+
+
 @report_app.callback(invoke_without_command=True)
 def report(
     context: typer.Context,
@@ -873,6 +893,7 @@ def _network_without_weights(experiment: "Experiment") -> tuple["nn.Module", tup
 
 
 def _estimate(experiment: "Experiment", dataset: "Dataset") -> None:
+    from linflab.platform.config import DISTANCE_NETS
     from linflab.platform.estimate import estimate
     from linflab.platform.tracking import hardware
     from linflab.platform.trial import check_machine, device_of
@@ -884,8 +905,8 @@ def _estimate(experiment: "Experiment", dataset: "Dataset") -> None:
         if "memory" not in str(error):
             raise
         raise SettingError(f"recipe: needs more memory than there is ({' '.join(str(error).split())[:200]})") from None
-    rows = [{"p": p, "seconds a step": seconds} for p, seconds in guess.steps]
-    _print_rows(rows, ["p", "seconds a step"], as_json=False)
+    columns = ["p", "seconds a step"] if experiment.model.kind in DISTANCE_NETS else ["seconds a step"]
+    _print_rows([{"p": p, "seconds a step": seconds} for p, seconds in guess.steps], columns, as_json=False)
     whole = guess.training_hours + guess.scoring_hours
     unit, per_hour = ("hours", 1) if whole > 0.1 else ("seconds", 3600)
     hours, steps, scoring = (part * per_hour for part in (whole, guess.training_hours, guess.scoring_hours))

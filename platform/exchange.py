@@ -61,8 +61,10 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
     going_on = {_sweep(run) for run in ours if run.info.status == "RUNNING" and run.data.tags[schema.KIND] == "sweep"}
     for name in going_on & set(names):
         raise LookupError(f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut")
-    ids = _named(runs, names) if names else {run.info.run_id for run in runs if _sweep(run) not in going_on}
+    ids = _named(ours, names) if names else {run.info.run_id for run in runs if _sweep(run) not in going_on}
     chosen = [run for run in runs if run.info.run_id in ids]
+    for run_id in ids - {run.info.run_id for run in chosen}:
+        raise LookupError(f"{run_id}: this run has not ended")
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
     names_of = {run.info.run_id: _original(run) for run in runs}
     lines = [_line(run, experiments, names_of) for run in chosen]
@@ -78,7 +80,13 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
 
 def _named(runs: Sequence[MLflowRun], names: Sequence[str]) -> set[str]:
     """The ids of the runs of sweeps of these names, and of those whose ids alone begin so."""
-    of_sweeps = pd.DataFrame({"run_id": [run.info.run_id for run in runs], schema.SWEEP: [_sweep(run) for run in runs]})
+    of_sweeps = pd.DataFrame(
+        {
+            "run_id": [run.info.run_id for run in runs],
+            schema.IMPORTED: [_original(run) for run in runs],
+            schema.SWEEP: [_sweep(run) for run in runs],
+        }
+    )
     ids: set[str] = set()
     for name in names:
         trials = of_sweeps[of_sweeps[schema.SWEEP] == name]
@@ -178,7 +186,7 @@ def read_file(file: Path) -> list[RecordedRun]:
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path
         raise SettingError(f"file={file}: can't be read ({error})") from None
     if head != HEAD:
-        raise SettingError(f"file={file}: is none of `linflab records export`: its first line must be {HEAD}")
+        raise SettingError(f"file={file}: was not written by `linflab records export`: its first line must be {HEAD}")
     records = []
     for number, line in enumerate(lines, start=2):
         try:

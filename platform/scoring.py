@@ -201,12 +201,12 @@ def weights_of_run(storage: Storage, run: str) -> Path:
     """
     client = MlflowClient(storage.tracking_uri)
     try:
+        if schema.IMPORTED in client.get_run(run).data.tags:
+            raise SettingError(f"{run}: was imported from a file of records, which has no weights")
         return Path(client.download_artifacts(run, schema.WEIGHTS_FILE))
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise SettingError(
-            f"{run}: is neither a file nor a run in {storage.root} that has weights ({reason})"
-        ) from None
+        raise SettingError(f"{run}: has no weights in {storage.root} ({reason})") from None
 
 
 def record_scores(storage: Storage, run: str, scores: Scores) -> None:

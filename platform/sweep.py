@@ -162,7 +162,8 @@ class SweepPlan:
         except OSError:
             known = [path.parent.name for path in sorted(storage.sweeps.glob("*/sweep.yaml"))]
             raise SettingError(
-                f"resume={name}: there is no such sweep in {storage.root}; there are: {', '.join(known) or 'none yet'}"
+                f"resume={name}: there is no such sweep in {storage.root} that was started there (imported ones can't "
+                f"be resumed); there are: {', '.join(known) or 'none yet'}"
             ) from None
         try:
             tree, overrides = content["settings"], tuple(content["overrides"])

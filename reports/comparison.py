@@ -242,16 +242,19 @@ def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
 
 
 def run_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The run of this id, or whose id alone begins so, as one row.
+    """The run of this id, or whose id alone begins so, as one row; of an imported run, the id that it had will do.
 
     Raises:
         LookupError: there is none, or there are several.
     """
-    mine = runs[[run_id.startswith(name) for run_id in runs["run_id"]]]
+    found = runs["run_id"].str.startswith(name)
+    if schema.IMPORTED in runs:
+        found |= runs[schema.IMPORTED].str.startswith(name).fillna(False).astype(bool)
+    mine = runs[found]
     if len(mine) != 1:
         sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) if schema.SWEEP in runs else ""
         many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
-        raise LookupError(f"{name}: there {many}; sweeps: {sweeps or 'none yet'}")
+        raise LookupError(f"{name}: there {many}; `linflab runs` lists the runs; sweeps: {sweeps or 'none yet'}")
     return mine
 
 
@@ -419,7 +422,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Seque
         said.append("Accuracies in percent.")
     kinds = {row.kind for row in rows}
     if "measured" in kinds:
-        said.append("Rows with a letter were measured with linflab; the others are quoted.")
+        said.append(f"Rows with a letter were measured with linflab{'; the others are quoted' * (len(kinds) > 1)}.")
     compared = [column for column in columns if column in MORE_IS_BETTER]
     if compared:
         both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""

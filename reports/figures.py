@@ -1,5 +1,6 @@
 """Figures for papers: readable in grey, and without telling colours apart."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, of: st
         values = pd.to_numeric(there[path], errors="coerce")
         _plain(axes)
         if values.notna().all() and len(values):
-            if values.min() > 0 and values.max() / values.min() > 10:
+            if _is_spread_by_ratios(values):
                 axes.set_xscale("log")
         else:
             values = there[path].astype(str)
@@ -123,6 +124,15 @@ def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, of: st
         axes.set_xlabel(short_name(path), fontsize=8, parse_math=False)
         axes.tick_params(labelsize=7, which="both")
     return figure
+
+
+def _is_spread_by_ratios(values: pd.Series) -> bool:
+    """Whether values lie more evenly on a logarithmic axis: their median is nearer to its middle."""
+    low, middle, high = values.min(), values.median(), values.max()
+    if low <= 0 or high / low <= 10:
+        return False
+    linear, logarithmic = (middle - low) / (high - low), math.log(middle / low) / math.log(high / low)
+    return abs(logarithmic - 0.5) < abs(linear - 0.5)
 
 
 def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> Figure:

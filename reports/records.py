@@ -175,6 +175,26 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
     )
 
 
+def list_runs(tracking_uri: str) -> pd.DataFrame:
+    """All trainings, the latest first, one row each.
+
+    Columns: `run` (its id), `dataset`, `eps`, `method`, `sweep` and `trial` (empty where there are none), `started` (in
+    local time), `state` (finished, failed, killed, running), and `validation` and `test`: certified accuracies, shares,
+    or NaN.
+    """
+    columns = {
+        "run_id": "run", "dataset": "dataset", "eps": "eps", "method": "method", schema.SWEEP: "sweep",
+        schema.TRIAL: "trial", "started": "started", "status": "state",
+        schema.BEST_VALIDATION_CERTIFIED: "validation", schema.TEST_CERTIFIED: "test",
+    }  # fmt: skip
+    found = read_runs(tracking_uri, {schema.KIND: "trial"}).reindex(columns=list(columns)).rename(columns=columns)
+    for name in ("dataset", "eps", "method", "sweep", "trial"):
+        found[name] = found[name].fillna("")
+    found["started"] = [datetime.fromtimestamp(at / 1000).strftime("%Y-%m-%d %H:%M") for at in found["started"]]
+    found["state"] = found["state"].str.lower() if len(found) else found["state"]
+    return found
+
+
 def sweep_names(client: MlflowClient) -> list[str]:
     """All sweeps, the latest first."""
     return [run.data.tags[schema.SWEEP] for run in search_runs(client, f"tags.`{schema.KIND}` = 'sweep'")]

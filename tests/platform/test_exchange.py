@@ -1,5 +1,6 @@
 """Records out of one storage and into another: the same tables there."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -52,13 +53,20 @@ def test_imported_records_make_the_same_tables(finished_sweep: FinishedSweep, he
 
 
 def test_a_page_of_an_imported_run(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
-    """It has the run's row, and no curves, of which only the last values were in the file."""
-    there, out = tmp_path / "there", tmp_path / "out"
+    """It has the run's row, and no curves, of which only the last values were in the file; the id it had will do."""
+    there = tmp_path / "there"
     here("records", "import", str(exported(finished_sweep, here, tmp_path)), "--storage", str(there))
-    run = runs_of(there)["run_id"].iloc[0]
-    done = here("report", "run", run, "--storage", str(there), "--out", str(out))
-    assert done.returncode == 0 and done.stderr == ""
-    assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".html", ".md", ".tex"]
+    new = runs_of(there)["run_id"].iloc[0]
+    old = runs_of(there)[schema.IMPORTED].iloc[0]
+    for name in (new, old[:12]):
+        out = tmp_path / name
+        done = here("report", "run", name, "--storage", str(there), "--out", str(out))
+        assert done.returncode == 0 and done.stderr == ""
+        assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".html", ".md", ".tex"]
+    failed = here("evaluate", old, "--storage", str(there))
+    assert failed.returncode == 2 and "was imported from a file of records, which has no weights" in failed.stderr
+    failed = here("sweep", "--resume", "three", "--storage", str(there))
+    assert failed.returncode == 2 and "imported ones can't be resumed" in failed.stderr
 
 
 def runs_of(storage: Path) -> pd.DataFrame:
@@ -70,8 +78,18 @@ def test_chosen_runs(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) 
     assert len(exported(finished_sweep, here, tmp_path, run[:12]).read_text().splitlines()) == 2
     assert len(exported(finished_sweep, here, tmp_path, run, "three").read_text().splitlines()) == 5
     failed = here("records", "export", str(tmp_path / "no"), "four", "--storage", str(finished_sweep.storage))
-    assert failed.returncode == 2 and "four: there is no such run or sweep; sweeps: three" in failed.stderr
+    assert failed.returncode == 2 and "four: there is no such run or sweep; `linflab" in failed.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_runs_are_listed(finished_sweep: FinishedSweep, here: Here) -> None:
+    done = here("runs", "--json", "--storage", str(finished_sweep.storage))
+    listed, runs = json.loads(done.stdout), runs_of(finished_sweep.storage)
+    assert [row["run"] for row in listed] == runs["run_id"].tolist()
+    assert [row["test"] for row in listed] == [None if x != x else x for x in runs[schema.TEST_CERTIFIED]]
+    assert {row["sweep"] for row in listed} == {"three"} and {row["state"] for row in listed} <= {"finished", "failed"}
+    text = here("runs", "--storage", str(finished_sweep.storage)).stdout
+    assert all(run_id[:8] in text for run_id in runs["run_id"])
 
 
 def test_a_sweep_that_goes_on_is_not_exported(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
@@ -84,7 +102,13 @@ def test_a_sweep_that_goes_on_is_not_exported(finished_sweep: FinishedSweep, her
     client.update_run(parent, status="RUNNING")
     failed = here("records", "export", str(tmp_path / "no"), "three", "--storage", str(there))
     assert failed.returncode == 2 and "three: this sweep has not ended" in failed.stderr
+    alone = runs_of(there)
+    alone = alone[alone.get(schema.SWEEP).isna()]["run_id"].iloc[0]
+    client.update_run(alone, status="RUNNING")
+    failed = here("records", "export", str(tmp_path / "no"), alone[:12], "--storage", str(there))
+    assert failed.returncode == 2 and f"{alone}: this run has not ended" in failed.stderr
     assert not (tmp_path / "no").exists()
+    client.update_run(alone, status="FINISHED")
     done = here("records", "export", str(tmp_path / "rest"), "--storage", str(there))
     assert done.returncode == 0 and "1 runs are in" in done.stdout
 
