@@ -182,10 +182,13 @@ def test_describe_shows_layers_and_cost(here: Here) -> None:
         assert words in done.stdout
 
 
-def test_dry_run_estimates_and_records_nothing(here: Here, tmp_path: Path) -> None:
-    done = here("train", RECIPE, "--dry-run", "--storage", str(tmp_path / "runs"))
+@pytest.mark.parametrize(("recipe", "columns"), [(RECIPE, "p seconds a step"), ("digits_eps0.1_ibp", "seconds a step")])
+def test_dry_run_estimates_and_records_nothing(here: Here, tmp_path: Path, recipe: str, columns: str) -> None:
+    done = here("train", recipe, "--dry-run", "--storage", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
-    assert "seconds (" in done.stdout and "GiB" in done.stdout and done.stdout.count("\n") > 8
+    header, *lines = done.stdout.splitlines()
+    assert " ".join(header.split()) == columns and len(lines) >= 8
+    assert "seconds (" in lines[-1] and "GiB" in lines[-1]
     assert not (tmp_path / "runs").exists()
 
 
