@@ -367,7 +367,10 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCl
 
 @app.command()
 def runs(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCluster = False) -> None:
-    """The trainings, the latest first: their ids, by which `evaluate`, `report` and `records` know them, and scores."""
+    """The trainings, the latest first: their ids, by which `evaluate`, `report` and `records` know them, and scores.
+
+    By the record one that was cut is `running`, until it is resumed.
+    """
     from linflab.platform.reporting import one_error
     from linflab.reports.records import list_runs
 
@@ -542,8 +545,10 @@ def records_export(
     from linflab.platform.reporting import one_error
 
     with _records(storage, cluster) as place, one_error(place):
-        count = export_records(place, names or [], file)
+        count, left_out = export_records(place, names or [], file)
     console.print(f"{count} runs are in {file}; `linflab records import {file}` adds them to another storage.")
+    if left_out:
+        console.print(f"{left_out} were left out: they, or their sweep, have not ended.")
 
 
 @records_app.command("import")

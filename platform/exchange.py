@@ -45,8 +45,10 @@ class RecordedRun(BaseModel):
     metrics: dict[str, float]
 
 
-def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
-    """Write runs, by id or the beginning of it, and sweeps, by name, to a file; returns how many runs.
+def export_records(storage: Storage, names: Sequence[str], file: Path) -> tuple[int, int]:
+    """Write runs, by id or the beginning of it, and sweeps, by name, to a file.
+
+    Returns how many runs that are, and how many were left out for they, or their sweep, have not ended.
 
     Args:
         names: none: all that have ended, but for trials of sweeps that have not.
@@ -59,15 +61,18 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
     ours = [run for run in search_runs(client, "") if schema.KIND in run.data.tags]
     runs = [run for run in ours if run.info.status != "RUNNING"]
     going_on = {_sweep(run) for run in ours if run.info.status == "RUNNING" and run.data.tags[schema.KIND] == "sweep"}
-    for name in going_on & set(names):
-        raise LookupError(f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut")
     ids = _named(ours, names) if names else {run.info.run_id for run in runs if _sweep(run) not in going_on}
-    chosen = [run for run in runs if run.info.run_id in ids]
-    for run_id in ids - {run.info.run_id for run in chosen}:
-        raise LookupError(f"{run_id}: this run has not ended")
+    chosen = [run for run in ours if run.info.run_id in ids]
+    for run in chosen:  # its trials would be without it elsewhere
+        if (name := _sweep(run)) in going_on:
+            raise LookupError(
+                f"{name}: this sweep has not ended; `linflab sweep --resume {name}` ends one that was cut"
+            )
+        if run.info.status == "RUNNING":
+            raise LookupError(f"{run.info.run_id}: this run has not ended; `--resume` ends one that was cut")
     experiments = {found.experiment_id: found.name for found in client.search_experiments()}
-    names_of = {run.info.run_id: _original(run) for run in runs}
-    lines = [_line(run, experiments, names_of) for run in chosen]
+    originals = {run.info.run_id: _original(run) for run in ours}
+    lines = [_line(run, experiments, originals) for run in chosen]
     lines.sort(key=lambda line: (line.started, line.run_id))
     content = "\n".join([HEAD, *(json.dumps(line.model_dump()) for line in lines), ""]).encode()
     try:
@@ -75,7 +80,7 @@ def export_records(storage: Storage, names: Sequence[str], file: Path) -> int:
         os.replace(write_partial(file, lambda out: out.write(content)), file)
     except OSError as error:
         raise SettingError(f"file={file}: can't be written ({error})") from None
-    return len(lines)
+    return len(lines), 0 if names else len(ours) - len(chosen)
 
 
 def _named(runs: Sequence[MLflowRun], names: Sequence[str]) -> set[str]:

@@ -51,7 +51,7 @@ from linflab.reports.tables import (
     number,
     text,
 )
-from linflab.reports.wording import attacks, certifiers, describe_settings, machines, repeats, workers
+from linflab.reports.wording import attacks, certifiers, commit, describe_settings, machines, workers
 
 ROUNDING = 1e-9  # of means over seeds: far below a share of any number of images
 SEED, FINAL = "seed", "training.include_validation"
@@ -247,10 +247,10 @@ def run_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     Raises:
         LookupError: there is none, or there are several.
     """
-    found = runs["run_id"].str.startswith(name)
-    if schema.IMPORTED in runs:
-        found |= runs[schema.IMPORTED].str.startswith(name).fillna(False).astype(bool)
-    mine = runs[found]
+    known = runs.reindex(columns=["run_id", schema.IMPORTED]).itertuples(index=False)
+    begin = [any(isinstance(one, str) and one.startswith(name) for one in ids) for ids in known]
+    exact = [run_id == name for run_id in runs.get("run_id", [])]
+    mine = runs[exact if any(exact) else begin]
     if len(mine) != 1:
         sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) if schema.SWEEP in runs else ""
         many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
@@ -396,9 +396,9 @@ def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str,
     broken = runs[schema.TEST_BROKEN].sum()
     if broken > 0:
         parts.append(f"attacks broke {int(broken)} samples that had been certified")
-    commands = "\n".join(line for _, run in runs.iterrows() if (line := repeats(run)))
+    again = tuple((str(run[schema.COMMAND]), commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND])
     note = f"measured: {'; '.join(parts)}."
-    return Row(cells, group.title, "measured", mark, note, command=commands, runs=tuple(runs["run_id"]))
+    return Row(cells, group.title, "measured", mark, note, again=again, runs=tuple(runs["run_id"]))
 
 
 def _cpus(runs: pd.DataFrame) -> Cell:

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -74,10 +74,15 @@ def to_markdown(table: Table) -> str:
     notes = [*table.notes, *(f"({row.mark}) {row.note}" for row in table.rows if row.mark)]
     blocks = [f"## {_markdown(table.title)}", aligned, "\n".join(f"- {_markdown(note)}" for note in notes)]
     blocks += [f"![{_markdown(what)}]({file})" for what, file in table.figures.items()]
-    if commands := [(_name(row), line) for row in table.rows for line in row.command.splitlines()]:
-        again = "\n".join(f"- {name}: `{command}`" for name, command in commands)
+    if commands := [(_name(row), *once) for row in table.rows for once in row.again]:
+        again = "\n".join(f"- {name}: `{command}`{_of(commit)}" for name, command, commit in commands)
         blocks.append(f"Each row again:\n\n{again}")
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _of(commit: str) -> str:
+    """Beside a command, outside of what is copied."""
+    return f" (linflab {commit})" if commit else ""
 
 
 def _markdown(text: str) -> str:
@@ -108,7 +113,7 @@ def to_latex(table: Table) -> str:
     """
     width, shown = len(table.columns), _rows_of_a_page(table)
     lines = [LATEX_HEAD]
-    lines += [f"% {_name(row)}: {line}" for row in shown for line in row.command.splitlines()]
+    lines += [f"% {_name(row)}: {command}{_of(commit)}" for row in shown for command, commit in row.again]
     kinds = {SETTING: r"p{0.5\linewidth}"} | {column: "r" for column in table.numeric}
     alignment = "".join(kinds.get(column, "l") for column in table.columns)
     lines += [
@@ -254,9 +259,9 @@ def html_body(table: Table, images: Callable[[str], str]) -> str:
     notes = [f"<li>{_html(note)}</li>" for note in table.notes]
     notes += [f'<li id="note-{row.mark}">({row.mark}) {_html(row.note)}</li>' for row in table.rows if row.mark]
     commands = [
-        f"<li>{_html(_name(row))}: <code>{html.escape(line)}</code></li>"
+        f"<li>{_html(_name(row))}: <code>{html.escape(command)}</code>{_of(commit)}</li>"
         for row in table.rows
-        for line in row.command.splitlines()
+        for command, commit in row.again
     ]
     parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>', *lines, "</tbody></table></div>"]
     parts.append(f'<ul class="notes">{"".join(notes)}</ul>' if notes else "")
@@ -296,7 +301,7 @@ def print_table(table: Table, console: Console) -> None:
     least = {column: _least_width(column, rows, table) for column in columns}
     dropped = []
     for column in DROPPED_FIRST:
-        if column in columns[1:] and sum(least[name] + 3 for name in columns) - 1 > console.width:
+        if column in columns[1:] and _width(least, columns) > console.width:
             dropped.append(column)
             columns.remove(column)
     for column in columns:
@@ -313,7 +318,10 @@ def print_table(table: Table, console: Console) -> None:
             shown.add_row(Text(group, style="bold"))
         for row in of_group:
             shown.add_row(*(_terminal_cell(row, column, table) for column in columns))
-    console.print(shown, soft_wrap=False)
+    if (width := _width(least, columns)) > console.width:  # the terminal will break lines
+        Console(file=console.file, width=width, force_terminal=console.is_terminal).print(shown)
+    else:
+        console.print(shown)
     if dropped:
         names = ", ".join(column for column in table.columns if column in dropped)
         console.print(f"This terminal is too narrow for {names}; the files have all columns.")
@@ -322,6 +330,10 @@ def print_table(table: Table, console: Console) -> None:
     console.print()
     for note in [*table.notes, *(f"[{row.mark}] {row.note}" for row in rows if row.mark)]:
         console.print(Text(note), style="dim", soft_wrap=False)
+
+
+def _width(widths: Mapping[str, int], columns: Sequence[str]) -> int:
+    return sum(widths[column] + 3 for column in columns) - 1
 
 
 def _least_width(column: str, rows: Sequence[Row], table: Table) -> int:

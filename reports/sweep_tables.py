@@ -29,10 +29,10 @@ from linflab.reports.tables import (
 from linflab.reports.wording import (
     attacks,
     certifiers,
+    commit,
     describe_settings,
     duration,
     machines,
-    repeats,
     short_name,
     workers,
 )
@@ -70,7 +70,7 @@ def sweep_table(sweep: str, trials: pd.DataFrame, shares: Mapping[str, float] | 
                 ROBUST: percent(trial[schema.TEST_ROBUST]),
                 CERTIFIED: percent(trial[schema.TEST_CERTIFIED]),
             },
-            command=repeats(trial),
+            again=((str(trial[schema.COMMAND]), commit(trial)),),
         )
         for trial in trials.to_dict("records")
     )

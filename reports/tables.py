@@ -44,7 +44,7 @@ class Row:
         mark: a letter that stands beside the row's first cell and its note.
         note: what a reader must know to trust the row's numbers.
         source: where a quoted row is from.
-        command: what repeats a measured row; of several runs, a line each.
+        again: of each run of a measured row, the command that repeats it and the commit that it was of, if known.
         runs: the ids of the runs that a measured row is made of.
     """
 
@@ -54,8 +54,13 @@ class Row:
     mark: str = ""
     note: str = ""
     source: str = ""
-    command: str = ""
+    again: tuple[tuple[str, str], ...] = ()
     runs: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What repeats it; of several runs, a line each."""
+        return "\n".join(command for command, _ in self.again)
 
     def cell(self, column: str) -> Cell:
         return self.cells.get(column, Cell())

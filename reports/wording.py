@@ -40,15 +40,13 @@ def workers(run: pd.Series) -> str:
     return f"{count} worker{'s' * (count > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
 
 
-def repeats(run: pd.Series | Mapping[Hashable, Any]) -> str:
-    """The command that repeats a run, with the commit that it was of, as recipes change; empty where none is known."""
-    command, commit = run.get(schema.COMMAND), run.get(schema.COMMIT)
-    if not isinstance(command, str):
+def commit(run: pd.Series | Mapping[Hashable, Any]) -> str:
+    """The commit of linflab that a run was of, shortened, with `-dirty` where that had been changed; empty: unknown."""
+    found = run.get(schema.COMMIT)
+    if not isinstance(found, str):
         return ""
-    if not isinstance(commit, str):
-        return command
-    number, *changed = commit.split("-")
-    return f"{command}  # linflab {'-'.join([number[:9], *changed])}"
+    number, *changed = found.split("-")
+    return "-".join([number[:9], *changed])
 
 
 def duration(seconds: float) -> str:

@@ -82,6 +82,17 @@ def test_chosen_runs(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) 
     assert not (tmp_path / "no").exists()
 
 
+def test_a_record_without_trainings(here: Here, tmp_path: Path) -> None:
+    """As it is until the first has begun."""
+    MlflowClient(Storage.open(tmp_path).tracking_uri).create_experiment("empty")
+    file = str(tmp_path / "no")
+    for command in (("report", "run", "x"), ("report", "compare", "x"), ("records", "export", file, "x")):
+        failed = here(*command, "--storage", str(tmp_path))
+        assert failed.returncode == 2 and "x: there is no such run" in failed.stderr, failed.stderr
+        assert failed.stderr.count("\n") == 1
+    assert json.loads(here("runs", "--json", "--storage", str(tmp_path)).stdout) == []
+
+
 def test_runs_are_listed(finished_sweep: FinishedSweep, here: Here) -> None:
     done = here("runs", "--json", "--storage", str(finished_sweep.storage))
     listed, runs = json.loads(done.stdout), runs_of(finished_sweep.storage)
@@ -110,7 +121,10 @@ def test_a_sweep_that_goes_on_is_not_exported(finished_sweep: FinishedSweep, her
     assert not (tmp_path / "no").exists()
     client.update_run(alone, status="FINISHED")
     done = here("records", "export", str(tmp_path / "rest"), "--storage", str(there))
-    assert done.returncode == 0 and "1 runs are in" in done.stdout
+    assert done.returncode == 0 and "1 runs are in" in done.stdout and "4 were left out" in done.stdout
+    trial = runs_of(there).query(f"`{schema.SWEEP}` == 'three'")["run_id"].iloc[0]
+    failed = here("records", "export", str(tmp_path / "no"), trial, "--storage", str(there))
+    assert failed.returncode == 2 and "three: this sweep has not ended" in failed.stderr
 
 
 def test_an_import_that_was_cut_is_done_anew(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) -> None:
