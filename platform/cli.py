@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +32,7 @@ from linflab.reports.papers import table_names, table_title
 from linflab.search_spaces.space import SearchSpace, load_space, space_names
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
     from linflab.platform.config import Experiment
@@ -358,11 +359,7 @@ def sweeps(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnCl
             # where it can't be asked, as on storage of somebody else's, the record stands
             with suppress(OSError), exclusive_lock(lock) as free:
                 found.loc[number, "state"] = "cut" if free else "running"
-    rows = [{**row, "best": None if row["best"] != row["best"] else row["best"]} for row in found.to_dict("records")]
-    if not as_json:
-        for row in rows:
-            row["best"] = "-" if row["best"] is None else f"{100 * row['best']:.2f}%"
-    _print_rows([{str(key): value for key, value in row.items()} for row in rows], list(found.columns), as_json)
+    _print_found(found, ("best",), as_json)
 
 
 @app.command()
@@ -376,16 +373,9 @@ def runs(storage: StorageFolder = RUNS, as_json: AsJson = False, cluster: OnClus
 
     with _records(storage, cluster) as place, one_error(place):
         found = list_runs(place.tracking_uri)
-    rows: list[dict[str, Any]] = [
-        {str(name): None if value != value else value for name, value in row.items()}
-        for row in found.to_dict("records")
-    ]
     if not as_json:
-        for row in rows:
-            row["run"] = row["run"][:8]
-            for name in ("validation", "test"):
-                row[name] = "-" if row[name] is None else f"{100 * row[name]:.2f}%"
-    _print_rows(rows, list(found.columns), as_json)
+        found["run"] = found["run"].map(lambda run: run[:8])
+    _print_found(found, ("validation", "test"), as_json)
 
 
 @report_app.callback(invoke_without_command=True)
@@ -932,6 +922,16 @@ def _load_space(name: str) -> SearchSpace:
 
 def _ui_command(place: Storage) -> str:
     return shlex.join(["linflab", "ui", *_where(place)])
+
+
+def _print_found(found: "pd.DataFrame", shares: Sequence[str], as_json: bool) -> None:
+    """Rows of a record; shares, which may be missing, in percent for reading."""
+    rows = [{str(name): value for name, value in row.items()} for row in found.to_dict("records")]
+    for row in rows:
+        for name in shares:
+            missing = row[name] != row[name]
+            row[name] = (None if missing else row[name]) if as_json else "-" if missing else f"{100 * row[name]:.2f}%"
+    _print_rows(rows, list(found.columns), as_json)
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:

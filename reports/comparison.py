@@ -331,14 +331,13 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
         equal = enough[enough["mean"] > enough["mean"].max() - ROUNDING]
         best = equal["seconds"].fillna(math.inf).idxmin()
         reached = f"{100 * enough['mean'][best]:.2f}"
-        if len(enough) < len(by):
-            seeds = enough["size"].min()
-            among = f" among {len(enough)} of {len(by)} on record, those with at least {seeds} seeds"
-        else:
-            among = f" among {len(by)} on record"
-        how = f"settings chosen by certified accuracy on validation ({reached}){among}"
+        how = f"settings chosen by certified accuracy on validation ({reached}) among {len(enough)}"
         if len(by) == 1:
             how = f"the only settings on record (certified on validation: {reached})"
+        elif len(enough) < len(by):
+            how += f" of {len(by)} on record, those with at least {enough['size'].min()} seeds"
+        else:
+            how += " on record"
         if len(equal) > 1:
             how += f", of {len(equal)} that came to it the quickest to train"
         again = candidates[final & (candidates["configuration"] == best)]

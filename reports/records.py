@@ -163,7 +163,7 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
         {
             "sweep": names,
             "recipe": parents[schema.RECIPE].fillna(""),
-            "started": [datetime.fromtimestamp(at / 1000).strftime("%Y-%m-%d %H:%M") for at in parents["started"]],
+            "started": parents["started"].map(_local_time),
             "state": parents["status"].str.lower(),
             "budget": parents[schema.BUDGET].fillna(""),
             "finished": names.map(finished).fillna(0).astype(int),
@@ -190,9 +190,13 @@ def list_runs(tracking_uri: str) -> pd.DataFrame:
     found = read_runs(tracking_uri, {schema.KIND: "trial"}).reindex(columns=list(columns)).rename(columns=columns)
     for name in ("dataset", "eps", "method", "sweep", "trial"):
         found[name] = found[name].fillna("")
-    found["started"] = [datetime.fromtimestamp(at / 1000).strftime("%Y-%m-%d %H:%M") for at in found["started"]]
+    found["started"] = found["started"].map(_local_time)
     found["state"] = found["state"].str.lower() if len(found) else found["state"]
     return found
+
+
+def _local_time(milliseconds: float) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M")
 
 
 def sweep_names(client: MlflowClient) -> list[str]:

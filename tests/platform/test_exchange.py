@@ -78,7 +78,8 @@ def test_chosen_runs(finished_sweep: FinishedSweep, here: Here, tmp_path: Path) 
     assert len(exported(finished_sweep, here, tmp_path, run[:12]).read_text().splitlines()) == 2
     assert len(exported(finished_sweep, here, tmp_path, run, "three").read_text().splitlines()) == 5
     failed = here("records", "export", str(tmp_path / "no"), "four", "--storage", str(finished_sweep.storage))
-    assert failed.returncode == 2 and "four: there is no such run or sweep; `linflab" in failed.stderr
+    assert failed.returncode == 2 and "four: there is no such run or sweep; `linflab runs`" in failed.stderr
+    assert "sweeps: three" in failed.stderr
     assert not (tmp_path / "no").exists()
 
 

@@ -147,7 +147,8 @@ def test_a_run_and_a_comparison(here: Here, finished_sweep: FinishedSweep, best:
         failed = here("report", "run", what, *place)
         assert failed.returncode == 2 and f"{what}: there is no such run" in failed.stderr
     failed = here("report", "compare", "four", *place)
-    assert failed.returncode == 2 and "four: there is no such run or sweep; `linflab" in failed.stderr
+    assert failed.returncode == 2 and "four: there is no such run or sweep; `linflab runs`" in failed.stderr
+    assert "sweeps: three" in failed.stderr
 
 
 def test_a_table_of_ones_own(here: Here, finished_sweep: FinishedSweep, tmp_path: Path) -> None:

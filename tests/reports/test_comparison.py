@@ -287,7 +287,7 @@ def test_runs_and_sweeps_by_name() -> None:
     assert single.cell("Certified").text == "60.00" and "as asked for" in single.note
     assert len(table.rows) == 2 + 5
     for wrong, says in (
-        ("nobody", "is no such run or sweep; .*; sweeps: mine"),
+        ("nobody", "is no such run or sweep; `linflab runs` lists .*; sweeps: mine"),
         ("0", "several runs"),
     ):
         with pytest.raises(LookupError, match=says):
