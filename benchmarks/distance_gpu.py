@@ -1,6 +1,6 @@
 """The operator on a GPU: times, against `torch.cdist`, `torch.compile` and the device's own limit. Needs a CUDA device.
 
-    python benchmarks/distance_gpu.py [--batch 512] [--width 5120]
+    python benchmarks/distance_gpu.py [--batch 512] [--width 5120] [--by linflab torch.cdist torch.compile]
 
 For each p: milliseconds of a forward pass, and of a forward and backward pass, by linflab and, in the same run, by
 `torch.cdist` and by `torch.compile` of the definition (in tiles: of whole tensors B x O x I there is no room for); and
@@ -24,6 +24,7 @@ from linflab.models.distance import lp_distance
 from linflab.platform.tracking import hardware, versions
 
 TERMS = {math.inf: 2.2, 8.0: 4.3, 9.7: 8.6, 100.5: 8.6, 1000.0: 8.6}  # instructions, by distance_gpu_static.py
+BY = ("linflab", "torch.cdist", "torch.compile")
 TILE = 2**26  # terms that the definition holds at a time
 
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--width", type=int, default=5120)
+    parser.add_argument("--by", nargs="+", default=BY, choices=BY)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("distance_gpu: there is no CUDA device here; distance_gpu_static.py needs none")
@@ -82,7 +84,8 @@ def main() -> None:
             "torch.cdist": lambda a, b, p=p: torch.cdist(a, b, p=p),
             "torch.compile": lambda a, b, p=p, compiled=compiled: compiled(a, b, p),
         }
-        for name, function in by.items():
+        for name in arguments.by:
+            function = by[name]
             forward = milliseconds(lambda function=function: function(x.detach(), weight.detach()))
             training = milliseconds(lambda function=function: both(function, x, weight, upstream))
             limit = 1e3 * instructions * batch * width * width / per_second

@@ -3,14 +3,21 @@
 `test_cuda.py` runs these, in a process of their own: the interpreter must be chosen before Triton is imported.
 """
 
+import copy
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from linflab.models.distance import cuda, lp_distance, lp_distance_conv2d, lp_distance_on_subsets, reference
+from linflab.models.networks.hybrid import LinfDistHybridConfig
+from linflab.models.networks.linf_dist import LinfDistConvNetConfig, LinfDistMLPConfig, Subsets
+from linflab.models.networks.sort_net import SortNetConfig, draw_subsets
+from linflab.models.robustness.bounds.interval import interval_margins, pixel_box
+from linflab.models.robustness.certification import certifier_of, lipschitz_radius
 from tests.models.test_distance import by_definition, relative_error, slope_by_definition
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -131,7 +138,10 @@ def test_nothing_in_nothing_out() -> None:
         assert not grad_x.any() and not grad_weight.any()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device: no op goes to the interpreter by itself")
+needs_a_device = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device: no op goes to the interpreter by itself")
+
+
+@needs_a_device
 def test_the_public_functions_use_them_on_a_device() -> None:
     x, weight, _ = operands((8, 5, 27))
     images, filters = torch.rand(2, 3, 8, 8, device=DEVICE), torch.rand(4, 3, 3, 3, device=DEVICE)
@@ -151,3 +161,43 @@ def test_the_public_functions_use_them_on_a_device() -> None:
             expected = torch.autograd.grad(exact, double, upstream.double())
             for gradient, one in zip(gradients, expected, strict=True):
                 assert torch.allclose(gradient.double(), one, rtol=1e-3, atol=1e-4)
+
+
+@needs_a_device
+@pytest.mark.parametrize("p", [8.0, 9.7, math.inf])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LinfDistMLPConfig(depth=3, width=80),
+        LinfDistConvNetConfig(width=4, dense_width=24),
+        LinfDistHybridConfig(net=LinfDistMLPConfig(depth=3, width=80), hidden=24),
+        SortNetConfig(depth=3, width=80),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_networks_do_on_a_device_what_they_do_in_float64(config: Any, p: float) -> None:
+    """Logits and gradients in training, then margins over boxes, and radii where the network has a constant."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(70, 1, 12, 12), torch.randint(10, (70,))
+    exact = config.build((1, 12, 12), 10, mean=(0.3,), std=0.4).double()
+    subsets = draw_subsets(exact, len(images), 1, torch.Generator().manual_seed(0))
+    on_device = copy.deepcopy(exact).float().to(DEVICE)
+    logits = []
+    for network, x in ((exact, images.double()), (on_device, images.to(DEVICE))):
+        moved = subsets and Subsets([kept.to(x.device) for kept in subsets.kept], subsets.group)
+        logits.append(network(x, p, moved))
+        torch.nn.functional.cross_entropy(logits[-1], labels.to(x.device)).backward()
+        network.eval()
+    assert torch.allclose(logits[1].cpu().double(), logits[0], rtol=1e-4, atol=1e-4)
+    for (name, of_exact), of_device in zip(exact.named_parameters(), on_device.parameters(), strict=True):
+        off = (of_device.grad.cpu().double() - of_exact.grad).norm()
+        assert off <= 1e-3 * of_exact.grad.norm() + 1e-6, name
+    with torch.no_grad():
+        margins = [
+            interval_margins(network, pixel_box(x, 0.03), labels.to(x.device)).cpu().double()
+            for network, x in ((exact, images.double()), (on_device, images.to(DEVICE)))
+        ]
+    assert torch.allclose(*margins, rtol=1e-3, atol=1e-3)
+    if certifier_of(exact) == "lipschitz":
+        radii = lipschitz_radius(on_device, images.to(DEVICE), labels.to(DEVICE))
+        assert torch.allclose(radii.cpu().double(), lipschitz_radius(exact, images.double(), labels), atol=1e-5)
