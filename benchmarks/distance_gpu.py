@@ -4,9 +4,10 @@
 
 For each p: milliseconds of a forward pass, and of a forward and backward pass, by linflab and, in the same run, by
 `torch.cdist` and by `torch.compile` of the definition (in tiles: of whole tensors B x O x I there is no room for); and
-a matrix product of the same shape for scale. The limit is what the device's float units can do: two instructions a term
-for p = inf, by its clock and number of multiprocessors; the last column is the share of it that is reached, by the
-instructions per term that distance_gpu_static.py counts. Appends a row for each line to distance_gpu.csv.
+a matrix product of the same shape for scale. The limit is what the device can issue, by its clock and number of
+multiprocessors and by the instructions per term that distance_gpu_static.py counts; for real p that is the special
+units' two a term, of which a multiprocessor does 16 a cycle. The last column is the share of it that a forward pass
+reaches. Appends a row for each line to distance_gpu.csv.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from torch import Tensor
 from linflab.models.distance import lp_distance
 from linflab.platform.tracking import hardware, versions
 
-TERMS = {math.inf: 2.2, 8.0: 4.3, 9.7: 8.6, 100.5: 8.6, 1000.0: 8.6}  # instructions, by distance_gpu_static.py
+# instructions a term in all, and special ones (logarithms, powers of two), by distance_gpu_static.py
+TERMS = {math.inf: (2.2, 0), 8.0: (4.3, 0), 9.7: (8.6, 2), 100.5: (8.6, 2), 1000.0: (8.6, 2)}
+SPECIAL_LANES = 16
 BY = ("linflab", "torch.cdist", "torch.compile")
 TILE = 2**26  # terms that the definition holds at a time
 
@@ -68,7 +71,7 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     # kHz; 128 float lanes a multiprocessor since sm_86, and on sm_90 and sm_100; 64 on sm_80
     lanes = 64 if (device.major, device.minor) == (8, 0) else 128
-    per_second = 1e3 * device.clock_rate * device.multi_processor_count * lanes
+    cycles_per_second = 1e3 * device.clock_rate * device.multi_processor_count
     print(f"{hardware()}; {versions()}; {batch} x {width} inputs, {width} outputs")
     x = torch.randn(batch, width, device="cuda", requires_grad=True)
     weight = torch.randn(width, width, device="cuda", requires_grad=True)
@@ -77,7 +80,9 @@ def main() -> None:
     print(f"matrix product (TF32: {torch.backends.cuda.matmul.allow_tf32}): {product:.2f} ms")
     print(f"{'p':>7}{'by':>16}{'forward ms':>12}{'and backward':>14}{'of the limit':>14}")
     rows = []
-    for p, instructions in TERMS.items():
+    for p, (instructions, special) in TERMS.items():
+        cycles = batch * width * width * max(instructions / lanes, special / SPECIAL_LANES)
+        limit = 1e3 * cycles / cycles_per_second
         compiled = torch.compile(definition, dynamic=False)
         by: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "linflab": lambda a, b, p=p: lp_distance(a, b, p),
@@ -88,7 +93,6 @@ def main() -> None:
             function = by[name]
             forward = milliseconds(lambda function=function: function(x.detach(), weight.detach()))
             training = milliseconds(lambda function=function: both(function, x, weight, upstream))
-            limit = 1e3 * instructions * batch * width * width / per_second
             share = limit / forward if name == "linflab" else math.nan
             print(f"{p:7g}{name:>16}{forward:12.2f}{training:14.2f}{share:14.2f}", flush=True)
             rows.append([p, name, round(forward, 3), round(training, 3), round(share, 3)])

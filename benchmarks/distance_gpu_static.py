@@ -79,7 +79,7 @@ def cases() -> list[Case]:
         Case("bounds", cuda_kernels.bounds, {}, cuda.POWERS),
         Case("subsets forward p = inf", forward, {"EXPONENT": 0, "INDIRECT": True}, cuda.GROUPED),
         Case("subsets forward any p", forward, {"EXPONENT": -1, "INDIRECT": True}, cuda.GROUPED),
-        Case("subsets backward any p", backward, {"EXPONENT": -1, "MASKED": True}, cuda.MASKED_GRADIENTS),
+        Case("subsets backward any p", backward, {"EXPONENT": -1, "MASKED": True}, cuda.GRADIENTS),
         Case("subsets backward p = inf", cuda_kernels.first_largest, {"INDIRECT": True}, cuda.GROUPED),
     ]
 

@@ -1,7 +1,8 @@
 """The ops of `operators.py` on CUDA devices, but for sorting: Gluon kernels (`cuda_kernels.py`), compiled at first use.
 
-Results are deterministic: every output has one thread, which adds in the order of the terms. At p = inf gradients go to
-one input each, which is found by a second pass; they are added up by PyTorch's deterministic `index_put_`.
+Results are deterministic: every output has one thread, which adds in the order of the terms, whatever its tile; sums
+over a tile's rows, in gradients, are all of one tile. At p = inf gradients go to one input each, which is found by a
+second pass; they are added up by PyTorch's deterministic `index_put_`.
 """
 
 import functools
@@ -40,8 +41,8 @@ class Tile:
 
 LARGEST = (Tile(128, 128, (8, 8), (4, 8), (4, 2)), Tile(64, 64, (4, 8), (4, 8), (4, 1)))
 POWERS = (Tile(64, 128, (4, 8), (4, 8), (4, 2)), Tile(64, 64, (4, 4), (4, 8), (4, 2)))  # which take more registers
-GRADIENTS = (Tile(64, 64, (16, 2), (4, 8), (1, 4)), Tile(32, 128, (8, 4), (4, 8), (1, 4)))  # sums stay in a warp
-MASKED_GRADIENTS = GRADIENTS[1:]  # rows of one group alone
+# sums stay in a warp; one tile, since the order of a sum is the tile's, and it is not to be chosen by timing
+GRADIENTS = (Tile(32, 128, (8, 4), (4, 8), (1, 4)),)
 GROUPED = (Tile(32, 128, (4, 8), (8, 4), (1, 4)), Tile(32, 64, (4, 4), (4, 8), (2, 2)))  # rows of one group alone
 GROUP_ROWS = 32
 
@@ -187,15 +188,14 @@ def _gradients(
         unsafe = (~safe).to(torch.int32).view(1)
     rows, inputs = _whole(x.shape[0]), _whole(x.shape[1])
     slabs = inputs // GRADIENTS[0].columns
-    parts = max(1, min(weight.shape[0] // PAIR, -(-_programs(x.device) // slabs)))
+    parts = max(1, min(weight.shape[0] // PAIR, _programs(x.device) // slabs))
     part = _whole(-(-weight.shape[0] // parts), PAIR)
     a, c = _padded(x, rows, inputs), _padded(weight, parts * part, inputs)
     slopes, inverses = _padded(slopes.t(), parts * part, rows), _padded(inverses.t(), parts * part, rows)
     of_x, of_weight = x.new_empty(parts, rows, inputs), torch.empty_like(c)
-    tiles = GRADIENTS if kept is None else MASKED_GRADIENTS
     group = 1 if groups is None else groups.size
     mask = a if kept is None else _padded(kept.float(), -(-rows // group), inputs)
-    _tuned("gradients", tiles)(lambda meta: (parts, inputs // meta["BN"]))(
+    _tuned("gradients", GRADIENTS)(lambda meta: (parts, inputs // meta["BN"]))(
         a, c, slopes, inverses, mask, of_x, of_weight, unsafe, p - 1, rows, inputs, part, inputs, rows, group,
         EXPONENT=exponent, MASKED=kept is not None,
     )  # fmt: skip
@@ -205,8 +205,8 @@ def _gradients(
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy: two on each multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """How many programs of `gradients` a device runs at a time: three on each multiprocessor, by their registers."""
+    return 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _gradients_at_infinity(

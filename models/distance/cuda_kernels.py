@@ -6,7 +6,7 @@ mask.
 
 Powers are taken by multiplication where p is a small integer, and as 2^(p log2 ratio) for any real p: of ratios in
 [0, 1], so nothing overflows. The multiplications are of distances as they are, where these lie in a range in which no
-power overflows or is lost; where they do not, the tile is computed again by ratios.
+power overflows or is lost; what does not is computed again by ratios.
 """
 
 from triton.experimental import gluon
@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.language import PropagateNan, constexpr
 
 REAL = constexpr(-1)  # in place of a small integer as EXPONENT; 0 stands for infinity
+UNKNOWN = constexpr(-1.0)  # no distance is negative
 NAN_WINS = constexpr(PropagateNan.ALL)  # a maximum with it is NaN, as PyTorch's
 
 
@@ -72,8 +73,10 @@ def distances(
         K = gl.load(counts + gl.program_id(0) * BM // group)
     x += m
     w += n
-    total = gl.zeros((BM, BN), gl.float32, layout=L)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    places = y + m[:, None] * N + n[None, :]
     if EXPONENT > 0:
+        total = gl.zeros((BM, BN), gl.float32, layout=L)
         for k in range(0, K, UNROLL):
             for u in gl.static_range(UNROLL):
                 row = gl.load(steps + k + u) if INDIRECT else k + u
@@ -81,19 +84,21 @@ def distances(
                 if EXPONENT % 2 == 1:
                     d = gl.abs(d)
                 total += _power(d, EXPONENT)
-        unsafe = ((total < low) | (total > high)).to(gl.int32)
-        if gl.max(gl.max(unsafe, axis=1), axis=0) == 0:
-            if EXPONENT == 2:
-                total = gl.sqrt(total)
-            elif EXPONENT > 2:
-                total = gl.exp2(gl.log2(total) / p)
-        else:
+        unsafe = (total < low) | (total > high)
+        if EXPONENT == 2:
+            total = gl.sqrt(total)
+        elif EXPONENT > 2:
+            total = gl.exp2(gl.log2(total) / p)
+        # those that are safe stay, whatever else is in the tile; they wait in y, since registers are short
+        gl.store(places, gl.where(unsafe, UNKNOWN, total), mask=inside)
+        if gl.max(gl.max(unsafe.to(gl.int32), axis=1), axis=0) > 0:
             total = _by_ratios(x, w, steps, p, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+            gl.store(places, total, mask=inside & (gl.load(places, mask=inside, other=0.0) == UNKNOWN))
     elif EXPONENT == REAL:
         total = _by_ratios(x, w, steps, p, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
+        gl.store(places, total, mask=inside)
     else:
-        total = _largest(x, w, steps, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)
-    gl.store(y + m[:, None] * N + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
+        gl.store(places, _largest(x, w, steps, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L), mask=inside)
 
 
 @gluon.jit

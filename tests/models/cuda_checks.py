@@ -129,6 +129,15 @@ def test_the_same_bits_again() -> None:
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("p", [2.0, 8.0, 9.7, math.inf])
+def test_the_same_bits_whatever_else_is_in_the_batch(p: float) -> None:
+    """Also beside samples so far away that their powers overflow."""
+    x, weight, _ = operands((9, 5, 7))
+    alone = cuda.forward(x[:4], weight, p)
+    x[4:] *= 1e20
+    assert torch.equal(cuda.forward(x, weight, p)[:4], alone)
+
+
 def test_nothing_in_nothing_out() -> None:
     for batch, outputs in ((0, 3), (3, 0)):
         x, weight = torch.zeros(batch, 4, device=DEVICE), torch.zeros(outputs, 4, device=DEVICE)
