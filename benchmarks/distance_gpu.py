@@ -2,12 +2,12 @@
 
     python benchmarks/distance_gpu.py [--batch 512] [--width 5120] [--by linflab torch.cdist torch.compile]
 
-For each p: milliseconds of a forward pass, and of a forward and backward pass, by linflab and, in the same run, by
-`torch.cdist` and by `torch.compile` of the definition (in tiles: of whole tensors B x O x I there is no room for); and
-a matrix product of the same shape for scale. The limit is what the device can issue, by its clock and number of
-multiprocessors and by the instructions per term that distance_gpu_static.py counts; for real p that is the special
-units' two a term, of which a multiprocessor does 16 a cycle. The last column is the share of it that a forward pass
-reaches. Appends a row for each line to distance_gpu.csv.
+For each p: milliseconds of a forward pass, and of a forward and backward pass, by linflab and, in the same run and as
+--by says, by `torch.cdist` and by `torch.compile` of the definition (in tiles: of whole tensors B x O x I there is no
+room for); and of a matrix product of the same shape for scale. The limit is what the device can issue, by its clock and
+number of multiprocessors and by the instructions per term that distance_gpu_static.py counts; for real p that is the
+special units' two a term, of which a multiprocessor does 16 a cycle. The last column is the share of it that a forward
+pass reaches. Appends a row for each line to distance_gpu.csv.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from linflab.models.distance import lp_distance
@@ -79,7 +80,7 @@ def main() -> None:
     product = milliseconds(lambda: x.detach() @ weight.detach().t())
     print(f"matrix product (TF32: {torch.backends.cuda.matmul.allow_tf32}): {product:.2f} ms")
     print(f"{'p':>7}{'by':>16}{'forward ms':>12}{'and backward':>14}{'of the limit':>14}")
-    rows = []
+    rows: list[list[object]] = [[math.nan, "matrix product", round(product, 3), math.nan, math.nan]]
     for p, (instructions, special) in TERMS.items():
         cycles = batch * width * width * max(instructions / lanes, special / SPECIAL_LANES)
         limit = 1e3 * cycles / cycles_per_second
@@ -101,8 +102,10 @@ def main() -> None:
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(["date", "machine", "batch", "width", "p", "by", "forward_ms", "training_ms", "of_limit"])
-        writer.writerows([time.strftime("%Y-%m-%d"), hardware(), batch, width, *row] for row in rows)
+            columns = ["batch", "width", "p", "by", "forward_ms", "training_ms", "of_limit"]
+            writer.writerow(["date", "machine", "torch", "triton", *columns])
+        run = [time.strftime("%Y-%m-%d"), hardware(), torch.__version__, triton.__version__, batch, width]
+        writer.writerows([*run, *row] for row in rows)
 
 
 if __name__ == "__main__":

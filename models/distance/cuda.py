@@ -1,8 +1,9 @@
 """The ops of `operators.py` on CUDA devices, but for sorting: Gluon kernels (`cuda_kernels.py`), compiled at first use.
 
-Results are deterministic: every output has one thread, which adds in the order of the terms, whatever its tile; sums
-over a tile's rows, in gradients, are all of one tile. At p = inf gradients go to one input each, which is found by a
-second pass; they are added up by PyTorch's deterministic `index_put_`.
+Results are deterministic. Every distance has one thread, which adds in the order of the terms, whatever its tile and
+the rest of the batch. Gradients have the same bits again for the same batch on the same device: there is one tile for
+them. At p = inf they go to one input each, which is found by a second pass; PyTorch's deterministic `index_put_` adds
+them up.
 """
 
 import functools
@@ -45,6 +46,7 @@ POWERS = (Tile(64, 128, (4, 8), (4, 8), (4, 2)), Tile(64, 64, (4, 4), (4, 8), (4
 GRADIENTS = (Tile(32, 128, (8, 4), (4, 8), (1, 4)),)
 GROUPED = (Tile(32, 128, (4, 8), (8, 4), (1, 4)), Tile(32, 64, (4, 4), (4, 8), (2, 2)))  # rows of one group alone
 GROUP_ROWS = 32
+MOST_PARTIAL = 2**29  # partial sums of gradients in x held at a time, 2 GiB: their places are 32-bit integers
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def serves(x: Tensor) -> bool:
 
 @functools.cache
 def _tuned(name: str, tiles: tuple[Tile, ...]) -> Callable[..., Any]:
-    """A kernel that tries the tiles for each new shape of operands, and keeps the fastest."""
+    """A kernel that tries the tiles for each new shape of operands, if there are several, and keeps the fastest."""
     import triton
     from triton.experimental.gluon import language as gl
 
@@ -80,7 +82,7 @@ def _tuned(name: str, tiles: tuple[Tile, ...]) -> Callable[..., Any]:
     if triton.knobs.runtime.interpret:  # nothing is to be gained there
         return lambda grid: lambda *arguments, **named: kernel[grid(settings[-1])](*arguments, **named, **settings[-1])
     configs = [triton.Config(one, num_warps=math.prod(tile.warps)) for one, tile in zip(settings, tiles, strict=True)]
-    tuned = triton.autotune(configs, key=["M", "part", "K"] if name == "gradients" else ["M", "N", "K"])(kernel)
+    tuned = triton.autotune(configs, key=["M", "N", "K"])(kernel)
     return lambda grid: tuned[grid]
 
 
@@ -183,12 +185,14 @@ def _gradients(
     slopes, unsafe = torch.where(y > 0, grad_y, 0.0), torch.zeros(1, dtype=torch.int32, device=x.device)
     if exponent > 1:
         most = 2.0 ** (60 / (exponent - 1))
-        safe = ((y == 0) | ((y > 1 / most) & (y < most))).all()
+        # beside the padding, differences are as large as the operands
+        largest = torch.maximum(*(torch.linalg.vector_norm(operand, math.inf) for operand in (x, weight)))
+        safe = ((y == 0) | ((y > 1 / most) & (y < most))).all() & (largest < most**2)
         slopes = torch.where(safe, slopes * inverses ** (exponent - 1), slopes)
         unsafe = (~safe).to(torch.int32).view(1)
     rows, inputs = _whole(x.shape[0]), _whole(x.shape[1])
     slabs = inputs // GRADIENTS[0].columns
-    parts = max(1, min(weight.shape[0] // PAIR, _programs(x.device) // slabs))
+    parts = max(1, min(weight.shape[0] // PAIR, _programs(x.device) // slabs, MOST_PARTIAL // (rows * inputs)))
     part = _whole(-(-weight.shape[0] // parts), PAIR)
     a, c = _padded(x, rows, inputs), _padded(weight, parts * part, inputs)
     slopes, inverses = _padded(slopes.t(), parts * part, rows), _padded(inverses.t(), parts * part, rows)

@@ -84,12 +84,12 @@ def distances(
                 if EXPONENT % 2 == 1:
                     d = gl.abs(d)
                 total += _power(d, EXPONENT)
-        unsafe = (total < low) | (total > high)
+        unsafe = inside & ((total < low) | (total > high))
         if EXPONENT == 2:
             total = gl.sqrt(total)
         elif EXPONENT > 2:
             total = gl.exp2(gl.log2(total) / p)
-        # those that are safe stay, whatever else is in the tile; they wait in y, since registers are short
+        # those that are safe stay, whatever else is in the tile; they wait in y, not in registers
         gl.store(places, gl.where(unsafe, UNKNOWN, total), mask=inside)
         if gl.max(gl.max(unsafe.to(gl.int32), axis=1), axis=0) > 0:
             total = _by_ratios(x, w, steps, p, K, x_step, w_step, INDIRECT, UNROLL, BM, BN, L)

@@ -129,13 +129,39 @@ def test_the_same_bits_again() -> None:
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("p", [2.0, 8.0, 9.7, math.inf])
-def test_the_same_bits_whatever_else_is_in_the_batch(p: float) -> None:
-    """Also beside samples so far away that their powers overflow."""
-    x, weight, _ = operands((9, 5, 7))
+@pytest.mark.parametrize("p", [2.0, 3.0, 8.0])
+def test_distances_do_not_depend_on_the_rest_of_the_batch(p: float) -> None:
+    """Also beside samples that are so far away, or so near, that powers of these distances are infinite or lost."""
+    x, weight, _ = operands((12, 5, 7))
     alone = cuda.forward(x[:4], weight, p)
-    x[4:] *= 1e20
-    assert torch.equal(cuda.forward(x, weight, p)[:4], alone)
+    x[4:8] *= 1e20
+    x[8:] = weight[0]
+    x[8:, 0] += 1e-15 if p > 2 else 1e-20
+    together = cuda.forward(x, weight, p)
+    assert torch.equal(together[:4], alone)
+    assert relative_error(together.cpu(), by_definition(x.cpu().numpy(), weight.cpu().numpy(), p)) < 1e-5
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 8.0, 9.7, math.inf])
+def test_distances_do_not_depend_on_the_tile(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = operands((70, 70, 9))
+    x[:2] *= 1e20
+    kept = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.5
+    for name in ("POWERS", "LARGEST", "GROUPED"):
+        found = []
+        for tile in getattr(cuda, name):
+            monkeypatch.setattr(cuda, name, (tile,))
+            found.append((cuda.forward(x, weight, p), cuda.forward_on_subsets(x, weight, p, kept, 32)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("p", [3.0, 6.0, 8.0])
+def test_gradients_where_operands_are_much_larger_than_their_distances(p: float) -> None:
+    x, weight, upstream = operands((5, 4, 7))
+    x, weight = 1e9 + 64 * torch.round(x), 1e9 + 64 * torch.round(weight)
+    check(x, weight, upstream, p)
 
 
 def test_nothing_in_nothing_out() -> None:
