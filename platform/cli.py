@@ -507,13 +507,14 @@ def _show(page: "Page") -> None:
 
 
 def _show_sweep(page: "Page") -> None:
-    from linflab.reports.rendering import print_table
+    from linflab.reports.rendering import of_commit, print_table
     from linflab.reports.tables import VALIDATION
 
     print_table(page.table, console)
     best = page.table.rows[0]
     if best.cell(VALIDATION).value is not None:
-        console.print(f"\nThe best trial again (number {best.cell('#').text}):\n  {best.command}")
+        (command, commit), *_ = best.again
+        console.print(f"\nThe best trial again (number {best.cell('#').text}){of_commit(commit)}:\n  {command}")
     _wrote(page.files, "As files:")
 
 
@@ -894,6 +895,7 @@ def _estimate(experiment: "Experiment", dataset: "Dataset") -> None:
     from linflab.platform.trial import check_machine, device_of
 
     check_machine(experiment)
+    load = os.getloadavg()[0]
     try:
         guess = estimate(experiment, dataset.to(device_of(experiment)))
     except (RuntimeError, MemoryError) as error:
@@ -909,6 +911,8 @@ def _estimate(experiment: "Experiment", dataset: "Dataset") -> None:
         f"\nAbout {hours:.3g} {unit} ({steps:.3g} of steps, {scoring:.3g} of scoring) and "
         f"{guess.memory / 2**30:.2g} GiB, on {hardware()}."
     )
+    if load > 1:
+        console.print(f"In the minute before, {load:.0f} other processes wanted a core: on a free machine it is less.")
     if experiment.compute.workers > 1:
         console.print(f"Of {experiment.compute.workers} workers one was timed, without what passes between them.")
 

@@ -165,6 +165,7 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
     runs = _with_columns(runs)
     rows: list[Row] = []
     notes: list[str] = []
+    attacked: set[str] = set()
     letters = _letters()
     for group in definition.groups:
         for quotation in quotations():
@@ -180,15 +181,15 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
             found = there[path] if path in there else pd.Series(None, index=there.index, dtype=object)
             there = there[pd.Series([_equal(one, value) for one in found], index=there.index, dtype=bool)]
         scored = there[(there["status"] == "FINISHED") & there[schema.TEST_CERTIFIED].notna()]
-        mine = [
-            _measured_row(chosen, group, definition.measured.by, how, next(letters))
-            for chosen, how in _chosen(scored, definition.measured)
-        ]
-        rows += mine
+        mine = list(_chosen(scored, definition.measured))
+        rows += [_measured_row(chosen, group, definition.measured.by, how, next(letters)) for chosen, how in mine]
+        attacked |= {attacks(chosen) for chosen, _ in mine}
         if not mine:
             notes.append(f"Of {group.title}, no run with test scores is on record.")
         if left_out := _left_out(there):
             notes.append(f"Of {group.title}, left out: {left_out}.")
+    if ROBUST in definition.columns and len(attacked) > 1:
+        notes.append("Robust: not all measured rows were attacked alike; their notes say how each was.")
     if definition.records is not None:
         notes.append(f"Measured rows are of the records in {definition.records.name}.")
     return _table(definition.title, definition.columns, rows, notes)
@@ -339,7 +340,7 @@ def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataF
         else:
             how += " on record"
         if len(equal) > 1:
-            how += f", of {len(equal)} that came to it the quickest to train"
+            how += f" ({len(equal)} came to it; the quickest of them to train was taken)"
         again = candidates[final & (candidates["configuration"] == best)]
         if len(again):
             yield again, f"{how}, then trained on training and validation images, the last epoch kept"

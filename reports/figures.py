@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from linflab.reports import schema
 from linflab.reports.tables import eps_text
@@ -117,6 +117,11 @@ def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, of: st
         if values.notna().all() and len(values):
             if _is_spread_by_ratios(values):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=4))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=bool((values % 1 == 0).all())))
         else:
             values = there[path].astype(str)
         dots = len(there) > 1000  # drawn as pixels in a PDF, too

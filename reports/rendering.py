@@ -75,12 +75,12 @@ def to_markdown(table: Table) -> str:
     blocks = [f"## {_markdown(table.title)}", aligned, "\n".join(f"- {_markdown(note)}" for note in notes)]
     blocks += [f"![{_markdown(what)}]({file})" for what, file in table.figures.items()]
     if commands := [(_name(row), *once) for row in table.rows for once in row.again]:
-        again = "\n".join(f"- {name}: `{command}`{_of(commit)}" for name, command, commit in commands)
+        again = "\n".join(f"- {name}: `{command}`{of_commit(commit)}" for name, command, commit in commands)
         blocks.append(f"Each row again:\n\n{again}")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _of(commit: str) -> str:
+def of_commit(commit: str) -> str:
     """Beside a command, outside of what is copied."""
     return f" (linflab {commit})" if commit else ""
 
@@ -113,7 +113,7 @@ def to_latex(table: Table) -> str:
     """
     width, shown = len(table.columns), _rows_of_a_page(table)
     lines = [LATEX_HEAD]
-    lines += [f"% {_name(row)}: {command}{_of(commit)}" for row in shown for command, commit in row.again]
+    lines += [f"% {_name(row)}: {command}{of_commit(commit)}" for row in shown for command, commit in row.again]
     kinds = {SETTING: r"p{0.5\linewidth}"} | {column: "r" for column in table.numeric}
     alignment = "".join(kinds.get(column, "l") for column in table.columns)
     lines += [
@@ -259,7 +259,7 @@ def html_body(table: Table, images: Callable[[str], str]) -> str:
     notes = [f"<li>{_html(note)}</li>" for note in table.notes]
     notes += [f'<li id="note-{row.mark}">({row.mark}) {_html(row.note)}</li>' for row in table.rows if row.mark]
     commands = [
-        f"<li>{_html(_name(row))}: <code>{html.escape(command)}</code>{_of(commit)}</li>"
+        f"<li>{_html(_name(row))}: <code>{html.escape(command)}</code>{of_commit(commit)}</li>"
         for row in table.rows
         for command, commit in row.again
     ]
