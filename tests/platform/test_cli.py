@@ -188,7 +188,9 @@ def test_dry_run_estimates_and_records_nothing(here: Here, tmp_path: Path, recip
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()
     assert " ".join(header.split()) == columns and len(lines) >= 8
-    assert "seconds (" in lines[-1] and "GiB" in lines[-1]
+    whole, *busy = [line for line in lines if not line[:1].isdigit() and line.split() and line.split()[0] != "inf"]
+    assert "seconds (" in whole and "GiB" in whole
+    assert all("other processes wanted a core" in line for line in busy)  # said where the machine is not free
     assert not (tmp_path / "runs").exists()
 
 
