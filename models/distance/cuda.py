@@ -185,7 +185,7 @@ def _gradients(
     slopes, unsafe = torch.where(y > 0, grad_y, 0.0), torch.zeros(1, dtype=torch.int32, device=x.device)
     if exponent > 1:
         most = 2.0 ** (60 / (exponent - 1))
-        # beside the padding, differences are as large as the operands
+        # beside the padding differences are as large as the operands: their powers must be finite, too
         largest = torch.maximum(*(torch.linalg.vector_norm(operand, math.inf) for operand in (x, weight)))
         safe = ((y == 0) | ((y > 1 / most) & (y < most))).all() & (largest < most**2)
         slopes = torch.where(safe, slopes * inverses ** (exponent - 1), slopes)
