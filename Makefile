@@ -1,21 +1,29 @@
-# make demo: set up and see all of it work. make install: set up. make test: what a contributor runs.
-# make check: format, lint, types. make readme: the measured table into README.md, from its records.
+# make demo: install and run a small sweep. make install: install. make unit: fast tests. make test: tests to run before
+# a contribution. make check: format, lint and types. make readme: update the table of measured results in README.md.
+# make gpu: test, time, profile and train on a CUDA device in under 9 minutes (ARGS: see benchmarks/gpu.py).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # after changes in these, an install is due
+# Phrases that readers have to decode, found in no text of this repository.
+PHRASES := "will do|comes to|come to|so many|one's own|anew|for want of|says nothing|goes on with|go on with|rightly|what there is"
 
-.PHONY: demo install test test-all check format readme clean
+SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # changes in these require a new installation
+
+.PHONY: demo install unit test test-all check format readme gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
-	@echo "This shell knows linflab after: source $(BIN)/activate"
+	@echo "To use linflab in this shell, run: source $(BIN)/activate"
 
 install: $(VENV)/.installed
 
+unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 \
+		-m "not integration and not slow and not browser and not cluster"
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not browser and not cluster"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not browser and not cluster"
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -23,6 +31,7 @@ test-all: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@! git grep -nwiE $(PHRASES) -- . ':!*.jsonl' ':!Makefile' || { echo "reword the lines above"; exit 1; }
 	mkdir -p build/types && ln -sfn ../.. build/types/linflab
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy \
 		-p linflab.models -p linflab.search_spaces -p linflab.reports -p linflab.platform
@@ -31,9 +40,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 readme: $(VENV)/.installed
 	grep -q "^<!-- measured -->" README.md && grep -q "^<!-- end -->" README.md
-	$(BIN)/linflab report measured --out build/readme
+	$(BIN)/linflab report measured --output-dir build/readme
 	sed -e '/^<!-- measured -->/,/^<!-- end -->/{//!d;}' -e '/^<!-- measured -->/r build/readme/measured.md' README.md \
 		> build/readme/README.md
 	cp build/readme/README.md README.md
@@ -43,14 +55,14 @@ clean:
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "linflab needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.11"; exit 1; }
+		|| { echo "PYTHON=$(PYTHON): must be Python 3.11 or newer; use make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# a stamp is as old as what was installed: sources may change meanwhile
+# The stamp gets the time at which the installation started, since sources may change during it.
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	touch $@.new
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[cluster]'
 	mv $@.new $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(SOURCES)

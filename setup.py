@@ -1,14 +1,31 @@
-"""The kernels of models/distance/csrc, compiled once per instruction set. Without a compiler the install goes on."""
+"""Build of the C++ kernels, one module per instruction set; skipped if there is no compiler."""
 
+import copy
 import hashlib
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.extension import Extension
 
 FOLDER = Path("models/distance/csrc")
-SOURCES = ("kernels.cpp", "sort.h", "subsets.h", "vector.h")
-# the modules say what they were compiled from: models/distance/cpu.py refuses those of other sources
+SOURCES = (
+    "module.cpp",
+    "backward.h",
+    "bounds.h",
+    "forward.h",
+    "limits.h",
+    "outer.h",
+    "patches.h",
+    "powers.h",
+    "sort.h",
+    "subsets.h",
+    "threads.h",
+    "tiles.h",
+    "vector.h",
+)
+# Each module stores the hash of its sources; models/distance/cpu.py rejects modules compiled from other sources.
 DIGEST = hashlib.sha256(b"".join((FOLDER / name).read_bytes() for name in SOURCES)).hexdigest()
 
 FLAGS = {
@@ -17,6 +34,17 @@ FLAGS = {
     "portable": [],
 }
 
+
+class BuildEachApart(build_ext):
+    """Build step with one directory per module, since modules are compiled in parallel from one source."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile one module."""
+        apart = copy.copy(self)
+        apart.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildEachApart, apart).build_extension(ext)
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -24,7 +52,7 @@ setup(
             [str(FOLDER / SOURCES[0])],
             depends=[str(FOLDER / name) for name in SOURCES],
             define_macros=[("MODULE_NAME", f"_kernels_{isa}"), ("SOURCES", f'"{DIGEST} {" ".join(SOURCES)}"')],
-            # no contraction: a multiplication and an addition are fused where the source says so, nowhere else
+            # Without contraction, multiplications and additions are fused only where the source does so explicitly.
             extra_compile_args=["-O3", "-ffp-contract=off", "-pthread", *flags],
             extra_link_args=["-pthread"],
             cxx_std=17,
@@ -32,5 +60,6 @@ setup(
         )
         for isa, flags in FLAGS.items()
     ],
+    cmdclass={"build_ext": BuildEachApart},
     options={"build_ext": {"parallel": 3}},
 )

@@ -1,36 +1,40 @@
-"""Why l_inf-dist nets are trained along a p-schedule and with mean shifts: three observations, measured.
+"""Three observations that motivate the p schedule and mean shifts of l_inf-dist nets.
 
     python benchmarks/observations.py [gradients | training | scale ...] [--dataset NAME] [--width W ...] [--steps N]
 
-The claims are those of Zhang et al., ICML 2021, Section 4. They were measured on Fashion-MNIST, from N(0, 1) weights,
-by the networks and the training step of this project, on 2 cores of an AMD Zen 4 with AVX-512.
+The claims are from Zhang et al., ICML 2021, Section 4. They were measured on Fashion-MNIST from N(0, 1) weights, with
+the networks and training step of this project, on 2 cores of an AMD Zen 4 with AVX-512.
 
-gradients. Claim: trained at p = inf from random weights, less than 1 % of the parameters change in an epoch. Counted
-are the distance weights whose gradient is not zero in at least one step of the first epoch (107 steps), with the
-published recipe: depth 5, batch 512, hinge.
+gradients. Claim: training at p = inf from random weights changes less than 1% of the parameters in an epoch. The
+measurement counts the distance weights with nonzero gradient in at least one step of the first epoch (107 steps). It
+uses the published recipe: depth 5, batch size 512, hinge loss.
 
     width                           1024    2048    5120
     one step, %                     1.00    0.55    0.23
     at least one of 30 steps, %     2.18    1.22    0.55
     at least one of an epoch's, %   2.90    1.67       -
 
-So it depends on the width. At 1024 and 2048 it does not hold. At 5120, the paper's, no whole epoch was measured: after
-10 steps it is 0.42 %, after 30 0.55 %, and were it to grow from there as in the narrower nets, by a factor of 1.3 to
-1.4, it would end at 0.7 to 0.8 %, so that it would hold.
-At p = inf a distance has a gradient in one weight alone, that of its largest |x_i - w_i|. A step can reach at most
-batch x outputs of a layer's outputs x inputs weights, a share of batch / inputs: the wider, the less. It reaches far
-fewer, as only outputs that a distance of the next layer picked have a gradient, beginning with the 10 of the last
-layer, and later steps reach mostly the same weights. At p = 8 all weights have a gradient in the first step.
+The result depends on the width. The claim does not hold at widths 1024 and 2048. At 5120, the width of the paper, no
+whole epoch was measured: the fraction is 0.42% after 10 steps and 0.55% after 30. In the narrower nets, it grows by a
+factor of 1.3 to 1.4 from step 30 to the end of the epoch. With the same growth, it would end at 0.7 to 0.8% at width
+5120, and the claim would hold.
 
-training. Claim: such training fails. With depth 5, width 256 and 4 epochs of the small recipe, validation accuracy
-comes to 61.1 % clean and 53.8 % certified at eps 0.1, and hardly moves after the first epoch (59.7 and 51.3); along the
-p-schedule from 8 to 1000, then inf, it comes to 81.5 % and 74.3 %. So it learns something, gets stuck, and stays 20
-points behind. With --learning-rate 0.01 and 0.12 (0.04 in the recipe) it comes to 47.2 and 40.1, 57.1 and 48.7.
+At p = inf a distance has a gradient in only one weight, that of its largest |x_i - w_i|. A step changes at most
+batch x outputs of the outputs x inputs weights of a layer, a fraction of batch / inputs, which decreases with the
+width. In fact it changes far fewer weights: the last layer has 10 outputs, and in each earlier layer only outputs that
+determine a distance of the next layer have a gradient. Later steps change mostly the same weights. At p = 8 all weights
+have a gradient in the first step.
 
-scale. Claim: outputs are distances, never negative, so that without mean shift they grow from layer to layer. Holds. In
-a random net of depth 8 and width 1024 their mean grows from 5.4 to 2619 at p = 8, by a factor of 2.4 a layer (that is
-about I^(1/p) for I inputs), and from 4.3 to 29.5 at p = inf, by 3.6 a layer. With mean shift it stays at 4.2 to 4.5
-and 3.5 to 3.7 from the second layer on.
+training. Claim: training at p = inf fails. With depth 5, width 256 and 4 epochs of the small recipe, validation
+accuracy is 61.1% clean and 53.8% certified at eps 0.1. The accuracies hardly change after the first epoch (59.7% and
+51.3%). With the p schedule from 8 to 1000, then inf, they are 81.5% and 74.3%. So training at p = inf learns, but
+stagnates 20 points lower. These runs use the recipe's learning rate, 0.04. At p = inf, --learning-rate 0.01 reaches
+47.2% and 40.1%, and --learning-rate 0.12 reaches 57.1% and 48.7%.
+
+scale. Claim: outputs are distances, never negative, so without mean shift they grow from layer to layer. The claim
+holds. In a random net of depth 8 and width 1024, the mean output grows from 5.4 to 2619 at p = 8, by a factor of 2.4
+per layer (about I^(1/p) for I inputs). At p = inf it grows from 4.3 to 29.5, an increase of 3.6 per layer. With mean
+shift, from the second layer on, it stays at 4.2 to 4.5 for p = 8 and at 3.5 to 3.7 for p = inf.
 """
 
 import argparse
@@ -41,66 +45,77 @@ import torch
 from torch import Tensor, nn
 
 from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet
-from linflab.platform.config import Experiment, load_experiment
-from linflab.platform.datasets import load_dataset
-from linflab.platform.training import EpochReport, Trainer, fit
+from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.overrides import load_config
+from linflab.platform.data.datasets import load_dataset
+from linflab.platform.training.fit import fit
+from linflab.platform.training.loop import EpochMetrics
+from linflab.platform.training.trainer import Trainer
 
 PUBLISHED, SMALL = "fashion_mnist_eps0.1_linf_dist_net", "fashion_mnist_eps0.1_linf_dist_net_cpu"
-THROUGHOUT_AT_INFINITY = ("p_schedule.warmup_share=0", "p_schedule.infinity_share=1")
+ALWAYS_LINF = ("p_schedule.warmup_fraction=0", "p_schedule.inf_fraction=1")
 
 
-def experiment_of(recipe: str, arguments: argparse.Namespace, *overrides: str) -> Experiment:
-    """A recipe on the data set asked for, from N(0, 1) weights."""
+def build_experiment(recipe: str, arguments: argparse.Namespace, *overrides: str) -> ExperimentConfig:
+    """Return the config of a recipe on the selected dataset, with N(0, 1) weights."""
     common = [f"dataset={arguments.dataset}", "model.initialization=normal", f"compute.cpus_per_worker={THREADS}"]
-    return load_experiment(recipe, [*common, *overrides])
+    return load_config(recipe, [*common, *overrides])
 
 
 def gradients(arguments: argparse.Namespace) -> None:
-    """Which weights get a gradient in the first epoch, at p = inf; and in its first step, at p = 8."""
+    """Count the weights with a gradient in the first epoch at p = inf, and in the first step at p = 8."""
     print(f"\nDistance weights with a gradient, in % ({arguments.dataset}; layers from the first to the last)")
-    print("width      p  first steps  in a step  at most  in any of them  by layer")
+    print("width      p  first steps   per step  at most     in any step  by layer")
     for width in arguments.width:
-        for p, overrides, steps in ((8.0, (), 1), (math.inf, THROUGHOUT_AT_INFINITY, arguments.steps)):
-            experiment = experiment_of(PUBLISHED, arguments, f"model.width={width}", *overrides)
+        for p, overrides, steps in ((8.0, (), 1), (math.inf, ALWAYS_LINF, arguments.steps)):
+            experiment = build_experiment(PUBLISHED, arguments, f"model.width={width}", *overrides)
             trainer = Trainer(experiment, load_dataset(experiment.dataset, experiment.augmentation))
-            assert trainer.scheduled(0).p == p
+            assert trainer.scheduled_values(0).p == p
             count_gradients(trainer, width, p, min(steps or trainer.steps_per_epoch, trainer.steps_per_epoch))
 
 
 def count_gradients(trainer: Trainer, width: int, p: float, steps: int) -> None:
+    """Print the percentage of weights with a nonzero gradient in the first steps."""
     network, batch_size = trainer.network, trainer.experiment.training.batch_size
     assert isinstance(network, LinfDistNet)
     weights = [layer.weight for layer in (*network.features.distances, network.last)]
     total = sum(weight.numel() for weight in weights)
     pairs = sum(min(batch_size * len(weight), weight.numel()) for weight in weights)
-    at_most = 100 if math.isfinite(p) else 100 * pairs / total
-    seen = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
-    in_steps, order = 0, trainer.shuffle(1)
+    max_percent = 100 if math.isfinite(p) else 100 * pairs / total
+    had_gradient = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    num_nonzero, order = 0, trainer.epoch_order(1)
     for step in range(steps):
         trainer.step(step, *order)
-        for weight, so_far in zip(weights, seen, strict=True):
+        for weight, had_gradient_in_layer in zip(weights, had_gradient, strict=True):
             assert weight.grad is not None
             nonzero = weight.grad != 0
-            in_steps += int(nonzero.sum())
-            so_far |= nonzero
-        done = step + 1
-        if done in (1, 10, 30, steps):
-            in_a_step, in_any = 100 * in_steps / done / total, 100 * sum(int(one.sum()) for one in seen) / total
-            by_layer = " ".join(f"{100 * one.float().mean():7.3f}" for one in seen)
-            print(f"{width:5} {p:6g} {done:12} {in_a_step:10.3f} {at_most:8.1f} {in_any:15.3f}  {by_layer}", flush=True)
+            num_nonzero += int(nonzero.sum())
+            had_gradient_in_layer |= nonzero
+        num_steps = step + 1
+        if num_steps in (1, 10, 30, steps):
+            percent_per_step, percent_of_any_step = (
+                100 * num_nonzero / num_steps / total,
+                100 * sum(int(one.sum()) for one in had_gradient) / total,
+            )
+            by_layer = " ".join(f"{100 * one.float().mean():7.3f}" for one in had_gradient)
+            print(
+                f"{width:5} {p:6g} {num_steps:12} {percent_per_step:10.3f} {max_percent:8.1f} "
+                f"{percent_of_any_step:15.3f}  {by_layer}",
+                flush=True,
+            )
 
 
 def training(arguments: argparse.Namespace) -> None:
-    """Accuracy on validation, trained at p = inf from the start and along the p-schedule."""
+    """Print validation accuracy of training at p = inf throughout, and with the p schedule."""
     print(f"\nTraining of depth {arguments.depth} and width {arguments.small_width}: validation, in % (eps = 0.1)")
     print("p                  epoch   at p     loss    clean  certified")
-    for name, overrides in (("inf throughout", THROUGHOUT_AT_INFINITY), ("8 to 1000, then inf", ())):
+    for name, overrides in (("inf throughout", ALWAYS_LINF), ("8 to 1000, then inf", ())):
         sizes = (f"model.depth={arguments.depth}", f"model.width={arguments.small_width}")
         epochs = f"training.epochs={arguments.epochs}"
         rate = f"optimizer.learning_rate={arguments.learning_rate}"
-        experiment = experiment_of(SMALL, arguments, *sizes, epochs, rate, *overrides)
+        experiment = build_experiment(SMALL, arguments, *sizes, epochs, rate, *overrides)
 
-        def show(report: EpochReport, name: str = name) -> None:
+        def show(report: EpochMetrics, name: str = name) -> None:
             assert report.validation is not None
             clean, certified = 100 * report.validation.clean, 100 * report.validation.certified
             print(
@@ -112,30 +127,31 @@ def training(arguments: argparse.Namespace) -> None:
 
 
 def scale(arguments: argparse.Namespace) -> None:
-    """Outputs of every distance layer of a random net: over all, and how far they differ between images."""
+    """Print statistics of the outputs of every distance layer of a random net."""
     dataset = load_dataset(arguments.dataset)
     images, _ = dataset.train.batch(torch.arange(512))
-    config, facts = LinfDistMLPConfig(depth=8, width=1024, initialization="normal"), dataset.facts
-    print("\nOutputs of the distance layers of a random net: mean, standard deviation, and that over images alone")
+    config, info = LinfDistMLPConfig(depth=8, width=1024, initialization="normal"), dataset.info
+    print("\nOutputs of the distance layers of a random net: mean, std over all values, mean std over images")
     print("    p  mean shift  layer       mean        std  std over images")
     for p in (8.0, math.inf):
-        for shifted in (False, True):
+        for with_shift in (False, True):
             torch.manual_seed(0)
-            network = config.build(facts.input_shape, facts.classes, facts.mean, facts.std)
-            if not shifted:
+            network = config.build(info.input_shape, info.classes, info.mean, info.std)
+            if not with_shift:
                 network.features.shifts = nn.ModuleList(nn.Identity() for _ in network.features.shifts)
             for layer, y in enumerate(outputs(network, images, p), start=1):
                 figures = f"{y.mean():10.4g} {y.std():10.4g} {y.std(dim=0).mean():16.4g}"
-                print(f"{p:5g}  {'with' if shifted else 'without':10}  {layer:5} {figures}")
+                print(f"{p:5g}  {'with' if with_shift else 'without':10}  {layer:5} {figures}")
 
 
 def outputs(network: LinfDistNet, images: Tensor, p: float) -> list[Tensor]:
-    seen: list[Tensor] = []
+    """Return the outputs of every distance layer."""
+    outputs_by_layer: list[Tensor] = []
     for layer in (*network.features.distances, network.last):
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        layer.register_forward_hook(lambda module, inputs, output: outputs_by_layer.append(output))
     with torch.no_grad():
         network(images, p)
-    return seen
+    return outputs_by_layer
 
 
 OBSERVATIONS = {"gradients": gradients, "training": training, "scale": scale}
@@ -143,15 +159,16 @@ THREADS = torch.get_num_threads()
 
 
 def main() -> None:
+    """Run the selected measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("observations", nargs="*", help=f"of {', '.join(OBSERVATIONS)}; all by default")
-    parser.add_argument("--dataset", default="fashion_mnist", help="the other settings stay those of Fashion-MNIST")
-    parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048], help="widths whose gradients to count")
-    parser.add_argument("--steps", type=int, help="count the gradients of so many steps; default: of an epoch")
-    parser.add_argument("--depth", type=int, default=5, help="of the nets trained")
-    parser.add_argument("--small-width", type=int, default=256, help="of the nets trained")
-    parser.add_argument("--epochs", type=int, default=4, help="that they are trained for")
-    parser.add_argument("--learning-rate", type=float, default=0.04, help="that they are trained with")
+    parser.add_argument("observations", nargs="*", help=f"Any of {', '.join(OBSERVATIONS)} (default: all)")
+    parser.add_argument("--dataset", default="fashion_mnist", help="Dataset; other settings remain for Fashion-MNIST")
+    parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048], help="Widths for gradients")
+    parser.add_argument("--steps", type=int, help="Number of steps for gradients (default: one epoch)")
+    parser.add_argument("--depth", type=int, default=5, help="Depth of the nets for training")
+    parser.add_argument("--small-width", type=int, default=256, help="Width of the nets for training")
+    parser.add_argument("--epochs", type=int, default=4, help="Epochs for training")
+    parser.add_argument("--learning-rate", type=float, default=0.04, help="Learning rate for training")
     arguments = parser.parse_args()
     for unknown in set(arguments.observations) - set(OBSERVATIONS):
         parser.error(f"{unknown}: must be one of {', '.join(OBSERVATIONS)}")

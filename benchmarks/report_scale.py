@@ -1,11 +1,11 @@
-"""What reports cost as the record grows: seconds and memory of `linflab report` on generated records.
+"""Time and memory of `linflab report` on tracking stores with many generated runs.
 
     python benchmarks/report_scale.py [--runs 1000 2000 5000 10000]
 
-One short training is real; its record is copied in the database, with other settings, data sets, seeds, accuracies.
-Half of the runs are the trials of one sweep, half are single trainings of three seeds each. A report is a process of
-its own, as users start it; the time to import is that of a report on no records. Prints a table and appends a row for
-each line of it to report_scale.csv.
+One short run is real. The other runs are copies of its rows in the database, with different settings, datasets, seeds
+and accuracies. Half of the runs are trials of one sweep. The others belong to no sweep; three of them with different
+seeds share a configuration. Each report is a separate process. The column `less import` excludes the import time, which
+is the time of a report without runs. The benchmark prints a table and appends each line to report_scale.csv.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import time
 import uuid
 from pathlib import Path
 
-from linflab.platform.config import load_experiment
-from linflab.platform.storage import Storage
-from linflab.platform.tracking import hardware, versions
-from linflab.platform.trial import run_trial
+from linflab.platform.config.overrides import load_config
+from linflab.platform.host import describe_hardware, package_versions
+from linflab.platform.tracking.storage import Storage
+from linflab.platform.trial import TrialRequest, run_trial
 from linflab.reports import schema
 
 RECIPE = "digits_eps0.1_linf_dist_net"
@@ -36,20 +36,21 @@ TABLES = ("runs", "params", "tags", "latest_metrics", "metrics")
 
 
 def generate(storage: Storage, runs: int) -> None:
-    """Records of so many runs, made of a real one."""
-    experiment = load_experiment(RECIPE, ["training.epochs=3", "evaluation.attack.steps=2"])
-    run_trial(experiment, storage, "template", {schema.KIND: "trial", schema.COMMAND: f"linflab train {RECIPE}"})
+    """Write the given number of runs into the storage, as copies of a real one."""
+    experiment = load_config(RECIPE, ["training.epochs=3", "evaluation.attack.steps=2"])
+    tags = {schema.KIND: "trial", schema.COMMAND: f"linflab train {RECIPE}"}
+    run_trial(TrialRequest(experiment, storage, "template", tags))
     with sqlite3.connect(storage.database) as database:
         (template,) = database.execute("SELECT run_uuid FROM runs").fetchone()
         rows = {}
         for table in TABLES:
-            found = database.execute(f"SELECT * FROM {table} WHERE run_uuid = ?", (template,))
-            names = [column[0] for column in found.description]
-            rows[table] = [dict(zip(names, row, strict=True)) for row in found]
+            cursor = database.execute(f"SELECT * FROM {table} WHERE run_uuid = ?", (template,))
+            names = [column[0] for column in cursor.description]
+            rows[table] = [dict(zip(names, row, strict=True)) for row in cursor]
         copies: dict[str, list[tuple[object, ...]]] = {table: [] for table in TABLES}
         for number in range(runs):
-            for table, changed in _copy(rows, number, runs // 2).items():
-                copies[table] += [tuple(row.values()) for row in changed]
+            for table, new_rows in _copy(rows, number, runs // 2).items():
+                copies[table] += [tuple(row.values()) for row in new_rows]
         for table, values in copies.items():
             slots = ", ".join("?" for _ in values[0])
             database.executemany(f"INSERT INTO {table} VALUES ({slots})", values)
@@ -57,27 +58,27 @@ def generate(storage: Storage, runs: int) -> None:
             database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (template,))
 
 
-def _copy(rows: dict[str, list[dict]], number: int, in_sweep: int) -> dict[str, list[dict]]:
-    chance, name = random.Random(number), uuid.UUID(int=number + 1).hex
-    point = {path: round(chance.uniform(1, 100), 6) for path in SEARCHED}
-    certified = chance.uniform(0.5, 0.8)
+def _copy(rows: dict[str, list[dict]], number: int, sweep_size: int) -> dict[str, list[dict]]:
+    generator, name = random.Random(number), uuid.UUID(int=number + 1).hex
+    point = {path: round(generator.uniform(1, 100), 6) for path in SEARCHED}
+    certified = generator.uniform(0.5, 0.8)
     metrics = {
         schema.TEST_CERTIFIED: certified,
         schema.TEST_ROBUST: certified + 0.02,
         schema.TEST_CLEAN: certified + 0.1,
-        schema.BEST_VALIDATION_CERTIFIED: certified + chance.gauss(0, 0.01),
-        schema.BEST_VALIDATION_CLEAN: chance.uniform(0.6, 0.9),
+        schema.BEST_VALIDATION_CERTIFIED: certified + generator.gauss(0, 0.01),
+        schema.BEST_VALIDATION_CLEAN: generator.uniform(0.6, 0.9),
     }
-    swept = number < in_sweep
-    dataset, eps = SETTINGS[1] if swept else SETTINGS[number // 3 % 3]
-    settings = {"dataset": dataset, "eps": eps, "seed": "0" if swept else str(number % 3)}
-    chosen = random.Random(number if swept else number // 3)  # three seeds of one setting
-    settings |= {path: str(round(chosen.uniform(1, 100), 6)) for path in SEARCHED}
+    is_in_sweep = number < sweep_size
+    dataset, eps = SETTINGS[1] if is_in_sweep else SETTINGS[number // 3 % 3]
+    settings = {"dataset": dataset, "eps": eps, "seed": "0" if is_in_sweep else str(number % 3)}
+    settings_generator = random.Random(number if is_in_sweep else number // 3)  # three seeds per configuration
+    settings |= {path: str(round(settings_generator.uniform(1, 100), 6)) for path in SEARCHED}
     tags = {}
-    if swept:
-        job = {"number": number + 1, "point": point, "round": 1, "repeat": 0}
-        tags = {schema.SWEEP: "big", schema.TRIAL: str(number + 1), schema.JOB: json.dumps(job)}
-        tags |= {schema.SEARCHED: ",".join(SEARCHED), schema.OBJECTIVES: "certified"}
+    if is_in_sweep:
+        job = {"number": number + 1, "params": point, "rung": 1, "seed_index": 0}
+        tags = {schema.SWEEP: "big", schema.TRIAL: str(number + 1), schema.TRIAL_SPEC: json.dumps(job)}
+        tags |= {schema.SEARCHED_SETTINGS: ",".join(SEARCHED), schema.OBJECTIVES: "certified"}
     new: dict[str, list[dict]] = {table: [{**row, "run_uuid": name} for row in rows[table]] for table in TABLES}
     for table, values in (("params", settings), ("latest_metrics", metrics), ("metrics", metrics)):
         for row in new[table]:
@@ -86,7 +87,7 @@ def _copy(rows: dict[str, list[dict]], number: int, in_sweep: int) -> dict[str, 
     return new
 
 
-# started from a small process: a process counts the memory of the one that it was forked from, before it became itself
+# A small process starts each report, since the peak memory of a forked process includes its parent's until exec.
 WATCH = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -96,25 +97,26 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).
 
 
 def measure(storage: Path, arguments: list[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of a report."""
+    """Return the seconds and peak MiB of a report."""
     with tempfile.TemporaryDirectory() as out:
         command = [str(Path(sys.executable).with_name("linflab")), "report", *arguments]
-        command += ["--storage", str(storage), "--out", out]
-        done = subprocess.run([sys.executable, "-c", WATCH, *command], capture_output=True, text=True, check=True)
-        seconds, memory = map(float, done.stdout.split())
+        command += ["--storage", str(storage), "--output-dir", out]
+        process = subprocess.run([sys.executable, "-c", WATCH, *command], capture_output=True, text=True, check=True)
+        seconds, memory = map(float, process.stdout.split())
         return seconds, memory
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="+", default=[1000, 2000, 5000, 10000])
     counts = parser.parse_args().runs
-    print(f"{hardware()}; {versions()}\n")
+    print(f"{describe_hardware()}; {package_versions()}\n")
     print(f"{'runs':>6}  {'report':10}  {'seconds':>8}  {'less import':>11}  {'MiB':>6}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        nothing = Path(folder) / "nothing"
-        imports = min(measure(nothing, ["table1"])[0] for _ in range(2))
+        empty_storage = Path(folder) / "nothing"
+        imports = min(measure(empty_storage, ["table1"])[0] for _ in range(2))
         for count in counts:
             storage = Storage.open(Path(folder) / str(count))
             generate(storage, count)
@@ -131,7 +133,9 @@ def main() -> None:
         if new:
             writer.writerow(["date", "machine", "runs", "report", "seconds", "less_import", "mib"])
         for row in rows:
-            writer.writerow([time.strftime("%Y-%m-%d"), f"{hardware()}, python {machine.python_version()}", *row])
+            writer.writerow(
+                [time.strftime("%Y-%m-%d"), f"{describe_hardware()}, python {machine.python_version()}", *row]
+            )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The mathematics: what can be computed from a network and a batch. Plain PyTorch, without files or clocks."""
+"""Networks, distance operators, bounds, attacks and certifiers, in PyTorch and without file access."""

@@ -1,21 +1,21 @@
-"""The ways in which a command of linflab ends early."""
+"""Exceptions that end a command early."""
 
 
-class SettingError(ValueError):
-    """Wrong input: the message names the setting, its value and what would do. Raised before anything starts."""
+class InputError(ValueError):
+    """Invalid input; the message names the setting, its value and the fix. Raised before anything starts."""
 
 
-class Busy(SettingError):
-    """Another process is at it; once that has ended, the same can be asked for again."""
+class RunLockedError(InputError):
+    """Lock held by another process; the command can be repeated once that process has ended."""
 
 
 class TrainingError(RuntimeError):
-    """Training went wrong: the message names the step at which it did and what to change."""
+    """Failure of training; the message names the step and what to change."""
 
 
-class WorkerDied(TrainingError):
-    """A process or machine that trained is gone; from the last checkpoint, others can go on."""
+class WorkerLostError(TrainingError):
+    """Loss of a worker process or node; training can resume from the last checkpoint."""
 
 
-class Interrupted(RuntimeError):
-    """The user ended the work: the message says what is kept, and how to go on."""
+class RunInterrupted(RuntimeError):
+    """Interruption by the user; the message names what is kept and how to resume."""

@@ -1,195 +1,330 @@
-"""One trial from its settings to its record: train, score the kept network on the test set once, record both."""
+"""One trial as an MLflow run: training, one evaluation on the test set, and logging of both."""
 
+import dataclasses
+import math
 import os
+import platform as machine
 import shlex
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import FrameType
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from linflab.models.networks.cost import count_flops, count_parameters
-from linflab.platform.checkpoints import Checkpoints
-from linflab.platform.config import Experiment
-from linflab.platform.datasets import load_dataset
-from linflab.platform.errors import Interrupted, SettingError, TrainingError
-from linflab.platform.evaluation import evaluate, scoring_of
-from linflab.platform.storage import Storage
-from linflab.platform.tracking import Run, checkpoints_of
-from linflab.platform.training import EpochReport, StepReport, fit
+from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.data.datasets import Split, load_dataset
+from linflab.platform.errors import InputError, RunInterrupted, TrainingError
+from linflab.platform.signals import defer_signal
+from linflab.platform.tracking.runs import Run, find_runs
+from linflab.platform.tracking.storage import Storage
+from linflab.platform.training.checkpoints import CheckpointStore
+from linflab.platform.training.evaluation import (
+    BatchResult,
+    EvaluationSpec,
+    ScoringReport,
+    evaluate,
+    evaluation_spec,
+    sort_by_position,
+)
+from linflab.platform.training.fit import fit
+from linflab.platform.training.loop import EpochMetrics, StepMetrics
+from linflab.platform.training.weights import save_weights
 from linflab.reports import schema
+from linflab.reports.outputs import write_columns
 
-SECONDS_TO_DIE = 60.0  # within which Ray ends the processes of a driver or node that is gone
+Report = EpochMetrics | StepMetrics | ScoringReport
+WORKER_EXIT_TIMEOUT_S = 60.0  # time within which Ray ends orphaned processes
+MAX_RUN_NAME = 200
+
+
+def default_run_name(recipe: str, overrides: Sequence[str]) -> str:
+    """Return the default name of a run: its recipe and overrides."""
+    from linflab.reports.formatting import describe_settings
+
+    stem = Path(recipe).stem if "/" in recipe else recipe
+    changes = describe_settings({path: value for path, _, value in (one.partition("=") for one in overrides)})
+    return f"{stem} {changes}".strip()[:MAX_RUN_NAME]
 
 
 def train_command(recipe: str, overrides: Sequence[str]) -> str:
-    """The command that trains a recipe with these overrides."""
+    """Return the command that trains a recipe with these overrides."""
     return shlex.join(["linflab", "train", recipe, *overrides])
 
 
-def selection(experiment: Experiment) -> str:
-    """Which network a training keeps, in words."""
+def describe_selection(experiment: ExperimentConfig) -> str:
+    """Return a description of the model selection, as logged in the tag `schema.SELECTION`."""
     if experiment.training.include_validation:
         return "the last epoch; trained on training and validation images"
     return "the best epoch by certified accuracy on validation images"
 
 
-def check_machine(experiment: Experiment) -> None:
-    """Check that this process can train the experiment alone.
+def check_local_resources(experiment: ExperimentConfig) -> None:
+    """Check that this machine has the CPUs and the device that the config requires, without Ray.
 
     Raises:
-        SettingError: this machine has fewer CPUs, or no CUDA device where one is asked for.
+        InputError: If this machine has fewer CPUs than the config requires, or lacks a required CUDA device.
     """
     cpus = os.cpu_count() or 1
     if experiment.compute.cpus_per_worker > cpus:
-        raise SettingError(f"compute.cpus_per_worker={experiment.compute.cpus_per_worker}: this machine has {cpus}")
+        raise InputError(
+            f"compute.cpus_per_worker={experiment.compute.cpus_per_worker}: must be at most {cpus}, the number of CPUs "
+            "of this machine; use fewer"
+        )
     if experiment.compute.device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("compute.device=cuda: there is no CUDA device here; cpu or auto will do")
+        raise InputError("compute.device=cuda: no CUDA device found; use cpu or auto")
 
 
-def device_of(experiment: Experiment) -> torch.device:
-    """Where this process trains."""
-    wanted = experiment.compute.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+def select_device(experiment: ExperimentConfig) -> torch.device:
+    """Return the device on which this process trains."""
+    device = experiment.compute.device
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM, once, as a question to be asked; a second one ends the process as usual."""
-    if threading.current_thread() is not threading.main_thread():  # Ray's workers: signals are not theirs
-        yield lambda: False
-        return
-    seen = False
+@dataclass(frozen=True)
+class TrialRequest:
+    """Request to train a config as one MLflow run.
 
-    def notice(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
-        signal.signal(number, before[signal.Signals(number)])
+    Attributes:
+        experiment: All settings.
+        storage: Tracking store and checkpoints of the run.
+        name: Name of a new run.
+        tags: Tags of a new run.
+        resume_run_id: Id of the run to resume; None starts a new run. A finished run is only read, not trained.
+        max_failures: Maximum number of worker failures without progress; None for no limit. With a number,
+            `run_trial` also waits for the lock of a previous process that is about to end.
+        evaluate_test: Evaluate on the test set. False during a search, where only validation accuracy is needed.
+    """
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}  # as by nohup
-    for number in before:
-        signal.signal(number, notice)
-    try:
-        yield lambda: seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    experiment: ExperimentConfig
+    storage: Storage
+    name: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    resume_run_id: str | None = None
+    max_failures: int | None = None
+    evaluate_test: bool = True
 
 
-def run_trial(
-    experiment: Experiment,
-    storage: Storage,
-    name: str,
-    tags: Mapping[str, str],
-    on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    checkpointed: bool = False,
-    resume: str | None = None,
-    deaths: int | None = None,
-    scored: bool = True,
-) -> dict[str, float]:
-    """Train and score an experiment as one MLflow run; returns the metrics of the network that was kept.
+@dataclass(frozen=True)
+class TrialResult:
+    """Result of a logged run.
 
-    Of several workers, each calls this; the first records, scores and returns the metrics, the others return {}.
+    Attributes:
+        run_id: MLflow run id.
+        metrics: Metrics of the selected network, by their MLflow names.
+        certificate: Name of the certifier that gave the certified accuracies, such as `lipschitz-sound`.
+    """
+
+    run_id: str
+    metrics: Mapping[str, float]
+    certificate: str
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """Existing run of a config, started by `linflab train`.
+
+    Attributes:
+        is_finished: True if the run was trained and evaluated; model and figures may be missing.
+        result: Result of the run. If the run has not finished, only the run id is guaranteed.
+    """
+
+    is_finished: bool
+    result: TrialResult
+
+
+def find_resumable_run(
+    storage: Storage, experiment: ExperimentConfig, prefer_finished: bool = False
+) -> EarlierRun | None:
+    """Return the run of this config to resume, or None if there is no run.
+
+    Interrupted runs count only if they are newer than the last finished run. The order of preference is: the latest
+    interrupted run with a checkpoint; the latest interrupted run without a checkpoint, which starts over; the last
+    finished run. Runs of sweeps and imported runs are ignored.
 
     Args:
-        checkpointed: write checkpoints, and on Ctrl-C or SIGTERM one more; they are removed when the run is complete.
-        resume: the run to go on with, from its checkpoint where there is one. One that has finished is only read.
-        deaths: how often processes may die without that the training comes further; None: any number of times. Where
-            it is given, the run is waited for if the process before is still about to end.
-        scored: on the test set; not where only the validation images matter, as on the way to a choice.
+        storage: Storage of the runs.
+        experiment: All settings.
+        prefer_finished: Return the last finished run, if any, even if interrupted runs are newer.
+    """
+    finished_run, with_checkpoint, without_checkpoint = None, [], []
+    for run in find_runs(storage, experiment):
+        metrics, tags = dict(run.data.metrics), run.data.tags
+        result = TrialResult(str(run.info.run_id), metrics, tags.get(schema.CERTIFIER, ""))
+        earlier_run = EarlierRun(run.info.status == "FINISHED", result)
+        if earlier_run.is_finished and schema.TEST_CERTIFIED in metrics:
+            finished_run = earlier_run
+            break
+        checkpoints = checkpoint_store(storage, result.run_id)
+        if checkpoints.exist():
+            with_checkpoint.append(earlier_run)
+        # Without a checkpoint, a run on an MLflow server may belong to another machine that is training it.
+        elif run.info.status in ("RUNNING", "KILLED") and (
+            checkpoints.folder.exists() or tags.get(schema.HOST) == machine.node()
+        ):
+            without_checkpoint.append(earlier_run)
+    candidates = [*with_checkpoint, *without_checkpoint]
+    return finished_run if prefer_finished and finished_run else next(iter(candidates), finished_run)
+
+
+def checkpoint_store(storage: Storage, run_id: str) -> CheckpointStore:
+    """Return the checkpoint store of a run."""
+    return CheckpointStore(storage.checkpoints / run_id)
+
+
+def run_trial(request: TrialRequest, on_report: Callable[[Report], None] = lambda report: None) -> TrialResult | None:
+    """Train and evaluate a config as one MLflow run; a resumed run starts from its checkpoint, if any.
+
+    A signal triggers a final checkpoint. Checkpoints are removed when the run is complete.
+
+    Args:
+        request: Config and run to train.
+        on_report: Called after each step, epoch and batch of test images.
+
+    Returns:
+        The result on the first worker, which logs and evaluates; None on all other workers.
 
     Raises:
-        TrainingError: training went wrong, or processes died too often.
+        TrainingError: If training failed, or workers failed too often.
+        RunLockedError: If another process is training the run.
+        RunInterrupted: If a signal stopped the run.
     """
+    experiment, storage, resume = request.experiment, request.storage, request.resume_run_id
     if dist.is_initialized() and dist.get_rank() > 0:
-        if not _agreed(experiment):
-            return {}
-        dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
-        fit(experiment, dataset, on_epoch, checkpoints=checkpoints_of(storage, resume) if resume else None)
-        return {}
+        if _broadcast_decision(experiment):
+            dataset = load_dataset(experiment.dataset, experiment.augmentation).to(select_device(experiment))
+            fit(experiment, dataset, on_report, checkpoints=checkpoint_store(storage, resume) if resume else None)
+        return None
     with ExitStack() as stack:
         if resume is not None:
-            patience = 0 if deaths is None else SECONDS_TO_DIE
-            stack.enter_context(checkpoints_of(storage, resume).lock(patience))
+            timeout = 0 if request.max_failures is None else WORKER_EXIT_TIMEOUT_S
+            stack.enter_context(checkpoint_store(storage, resume).lock(timeout))
             run = Run.resume(storage, resume)
-            stack.enter_context(run if not run.finished else nullcontext())
-            died = run.starts[:-1].count(run.logged_epoch)
-            if deaths is not None and died > deaths:
+            stack.enter_context(run if not run.is_finished else nullcontext())
+            if not run.has_config:  # interrupted right after its creation
+                run.log_config(experiment)
+            num_failures = run.starts[:-1].count(run.last_logged_epoch)
+            if request.max_failures is not None and num_failures > request.max_failures:
                 raise TrainingError(
-                    f"its process died {died} times after epoch {run.logged_epoch} and said nothing; for want of "
-                    "memory, perhaps"
+                    f"worker process was killed {num_failures} times after epoch {run.last_logged_epoch} without an "
+                    "error message; it may be running out of memory"
                 )
         else:
-            run = stack.enter_context(Run.start(storage, experiment, name, tags))
-            if checkpointed:
-                stack.enter_context(checkpoints_of(storage, run.id).lock())
+            run = stack.enter_context(Run.start(storage, experiment, request.name, request.tags))
+            stack.enter_context(checkpoint_store(storage, run.id).lock())
+        # The last metrics are logged together, so a run that has one of them lacks only the status FINISHED.
+        last_metric = schema.TEST_CERTIFIED if request.evaluate_test else schema.TRAIN_SECONDS
+        should_train = not run.is_finished and last_metric not in run.metrics
         if dist.is_initialized():
-            _agreed(experiment, not run.finished)
-        checkpoints = checkpoints_of(storage, run.id) if checkpointed else None
-        metrics = run.metrics if run.finished else _train(experiment, run, on_epoch, on_step, checkpoints, scored)
-    if checkpoints is not None:  # only now, when the record says that the run has finished
-        checkpoints.remove()
-    return metrics
+            _broadcast_decision(experiment, should_train)
+        checkpoints = checkpoint_store(storage, run.id)
+        if should_train:
+            result = _train(request, run, on_report, checkpoints)
+        else:
+            result = TrialResult(run.id, run.metrics, run.certificate)
+    checkpoints.remove()  # only after MLflow has the status FINISHED
+    return result
 
 
-def _agreed(experiment: Experiment, trains: bool = False) -> bool:
-    """Whether the workers train: the first one says so, once no other process can; the others wait for it here.
+def _broadcast_decision(experiment: ExperimentConfig, should_train: bool = False) -> bool:
+    """Return whether the workers train; the first worker broadcasts this once it holds the lock.
 
-    Else they might read the checkpoint while workers of before still write the next one.
+    The other workers wait here; otherwise they could read a checkpoint while previous workers still write the next one.
     """
-    said = torch.tensor(int(trains), device=device_of(experiment))
-    dist.broadcast(said, src=0)
-    return bool(said.item())
+    decision = torch.tensor(int(should_train), device=select_device(experiment))
+    dist.broadcast(decision, src=0)
+    return bool(decision.item())
 
 
 def _train(
-    experiment: Experiment,
-    run: Run,
-    on_epoch: Callable[[EpochReport], None],
-    on_step: Callable[[StepReport], None],
-    checkpoints: Checkpoints | None,
-    scored: bool,
-) -> dict[str, float]:
-    """Train, score on the test set if `scored`, and log it all; returns the metrics of the network that was kept."""
+    request: TrialRequest, run: Run, on_report: Callable[[Report], None], checkpoints: CheckpointStore
+) -> TrialResult:
+    """Train, evaluate on the test set if requested, and log the results."""
+    experiment = request.experiment
 
-    def record(report: EpochReport) -> None:
-        run.log_epoch(report)
-        on_epoch(report)
+    def record(report: EpochMetrics) -> None:
+        run.log_epoch(report.epoch, _epoch_metrics(report))
+        on_report(report)
 
-    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device_of(experiment))
-    with stop_signals() if checkpoints is not None else nullcontext(lambda: False) as should_stop:
-        trained = fit(experiment, dataset, record, on_step, checkpoints, should_stop)
+    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(select_device(experiment))
+    with defer_signal() as should_stop:
+        selected = fit(experiment, dataset, record, on_report, checkpoints, should_stop)
         if should_stop():
-            raise Interrupted("stopped before the test images were scored")
+            raise RunInterrupted("stopped before evaluation on the test set")
     metrics = {
-        schema.BEST_EPOCH: trained.epoch,
-        schema.FLOPS: count_flops(trained.network, dataset.facts.input_shape),
-        schema.PARAMETERS: count_parameters(trained.network),
-        schema.TRAIN_SECONDS: trained.seconds,
+        schema.BEST_EPOCH: selected.epoch,
+        schema.FLOPS: count_flops(selected.network, dataset.info.input_shape),
+        schema.PARAMETERS: count_parameters(selected.network),
+        schema.TRAIN_SECONDS: selected.seconds,
     }
-    if trained.validation is not None:
-        metrics[schema.BEST_VALIDATION_CLEAN] = trained.validation.clean
-        metrics[schema.BEST_VALIDATION_CERTIFIED] = trained.validation.certified
-    scoring = scoring_of(experiment, trained.network, attacked=True)
-    tags = {schema.CERTIFIER: scoring.certificate, schema.SELECTION: selection(experiment)}
-    if scored:
-        (test,) = evaluate(trained.network, dataset.test, scoring, experiment.evaluation.batch_size)
-        assert test.robust is not None and test.certified_but_broken is not None
-        metrics[schema.TEST_CLEAN] = test.clean
-        metrics[schema.TEST_ROBUST] = test.robust
-        metrics[schema.TEST_CERTIFIED] = test.certified
-        metrics[schema.TEST_BROKEN] = test.certified_but_broken
-        if test.certified_exact is not None:
-            metrics[schema.TEST_CERTIFIED_EXACT] = test.certified_exact
-        tags[schema.ATTACK] = experiment.evaluation.attack.describe()
-    run.log_tags(tags)
-    run.log_weights(trained, experiment)
+    if selected.validation is not None:
+        metrics[schema.BEST_VALIDATION_CLEAN] = selected.validation.clean
+        metrics[schema.BEST_VALIDATION_CERTIFIED] = selected.validation.certified
+    spec = evaluation_spec(experiment, selected.network, with_attacks=True)
+    tags = {schema.CERTIFIER: spec.certificate, schema.SELECTION: describe_selection(experiment)}
+    with tempfile.TemporaryDirectory() as folder:
+        if request.evaluate_test:
+            images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
+            metrics |= _evaluate(selected.network, dataset.test, spec, experiment, on_report, images)
+            tags[schema.ATTACK] = experiment.evaluation.attack.describe()
+        save_weights(Path(folder) / schema.WEIGHTS_FILE, selected.network, experiment, selected.epoch)
+        run.log_tags(tags)
+        run.client.log_artifacts(run.id, folder)
     run.log_metrics({name: value for name, value in metrics.items() if name not in run.metrics})
-    return metrics
+    return TrialResult(run.id, metrics, spec.certificate)
+
+
+def _evaluate(
+    network: nn.Module,
+    test: Split,
+    spec: EvaluationSpec,
+    experiment: ExperimentConfig,
+    on_report: Callable[[Report], None],
+    images: Path,
+) -> dict[str, float]:
+    """Evaluate on the test set and return the metrics.
+
+    With the certifier `lipschitz`, whose radii have no extra cost, write the results of each image to `images`.
+    """
+    spec = dataclasses.replace(spec, radii=spec.certifier == "lipschitz")  # other certifiers need a bisection
+    parts: list[BatchResult] = []
+
+    def count(part: BatchResult) -> None:
+        parts.append(part)
+        on_report(ScoringReport(sum(len(part.positions) for part in parts), len(test)))
+
+    on_report(ScoringReport(0, len(test)))
+    (result,) = evaluate(network, test, spec, experiment.evaluation.batch_size, count)
+    assert result.robust is not None and result.certificate_violations is not None
+    if spec.radii:
+        write_columns(images, sort_by_position(parts, spec.eps).columns())
+    return {
+        schema.TEST_CLEAN: result.clean,
+        schema.TEST_ROBUST: result.robust,
+        schema.TEST_CERTIFIED: result.certified,
+        schema.TEST_VIOLATIONS: result.certificate_violations,
+        **({} if result.certified_real is None else {schema.TEST_CERTIFIED_REAL: result.certified_real}),
+    }
+
+
+def _epoch_metrics(report: EpochMetrics) -> dict[str, float]:
+    validation = {}
+    if report.validation is not None:
+        validation[schema.VALIDATION_CLEAN] = report.validation.clean
+        validation[schema.VALIDATION_CERTIFIED] = report.validation.certified
+    return {
+        # MLflow does not store infinity, so p = inf is omitted.
+        **({schema.P: report.at.p} if math.isfinite(report.at.p) else {}),
+        schema.LEARNING_RATE: report.at.learning_rate,
+        schema.CROSS_ENTROPY_WEIGHT: report.at.cross_entropy_weight,
+        schema.TRAIN_EPS: report.at.eps,
+        schema.TRAIN_LOSS: report.train_loss,
+        **validation,
+        schema.EPOCH_SECONDS: report.seconds,
+    }

@@ -1,65 +1,83 @@
-"""Comparison tables: rows quoted from papers, and rows measured here, side by side.
+"""Comparison tables of rows quoted from papers and rows measured with linflab.
 
-A table is defined by YAML (`papers/`, or a file of one's own):
+A table is defined by YAML (a file in `papers/`, or your own):
 
     title: Our nets
-    columns: [Method, FLOPs, Test, Robust, Certified]
+    columns: [Method, FLOPs, Clean, Robust, Certified]
     groups: [{dataset: fashion_mnist, eps: 0.1}]
     quoted: [zhang2021_table1]          # names of sources in literature.yaml
-    measured: {seeds: 3, by: [method, model.width], where: {training.epochs: 25}}
-    records: ours.jsonl                 # of `linflab records export`; else those of the storage
+    measured: {min_seeds: 3, group_by: [method, model.width], filters: {training.epochs: 25}}
+    runs_file: ours.jsonl               # from `linflab runs export`; default: runs in the storage directory
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from itertools import count, product
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from linflab.reports import schema
-from linflab.reports.literature import dataset_title, parse_eps, quotations, sources
-from linflab.reports.papers import table_names
-from linflab.reports.records import parameters
-from linflab.reports.sweep_tables import ORDERS, in_order, objectives_of
+from linflab.reports import labels, schema
+from linflab.reports.added_settings import ADDED_TEXTS
+from linflab.reports.formatting import (
+    describe_attacks,
+    describe_certifiers,
+    describe_hardware,
+    describe_settings,
+    describe_workers,
+    format_duration,
+    is_sound,
+    short_commit,
+)
+from linflab.reports.intervals import CONFIDENCE, confidence_half_width
+from linflab.reports.literature import dataset_title, parse_eps, quoted_rows, sources
+from linflab.reports.methods import KINDS, NETWORK_KINDS, describe_method, method_name
+from linflab.reports.papers import list_tables
+from linflab.reports.plain import shorten
+from linflab.reports.records import param_columns
+from linflab.reports.renames import FIELDS, current_setting, current_settings
+from linflab.reports.sweep_tables import OBJECTIVE_LABELS, rank_trials, sweep_objectives
 from linflab.reports.tables import (
     CERTIFIED,
     CPUS,
     EPOCH_SECONDS,
     EPOCHS,
     FLOPS,
+    HIGHER_IS_BETTER,
     HOURS,
+    INTERVALS,
     METHOD,
+    MISSING,
     MODEL,
-    MORE_IS_BETTER,
     ROBUST,
     RUNS,
     TEST,
+    TEST_MARK,
     VALIDATION,
     Cell,
     Row,
     Table,
-    emphasized,
-    eps_text,
-    flops,
-    number,
-    text,
+    flops_cell,
+    format_eps,
+    highlight_best,
+    number_cell,
+    text_cell,
 )
-from linflab.reports.wording import attacks, certifiers, commit, describe_settings, machines, workers
 
-ROUNDING = 1e-9  # of means over seeds: far below a share of any number of images
-SEED, FINAL = "seed", "training.include_validation"
-NOT_COMPARED = (SEED, FINAL, "training.checkpoint_epochs", "evaluation.batch_size")  # as is compute
-SIZES = ("depth", "width", "dense_width", "hidden", "q")  # settings of a network that tell its size
+ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: schema.TEST_CERTIFIED}  # their metrics
+TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
+SEED, INCLUDE_VALIDATION = "seed", "training.include_validation"
+UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on results are not compared either
+SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
-    "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Test", "Robust", "Certified", "Hours", "CPUs", "Runs",
-    "Per-epoch Time (seconds)",
+    "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Clean", "Robust", "Certified", "Hours", "CPUs", "Runs",
+    "Time/epoch (s)", "Clean CI", "Robust CI", "Certified CI",
 ]  # fmt: skip
 
 
@@ -68,341 +86,492 @@ class _Strict(BaseModel):
 
 
 class Group(_Strict):
-    """Rows of one data set and eps."""
+    """Rows of one dataset and eps."""
 
     dataset: str
     eps: Annotated[float, BeforeValidator(parse_eps)]
 
     @property
     def title(self) -> str:
-        return f"{dataset_title(self.dataset)} (eps = {eps_text(self.eps)})"
+        """Heading of the rows, such as `MNIST (eps = 0.3)`."""
+        return f"{dataset_title(self.dataset)} (eps = {format_eps(self.eps)})"
 
 
-class Measured(_Strict):
-    """Which rows are made of the record: one for each method, or whatever `by` names, chosen on validation.
+class MeasuredRows(_Strict):
+    """Rows made from runs: the best configuration of each group, selected on validation images.
+
+    Ties go to the configuration with the shortest training time.
 
     Attributes:
-        by: settings, by dotted path; runs that agree in them compete for one row.
-        where: only runs with these settings.
-        seeds: settings with fewer seeds don't compete, where some have so many; where none has, those with most do.
+        group_by: Settings by dotted path. Runs compete for one row if they have equal values of these settings, the
+            same kinds of network and the same derived method name (`linflab.reports.methods`).
+        filters: Required values by setting.
+        min_seeds: Number of seeds that a configuration needs to compete. If no configuration has that many seeds, those
+            with the most seeds compete.
     """
 
-    by: tuple[str, ...] = ("method",)
-    where: dict[str, str | bool | int | float | None] = {}
-    seeds: int = Field(default=3, ge=1)
+    group_by: tuple[str, ...] = ("method",)
+    filters: dict[str, str | bool | int | float | None] = {}
+    min_seeds: int = Field(default=3, ge=1)
 
-    @field_validator("by")
+    @field_validator("filters")
     @classmethod
-    def _by_what_tells_methods_apart(cls, by: tuple[str, ...]) -> tuple[str, ...]:
-        if not by or len(set(by)) < len(by):
-            raise ValueError(f"by={list(by)}: must be settings, at least one, each once, as in [method, model.width]")
-        for path in by:
-            if path in NOT_COMPARED or path.startswith("compute."):
-                raise ValueError(f"by={path}: runs that differ in it alone are of one row")
-        return by
+    def _check_filters(cls, filters: dict[str, Any]) -> dict[str, Any]:
+        if earlier := [path for path in filters if current_setting(path) != path]:
+            raise ValueError(f"filters.{earlier[0]}: was renamed; use {current_setting(earlier[0])}")
+        for path, value in current_settings(filters).items():
+            if value != filters[path]:
+                raise ValueError(f"filters.{path}={filters[path]}: was renamed; use {path}={value}")
+        return filters
+
+    @field_validator("group_by")
+    @classmethod
+    def _check_group_by(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if earlier := [path for path in paths if current_setting(path) != path]:
+            raise ValueError(f"group_by={earlier[0]}: was renamed; use {current_setting(earlier[0])}")
+        if not paths or len(set(paths)) < len(paths):
+            raise ValueError(
+                f"group_by={list(paths)}: must be one or more different settings; use a list such as "
+                "[method, model.width]"
+            )
+        for path in paths:
+            if path in UNCOMPARED_SETTINGS or not labels.affects_results(path):
+                raise ValueError(
+                    f"group_by={path}: is not supported, since runs that differ only in it share a row; "
+                    "use another setting"
+                )
+        return paths
 
 
 class TableDefinition(_Strict):
-    """What a comparison table has; see the head of this file."""
+    """Definition of a comparison table; the module docstring has an example."""
 
     title: str
-    columns: tuple[Column, ...] = Field(default=("Method", "FLOPs", "Test", "Robust", "Certified"), min_length=1)
+    columns: tuple[Column, ...] = Field(default=("Method", "FLOPs", "Clean", "Robust", "Certified"), min_length=1)
     groups: tuple[Group, ...] = Field(min_length=1)
     quoted: tuple[str, ...] = ()
-    measured: Measured | None = Measured()
-    records: Path | None = Field(None, description="a file of records, whose runs measured rows are of")
+    measured: MeasuredRows | None = MeasuredRows()
+    runs_file: Path | None = Field(None, description="exported runs (JSONL) for the measured rows")
 
     @model_validator(mode="after")
-    def _sources_are_known(self) -> Self:
+    def _check_sources(self) -> Self:
         for name in self.quoted:
             if name not in sources():
-                raise ValueError(f"quoted={name}: there is no such source; there are: {', '.join(sources())}")
+                raise ValueError(f"quoted={shorten(name)}: source not found; use one of {', '.join(sources())}")
         return self
 
 
-def load_definition(name: str) -> TableDefinition:
-    """A shipped table by its name, or one of the user's by the path of its YAML file.
+def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
+    """Return the definition of a shipped table, or of a YAML file.
 
-    The file of records that it names is looked for beside it.
+    A relative `runs_file` is resolved against the folder of the definition.
+
+    Args:
+        name: Name of a shipped table, or path of a YAML file.
+        read: Function that returns the mapping in a YAML file; it may raise OSError or ValueError.
 
     Raises:
-        ValueError: there is no such table, or it can't be understood; says where.
+        ValueError: If the table is not found or not valid; the message names the field.
     """
-    if name in table_names():
-        file = Path(str(resources.files("linflab.reports.papers"))) / f"{name}.yaml"
-        content = file.read_text()
-    else:
-        file = Path(name)
-        try:
-            content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            raise ValueError(
-                f"table={name}: is neither a file nor one of the shipped tables, {', '.join(table_names())}"
-            ) from None
+    is_shipped = name in list_tables()
+    file = Path(str(resources.files("linflab.reports.papers"))) / f"{name}.yaml" if is_shipped else Path(name)
     try:
-        tree = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that are none
-        raise ValueError(f"table={name}: is no YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"table={name}: must have title and groups, as in {{title: ..., groups: [...]}}")
+        tree = read(file)
+    except OSError:
+        raise ValueError(
+            f"table={name}: not found; use a YAML file or a shipped table: {', '.join(list_tables())}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"table={name}: must be YAML with title and groups: {error}") from None
     try:
         definition = TableDefinition.model_validate(tree)
     except ValidationError as error:
-        complaint = error.errors()[0]
-        if complaint["type"] == "value_error":
-            raise ValueError(f"table={name}: {complaint['ctx']['error']}") from None
-        place = ".".join(str(part) for part in complaint["loc"])
-        message = complaint["msg"][0].lower() + complaint["msg"][1:]
-        given = "" if complaint["type"] == "missing" else f"={complaint['input']}"
-        raise ValueError(f"table={name}: {place}{given}: {message}") from None
-    if definition.records is None:
+        details = error.errors()[0]
+        if details["type"] == "value_error":
+            raise ValueError(f"table={name}: {details['ctx']['error']}") from None
+        field_path = ".".join(str(part) for part in details["loc"])
+        if (field := FIELDS["table"].get(str(details["loc"][-1]))) is not None:
+            raise ValueError(f"table={name}: {field_path}: was renamed; use {field}") from None
+        message = details["msg"][0].lower() + details["msg"][1:]
+        value_text = "" if details["type"] == "missing" else f"={shorten(details['input'])}"
+        raise ValueError(f"table={name}: {field_path}{value_text}: {message}") from None
+    if definition.runs_file is None:
         return definition
-    return definition.model_copy(update={"records": file.parent / definition.records.expanduser()})
+    try:
+        runs_file = file.parent / definition.runs_file.expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise ValueError(f"table={name}: runs_file={definition.runs_file}: {error}; use a path without ~") from None
+    return definition.model_copy(update={"runs_file": runs_file})
 
 
 def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
-    """The table of a definition; `runs` is what `read_runs` returns of trials, and may be empty."""
+    """Return the table of a definition.
+
+    Args:
+        definition: The definition.
+        runs: Trials, as returned by `read_runs`; may be empty.
+    """
     runs = _with_columns(runs)
     rows: list[Row] = []
     notes: list[str] = []
-    attacked: set[str] = set()
-    letters = _letters()
+    groups_without_runs: list[str] = []
+    letters = _footnote_marks()
     for group in definition.groups:
-        for quotation in quotations():
-            if quotation.row.source in definition.quoted and _same(quotation.dataset, quotation.eps, group):
-                rows.append(_in_group(quotation.row, group))
+        for quotation in quoted_rows():
+            if quotation.row.source in definition.quoted and _is_in_group(quotation.dataset, quotation.eps, group):
+                rows.append(_assign_group(quotation.row, group))
         if definition.measured is None:
             continue
-        there = _of_group(runs, group)
-        for path in [*definition.measured.where, *definition.measured.by]:
-            if len(there) and path not in there:
-                notes.append(f"No run of {group.title} has a setting {path}.")
-        for path, value in definition.measured.where.items():
-            found = there[path] if path in there else pd.Series(None, index=there.index, dtype=object)
-            there = there[pd.Series([_equal(one, value) for one in found], index=there.index, dtype=bool)]
-        scored = there[(there["status"] == "FINISHED") & there[schema.TEST_CERTIFIED].notna()]
-        mine = list(_chosen(scored, definition.measured))
-        rows += [_measured_row(chosen, group, definition.measured.by, how, next(letters)) for chosen, how in mine]
-        attacked |= {attacks(chosen) for chosen, _ in mine}
-        if not mine:
-            notes.append(f"Of {group.title}, no run with test scores is on record.")
-        if left_out := _left_out(there):
-            notes.append(f"Of {group.title}, left out: {left_out}.")
-    if ROBUST in definition.columns and len(attacked) > 1:
-        notes.append("Robust: not all measured rows were attacked alike; their notes say how each was.")
-    if definition.records is not None:
-        notes.append(f"Measured rows are of the records in {definition.records.name}.")
-    return _table(definition.title, definition.columns, rows, notes)
+        group_runs = _filter_group(runs, group)
+        for path in [*definition.measured.filters, *definition.measured.group_by]:
+            if len(group_runs) and path not in group_runs:
+                notes.append(f"{group.title}: no run has the setting {path}.")
+        for path, value in definition.measured.filters.items():
+            values = group_runs[path] if path in group_runs else pd.Series(None, index=group_runs.index, dtype=object)
+            group_runs = group_runs[
+                pd.Series([_is_equal(one, value) for one in values], index=group_runs.index, dtype=bool)
+            ]
+        scored_runs = group_runs[(group_runs["status"] == "FINISHED") & group_runs[schema.TEST_CERTIFIED].notna()]
+        selected = list(_select_best_settings(scored_runs, definition.measured))
+        measured = _measured_rows(selected, group, definition.measured.group_by, letters)
+        rows += [dataclasses.replace(row, selected_on="validation") for row in measured]
+        if not selected:
+            groups_without_runs.append(group.title)
+        if excluded := _exclusion_note(group_runs):
+            notes.append(f"{group.title}, excluded runs: {excluded}.")
+    if groups_without_runs:
+        notes.append(f"No runs with test results: {', '.join(groups_without_runs)}.")
+    if any(row.runs for row in rows):
+        notes += [
+            "Configurations are selected by mean certified accuracy on validation images, never on test images; "
+            "ties go to the fastest to train.",
+            "Epochs are selected in the same way; runs that train on validation images use the last epoch.",
+        ]
+    if definition.runs_file is not None:
+        notes.append(f"Measured rows use the runs in {definition.runs_file.name}.")
+    return make_table(definition.title, definition.columns, rows, notes)
 
 
-def table_of(runs: pd.DataFrame, names: Sequence[str], quoted: bool, title: str = "") -> Table:
-    """One row for each run, by its id or the beginning of it, and for each sweep, by its name: its best, all seeds.
+def table_for_names(runs: pd.DataFrame, names: Sequence[str], quoted: bool, title: str = "") -> Table:
+    """Return a table with one row per run or sweep.
+
+    The row of a sweep shows its best configuration, with all seeds of that configuration.
 
     Args:
-        runs: what `read_runs` returns of trials.
-        quoted: beside them, what papers report of the same data sets and eps.
-        title: left out: that it compares the names.
+        runs: Trials, as returned by `read_runs`.
+        names: Sweeps by name, and runs by name, by id or by the beginning of the id.
+        quoted: Add quoted rows of the same datasets and eps.
+        title: Title of the table; the default title lists the names.
 
     Raises:
-        LookupError: there is no such run or sweep, or it has no test scores.
+        LookupError: If a run or sweep is not found, or has no test results.
     """
     runs = _with_columns(runs)
-    found = [(name, *_named(runs, name)) for name in names]
+    selections = [(name, *_select_runs(runs, name)) for name in names]
     groups: dict[Group, list[tuple[pd.DataFrame, str]]] = {}
-    for _, chosen, how in found:
-        first = chosen.iloc[0]
-        groups.setdefault(Group(dataset=first["dataset"], eps=first["eps"]), []).append((chosen, how))
-    letters = _letters()
+    for name, selected_runs, selection in selections:
+        groups.setdefault(_find_group(name, selected_runs.iloc[0]), []).append((selected_runs, selection))
+    letters = _footnote_marks()
     rows: list[Row] = []
-    for group, mine in groups.items():
-        if quoted:
-            same = [quote.row for quote in quotations() if _same(quote.dataset, quote.eps, group)]
-            rows += [_in_group(row, group) for row in same if CERTIFIED in row.cells]
-        rows += [_measured_row(chosen, group, ("method",), how, next(letters)) for chosen, how in mine]
+    for group, selected in groups.items():
+        rows += quoted_rows_of(group) if quoted else []
+        rows += _measured_rows(selected, group, ("method",), letters)
     columns = (METHOD, FLOPS, VALIDATION, TEST, ROBUST, CERTIFIED)
-    return _table(title or f"Comparison of {', '.join(names)}", columns, rows, [])
+    return make_table(title or f"Comparison of {', '.join(names)}", columns, rows, [])
 
 
-def _named(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
-    """The runs that a row is made of, and how it was chosen: of a sweep, else of a run."""
+def measured_rows(selected: Sequence[tuple[pd.DataFrame, str]], group: Group) -> list[Row]:
+    """Return one row for each given set of runs, whose settings were not selected on test images.
+
+    Args:
+        selected: Runs of each row, as returned by `read_runs`, and the note on their selection.
+        group: Dataset and eps of all runs.
+    """
+    complete = [(_with_columns(runs), selection) for runs, selection in selected]
+    rows = _measured_rows(complete, group, ("method",), _footnote_marks())
+    return [dataclasses.replace(row, selected_on="validation") for row in rows]
+
+
+def quoted_rows_of(group: Group) -> list[Row]:
+    """Return all quoted rows of a dataset and eps that have a certified accuracy."""
+    rows = [quote.row for quote in quoted_rows() if _is_in_group(quote.dataset, quote.eps, group)]
+    return [_assign_group(row, group) for row in rows if CERTIFIED in row.cells]
+
+
+def _find_group(name: str, run: pd.Series) -> Group:
+    try:
+        return Group(dataset=run["dataset"], eps=run["eps"])
+    except ValidationError:
+        raise LookupError(
+            f"{name}: requires a dataset and eps for a comparison, but has dataset={run['dataset']}, "
+            f"eps={run['eps']}; use another run"
+        ) from None
+
+
+def groups_with_results(runs: pd.DataFrame) -> list[Group]:
+    """Return the datasets and eps of all runs with test results, in order."""
+    runs = _with_columns(runs)
+    scored_runs = runs[(runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].notna()]
+    groups = set()
+    for dataset, eps in scored_runs[["dataset", "eps"]].drop_duplicates().itertuples(index=False):
+        with suppress(ValidationError):
+            groups.add(Group(dataset=dataset, eps=eps))
+    return sorted(groups, key=lambda group: (group.dataset, group.eps))
+
+
+def _select_runs(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
+    """Return the runs for the row of a sweep or run, and a note on how they were selected."""
     trials = runs[runs[schema.SWEEP] == name]
     if len(trials):
-        trials = in_order(trials)
+        trials = rank_trials(trials)
         best = trials.iloc[0]
         number = str(best[schema.TRIAL])
         seeds = trials[[str(trial).split("-seed")[0] == number for trial in trials[schema.TRIAL]]]
         seeds = seeds[seeds[schema.TEST_CERTIFIED].notna()]
         if len(seeds):
-            of = ORDERS[objectives_of(trials)[0]]
-            return seeds, f"the best of sweep {name} by {of}, its trial {number}"
-        raise LookupError(f"{name}: no trial of this sweep has test scores yet")
-    mine = run_of(runs, name)
-    if mine[schema.TEST_CERTIFIED].isna().all():
-        raise LookupError(f"{name}: this run has no test scores ({mine['status'].iloc[0].lower()})")
-    return mine, f"run {mine['run_id'].iloc[0]}, as asked for"
+            objective = OBJECTIVE_LABELS[sweep_objectives(trials)[0]]
+            return seeds, f"Best of sweep {name} by {objective}, trial {number}"
+        raise LookupError(f"{name}: this sweep has no trial with test results yet; use another sweep or run")
+    run = find_run(runs, name)
+    if run[schema.TEST_CERTIFIED].isna().all():
+        raise LookupError(f"{name}: this run has no test results ({run['status'].iloc[0].lower()}); use another run")
+    return run, f"Run {run['run_id'].iloc[0]}, as requested"
 
 
-def run_of(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The run of this id, or whose id alone begins so, as one row; of an imported run, the id that it had will do.
+def find_run(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return the run with this id, name or unique beginning of an id, as a DataFrame with one row.
+
+    The original id of an imported run is accepted, too.
 
     Raises:
-        LookupError: there is none, or there are several.
+        LookupError: If no run or several runs match.
     """
-    known = runs.reindex(columns=["run_id", schema.IMPORTED]).itertuples(index=False)
-    begin = [any(isinstance(one, str) and one.startswith(name) for one in ids) for ids in known]
-    exact = [run_id == name for run_id in runs.get("run_id", [])]
-    mine = runs[exact if any(exact) else begin]
-    if len(mine) != 1:
-        sweeps = ", ".join(sorted(set(runs[schema.SWEEP].dropna()))) if schema.SWEEP in runs else ""
-        many = "are several runs whose ids begin so" if len(mine) else "is no such run or sweep"
-        raise LookupError(f"{name}: there {many}; `linflab runs` lists the runs; sweeps: {sweeps or 'none yet'}")
-    return mine
+    id_pairs = runs.reindex(columns=["run_id", schema.ORIGINAL_RUN_ID]).itertuples(index=False)
+    starts_with_name = [any(isinstance(one, str) and one.startswith(name) for one in ids) for ids in id_pairs]
+    has_id = [run_id == name for run_id in runs.get("run_id", [])]
+    has_name = [one == name for one in runs.get(schema.NAME, [])]
+    matches = runs[next((flags for flags in (has_id, has_name) if any(flags)), starts_with_name)]
+    if len(matches) != 1:
+        sweeps = sorted(set(runs[schema.SWEEP].dropna())) if schema.SWEEP in runs else []
+        if name in sweeps:
+            raise LookupError(f"run={name}: must be a run, but is a sweep; use an id from `linflab runs`")
+        ambiguity = f"is the name of {len(matches)} runs" if any(has_name) else "matches the ids of several runs"
+        problem = ambiguity if len(matches) else "run or sweep not found"
+        raise LookupError(
+            f"run={name}: {problem}; use an id from `linflab runs`{', or a sweep: ' if sweeps else ''}"
+            f"{', '.join(sweeps)}"
+        )
+    return matches
 
 
 def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
     columns = [
-        "run_id", "status", "started", "dataset", "eps", "method", SEED, FINAL, schema.METHOD, schema.COMMAND,
-        schema.SWEEP, schema.TRIAL, schema.HARDWARE, schema.CERTIFIER, schema.ATTACK, schema.EPOCHS, schema.FLOPS,
+        "run_id", "status", "start_time", "dataset", "eps", "method", SEED, INCLUDE_VALIDATION, schema.METHOD,
+        schema.COMMAND, schema.SWEEP, schema.TRIAL, schema.HARDWARE, schema.CERTIFIER, schema.ATTACK, schema.EPOCHS,
+        schema.FLOPS,
         schema.BEST_VALIDATION_CERTIFIED, schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED,
-        schema.TEST_CERTIFIED_EXACT, schema.TEST_BROKEN, schema.TRAIN_SECONDS, schema.SELECTION,
+        schema.TEST_CERTIFIED_REAL, schema.TEST_VIOLATIONS, schema.TRAIN_SECONDS, schema.SELECTION,
     ]  # fmt: skip
     return runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
 
 
-def _letters() -> Iterator[str]:
-    """a, b, ..., z, aa, ab and so on."""
+def _footnote_marks() -> Iterator[str]:
+    """Yield a, b, ..., z, aa, ab, ..."""
     for length in count(1):
         yield from ("".join(letters) for letters in product(ascii_lowercase, repeat=length))
 
 
-def _same(dataset: str, eps: float, group: Group) -> bool:
+def _is_in_group(dataset: str, eps: float, group: Group) -> bool:
     return dataset == group.dataset and abs(eps - group.eps) < 1e-9
 
 
-def _of_group(runs: pd.DataFrame, group: Group) -> pd.DataFrame:
-    near = (pd.to_numeric(runs["eps"], errors="coerce") - group.eps).abs() < 1e-9
-    return runs[(runs["dataset"] == group.dataset) & near]
+def _filter_group(runs: pd.DataFrame, group: Group) -> pd.DataFrame:
+    has_eps = (pd.to_numeric(runs["eps"], errors="coerce") - group.eps).abs() < 1e-9
+    return runs[(runs["dataset"] == group.dataset) & has_eps]
 
 
-def _in_group(row: Row, group: Group) -> Row:
-    return dataclasses.replace(row, group=group.title)
+def _assign_group(row: Row, group: Group) -> Row:
+    """Return a quoted row with its group, and its source as basis: attacks may differ between sources."""
+    return dataclasses.replace(row, group=group.title, basis={ROBUST: f"quoted from {row.source}"})
 
 
-def _equal(found: object, wanted: object) -> bool:
-    """Whether a parameter, which is text, is the value."""
-    if isinstance(wanted, int | float) and not isinstance(wanted, bool):
+def _is_equal(logged_value: object, value: object) -> bool:
+    """Return whether a parameter, stored as text, equals a value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
         try:
-            return float(str(found)) == wanted
+            return float(str(logged_value)) == value
         except ValueError:
             return False
-    return str(found) == str(wanted)
+    return str(logged_value) == str(value)
 
 
-def _left_out(runs: pd.DataFrame) -> str:
+def _exclusion_note(runs: pd.DataFrame) -> str:
     states = runs["status"].astype(str).str.lower().value_counts()
-    parts = [f"{count} runs that {'are' if state == 'running' else 'were' if state == 'killed' else 'have'} {state}"
-             for state, count in states.items() if state != "finished"]  # fmt: skip
-    unscored = int(((runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].isna()).sum())
-    return ", ".join(parts + ([f"{unscored} that were not scored on the test set"] if unscored else []))
+    parts = [f"{count} {state}" for state, count in states.items() if state != "finished"]
+    num_without_results = int(((runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].isna()).sum())
+    return ", ".join(parts + ([f"{num_without_results} without test results"] if num_without_results else []))
 
 
-def _chosen(scored: pd.DataFrame, measured: Measured) -> Iterator[tuple[pd.DataFrame, str]]:
-    """For each row the runs that it is made of, and how they were chosen: never by the test set."""
-    if scored.empty:
+def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> Iterator[tuple[pd.DataFrame, str]]:
+    """Yield the runs of each row, and a note on their selection, which never uses test results."""
+    if scored_runs.empty:
         return
-    same = [name for name in parameters(scored) if name not in NOT_COMPARED and not name.startswith("compute.")]
-    settings = scored[same].fillna("").astype(str)
-    scored = scored.assign(configuration=settings.groupby(same, sort=False).ngroup())
-    scored = scored.drop_duplicates(["configuration", SEED, FINAL])  # the same run again: the latest stands
-    rows = settings.reindex(columns=list(measured.by)).fillna("").loc[scored.index]
-    found = scored.groupby([rows[path] for path in measured.by], sort=False)
-    for _, candidates in sorted(found, key=lambda pair: [_sortable(str(value)) for value in pair[0]]):
-        final = candidates[FINAL] == "True"
-        competing = candidates[~final & candidates[schema.BEST_VALIDATION_CERTIFIED].notna()]
+    compared_columns = [
+        name for name in param_columns(scored_runs) if name not in UNCOMPARED_SETTINGS and labels.affects_results(name)
+    ]
+    settings = scored_runs[compared_columns].fillna("").astype(str)
+    for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
+        settings[path] = settings[path].replace("", ADDED_TEXTS[path])
+    scored_runs = scored_runs.assign(configuration=settings.groupby(compared_columns, sort=False).ngroup())
+    scored_runs = scored_runs.drop_duplicates(
+        ["configuration", SEED, INCLUDE_VALIDATION]
+    )  # keeps the latest of runs with equal settings and seed
+    rows = settings.reindex(columns=list(measured.group_by)).fillna("").loc[scored_runs.index]
+    kinds = settings.reindex(columns=list(KINDS)).fillna("").loc[scored_runs.index]
+    # Objectives with the same name in papers, such as both hinge losses of l_inf-dist nets, compete for one row.
+    method = kinds.apply(method_name, axis=1)
+    networks = [kinds[path] for path in NETWORK_KINDS if path not in measured.group_by]
+    row_groups = scored_runs.groupby([*(rows[path] for path in measured.group_by), method, *networks], sort=False)
+    for _, candidates in sorted(row_groups, key=lambda pair: [_sortable(str(value)) for value in pair[0]]):
+        is_retrained = candidates[INCLUDE_VALIDATION] == "True"
+        competing = candidates[~is_retrained & candidates[schema.BEST_VALIDATION_CERTIFIED].notna()]
         if competing.empty:
-            chosen = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
-            yield chosen, "not chosen by validation, which none of its runs has: the latest settings on record"
+            latest = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
+            yield latest, "Latest configuration, since no run has validation results"
             continue
-        by = competing.groupby("configuration", sort=False).agg(
-            size=("started", "size"),
+        configurations = competing.groupby("configuration", sort=False).agg(
+            size=("start_time", "size"),
             mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"),
             seconds=(schema.TRAIN_SECONDS, "mean"),
         )
-        enough = by[by["size"] >= min(measured.seeds, by["size"].max())]
-        equal = enough[enough["mean"] > enough["mean"].max() - ROUNDING]
-        best = equal["seconds"].fillna(math.inf).idxmin()
-        reached = f"{100 * enough['mean'][best]:.2f}"
-        how = f"settings chosen by certified accuracy on validation ({reached}) among {len(enough)}"
-        if len(by) == 1:
-            how = f"the only settings on record (certified on validation: {reached})"
-        elif len(enough) < len(by):
-            how += f" of {len(by)} on record, those with at least {enough['size'].min()} seeds"
+        eligible = configurations[configurations["size"] >= min(measured.min_seeds, configurations["size"].max())]
+        tied = eligible[eligible["mean"] > eligible["mean"].max() - TIE_TOLERANCE]
+        best = tied["seconds"].fillna(math.inf).idxmin()
+        accuracy = f"{100 * eligible['mean'][best]:.2f}"
+        selection = f"Best of {len(configurations)} on validation ({accuracy}%)"
+        if len(configurations) == 1:
+            selection = f"Only configuration ({accuracy}% on validation)"
+        elif len(eligible) < len(configurations):
+            seeds_note = f"with at least {eligible['size'].min()} seeds"
+            selection = f"Best of {len(eligible)} of {len(configurations)} {seeds_note} on validation ({accuracy}%)"
+        retrained = candidates[is_retrained & (candidates["configuration"] == best)]
+        if len(retrained):
+            yield retrained, f"{selection}, retrained with validation images"
         else:
-            how += " on record"
-        if len(equal) > 1:
-            how += f" ({len(equal)} came to it; the quickest of them to train was taken)"
-        again = candidates[final & (candidates["configuration"] == best)]
-        if len(again):
-            yield again, f"{how}, then trained on training and validation images, the last epoch kept"
-        else:
-            yield competing[competing["configuration"] == best], how
+            yield competing[competing["configuration"] == best], selection
 
 
 def _sortable(value: str) -> tuple[bool, float, str]:
-    """Numbers by size, before words."""
+    """Return a sort key: numbers by value, then words."""
     try:
         return False, float(value), ""
     except ValueError:
         return True, 0.0, value
 
 
-def _measured_row(runs: pd.DataFrame, group: Group, by: Sequence[str], how: str, mark: str) -> Row:
-    runs = runs.iloc[pd.to_numeric(runs[SEED], errors="coerce").argsort(kind="stable")]
+def _measured_rows(
+    selected: Sequence[tuple[pd.DataFrame, str]], group: Group, group_by: Sequence[str], letters: Iterator[str]
+) -> list[Row]:
+    """Return the rows of a group, with distinguishing labels; `selected` holds runs and selection notes."""
+    runs_by_row = [runs.iloc[pd.to_numeric(runs[SEED], errors="coerce").argsort(kind="stable")] for runs, _ in selected]
+    names, settings = [], []
+    for runs in runs_by_row:
+        first = runs.iloc[0]
+        row_settings = {
+            path: first[path] for path in group_by if path != "method" and path in first and first[path] == first[path]
+        }
+        method = describe_method({str(path): value for path, value in first.items()}, first["method"]) or MISSING
+        names.append(method + (f" ({describe_settings(row_settings)})" if row_settings else ""))
+        seeds = ", ".join(str(seed) for seed in runs[SEED])
+        shared_settings = {
+            path: first[path] for path in param_columns(runs) if path not in (SEED, INCLUDE_VALIDATION, *group_by)
+        }
+        settings.append(
+            {
+                **shared_settings,
+                SEED: seeds,
+                INCLUDE_VALIDATION: first[INCLUDE_VALIDATION],
+                "run": ", ".join(str(run_id)[:8] for run_id in runs["run_id"]),
+            }
+        )
+    row_labels = labels.distinguish(names, settings)
+    return [
+        _measured_row(runs, group, label, selection, next(letters))
+        for runs, label, (_, selection) in zip(runs_by_row, row_labels, selected, strict=True)
+    ]
+
+
+def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str, mark: str) -> Row:
     first = runs.iloc[0]
-    of = {path: first[path] for path in by if path != "method" and path in first and first[path] == first[path]}
-    method = str(first["method"]) + (f" ({describe_settings(of)})" if of else "")
-    network = {path: first[path] for path in runs.columns if path.startswith("model.") and path.split(".")[-1] in SIZES}
+    network = {
+        path: first[path] for path in runs.columns if path.startswith("model.") and path.split(".")[-1] in SIZE_SETTINGS
+    }
     network = {path: value for path, value in network.items() if value == value}
     epochs = pd.to_numeric(runs[schema.EPOCHS], errors="coerce")
     seconds = runs[schema.TRAIN_SECONDS]
     cells = {
-        METHOD: text(method),
-        MODEL: text(describe_settings(network)),
+        METHOD: text_cell(method),
+        MODEL: text_cell(describe_settings(network)),
         EPOCHS: _count(epochs.iloc[0]),
-        FLOPS: flops(first[schema.FLOPS]),
+        FLOPS: flops_cell(first[schema.FLOPS]),
         VALIDATION: _mean(100 * runs[schema.BEST_VALIDATION_CERTIFIED]),
         TEST: _mean(100 * runs[schema.TEST_CLEAN]),
         ROBUST: _mean(100 * runs[schema.TEST_ROBUST]),
         CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
         EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
-        HOURS: _mean(seconds / 3600),
+        HOURS: _mean(seconds / 3600, digits=_digits(seconds.mean() / 3600)),
         CPUS: _cpus(runs),
         RUNS: _count(len(runs)),
     }
+    for column, name in ACCURACIES.items():
+        cells[INTERVALS[column]] = _interval(100 * runs[name])
     seeds = ", ".join(str(seed) for seed in runs[SEED])
-    several = len(runs) > 1
-    parts = [f"{len(runs)} runs (seeds {seeds}), mean ± standard deviation" if several else f"1 run (seed {seeds})"]
-    if "objective.kind" in first and first["objective.kind"] == first["objective.kind"]:
-        parts.append(f"objective {first['objective.kind']}")
-    parts += [how, f"certifier {certifiers(runs)}", f"robust under {attacks(runs)}"]
-    spent = seconds.mean()
-    cost = "" if spent != spent else f", {spent / 3600:.2f} hours{' each' * several}"
-    each = f" on {workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
-    trained = _count(epochs.iloc[0]).text
-    parts.append(f"{trained} epoch{'s' * (trained != '1')}{each}{cost}, on {machines(runs)}")
+    has_several_runs = len(runs) > 1
+    parts = [f"Seed{'s' * has_several_runs} {seeds}", selection]
+    if first.get("objective.bound") == "hybrid_zonotope":
+        parts.append("Bounds tighter than DiffAI's, which lose correlations at linear layers")
+    parts += [f"Certifier {describe_certifiers(runs, details=False)}", f"Attacks: {describe_attacks(runs)}"]
+    mean_seconds = seconds.mean()
+    cost = "" if mean_seconds != mean_seconds else f", {format_duration(mean_seconds)}{' each' * has_several_runs}"
+    workers_note = (
+        f" on {describe_workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
+    )
+    num_epochs = _count(epochs.iloc[0]).text
+    parts.append(f"{num_epochs} epoch{'s' * (num_epochs != '1')}{cost}{workers_note}; {describe_hardware(runs)}")
     for name in (schema.TEST_CLEAN, schema.TEST_ROBUST):
         if 0 < runs[name].notna().sum() < len(runs):
-            parts.append(f"{name} is of {runs[name].notna().sum()} of them")
-    broken = runs[schema.TEST_BROKEN].sum()
-    if broken > 0:
-        parts.append(f"attacks broke {int(broken)} samples that had been certified")
-    again = tuple((str(run[schema.COMMAND]), commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND])
-    note = f"measured: {'; '.join(parts)}."
-    return Row(cells, group.title, "measured", mark, note, again=again, runs=tuple(runs["run_id"]))
+            parts.append(f"{name} from {runs[name].notna().sum()} of {len(runs)} runs")
+    num_violations = runs[schema.TEST_VIOLATIONS].sum()
+    if num_violations > 0:
+        parts.append(f"Certificate violations: {int(num_violations)}")
+    reproduce_commands = tuple(
+        (str(run[schema.COMMAND]), short_commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND]
+    )
+    note = f"{'. '.join(parts)}."
+    basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}
+    return Row(
+        cells,
+        group.title,
+        "measured",
+        mark,
+        note,
+        reproduce_commands=reproduce_commands,
+        runs=tuple(runs["run_id"]),
+        basis=basis,
+    )
+
+
+def _are_alike(rows: Sequence[Row], column: str) -> bool:
+    """Return whether the numbers of a column have the same basis within every group."""
+    bases_by_group: dict[str, set[str]] = {}
+    for row in rows:
+        if column in row.basis and row.cell(column).value is not None:
+            bases_by_group.setdefault(row.group, set()).add(row.basis[column])
+    return all(len(bases) == 1 for bases in bases_by_group.values())
 
 
 def _cpus(runs: pd.DataFrame) -> Cell:
-    """How many CPUs a training had; a dash where that is not in the record, or not the same of all."""
+    """Return the number of CPUs per run; a dash if it is unknown or differs between runs."""
     parts = runs.reindex(columns=["compute.workers", "compute.cpus_per_worker"]).apply(pd.to_numeric, errors="coerce")
     counts = parts.prod(axis=1, skipna=False).unique()
     return _count(counts[0]) if len(counts) == 1 else Cell()
@@ -412,27 +581,65 @@ def _count(value: float) -> Cell:
     return Cell() if value != value else Cell(str(int(value)), int(value))
 
 
+def _digits(value: float) -> int:
+    """Return the number of decimals, at least two, that shows two digits of a small number."""
+    return 2 if not 0 < value < 0.095 else min(9, 1 - math.floor(math.log10(value)))
+
+
 def _mean(values: pd.Series, digits: int = 2) -> Cell:
-    return number(values.mean(), values.std(), digits)  # of one value, no deviation
+    return number_cell(values.mean(), values.std(), digits)  # the std of a single value is NaN, so it is not shown
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> Table:
-    said = []
+def _interval(values: pd.Series) -> Cell:
+    half_width = confidence_half_width(values.astype(float).tolist())
+    return Cell() if half_width is None else Cell(f"± {half_width:.2f}", half_width)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str]) -> Table:
+    """Return a table of measured and quoted rows, with the best ones emphasized and notes on all columns.
+
+    Args:
+        title: Title of the table.
+        columns: Columns of the table.
+        rows: Rows, in order.
+        notes: Further notes.
+    """
+    table_notes = []
     if set(columns) & {VALIDATION, TEST, ROBUST, CERTIFIED}:
-        said.append("Accuracies in percent.")
-    kinds = {row.kind for row in rows}
+        table_notes.append("Accuracies in percent.")
+    kinds = {row.origin for row in rows}
     if "measured" in kinds:
-        said.append(f"Rows with a letter were measured with linflab{'; the others are quoted' * (len(kinds) > 1)}.")
-    compared = [column for column in columns if column in MORE_IS_BETTER]
-    if compared:
-        both = "; underlined: the best of its kind, measured or quoted" if len(kinds) > 1 else ""
-        said.append(f"Bold: the best of its group{both}.")
-    if HOURS in columns and "measured" in kinds:
-        said.append(
-            "Hours of a training, scoring on validation images (where there is any) included, on test images not."
+        quoted = "; the others are quoted" * (len(kinds) > 1)
+        table_notes.append(f"Rows with a letter: measured with linflab, mean ± std over seeds{quoted}.")
+    compared_columns = [column for column in columns if column in HIGHER_IS_BETTER]
+    if compared_columns:
+        kinds_note = "; underlined: best of its measured or quoted rows" if len(kinds) > 1 else ""
+        differing_columns = [
+            column for column in (ROBUST, CERTIFIED) if column in compared_columns and not _are_alike(rows, column)
+        ]
+        exception = (
+            f"; neither in {' and '.join(differing_columns)} where conditions differ" if differing_columns else ""
         )
+        table_notes.append(f"Bold: best of its group{kinds_note}{exception}.")
+    if set(columns) & set(INTERVALS.values()) and "measured" in kinds:
+        single = " Rows of one seed have none." if any(len(row.runs) == 1 for row in rows) else ""
+        table_notes.append(
+            f"CI: half-width of the {100 * CONFIDENCE:g}% confidence interval of the mean, by Student's t over seeds. "
+            f"It covers the variation between seeds, not between test images.{single}"
+        )
+    if HOURS in columns and "measured" in kinds:
+        table_notes.append("Hours: training and evaluation on validation images, without evaluation on test images.")
     if EPOCH_SECONDS in columns and "measured" in kinds:
-        said.append("Seconds of an epoch that was measured include its scoring on validation images, where it has any.")
+        table_notes.append("Time/epoch of measured rows includes evaluation on validation images, if any.")
+    measured = [row for row in rows if row.origin == "measured"]
+    if ROBUST in columns and not _are_alike(measured, ROBUST):
+        table_notes.append("Robust: attacks differ between measured rows; see their notes.")
+    if CERTIFIED in columns and not _are_alike(measured, CERTIFIED):
+        table_notes.append("Certified: only some measured rows include float32 rounding; see their notes.")
+    if any(row.selected_on == "test" for row in rows):
+        table_notes.append(
+            f"{TEST_MARK}: settings, runs or epochs were selected on test images, which favors these rows."
+        )
     for name in dict.fromkeys(row.source for row in rows if row.source):
-        said.append(f"Quoted: {sources()[name].describe()}.")
-    return Table(title, tuple(columns), emphasized(rows, compared), (*said, *notes))
+        table_notes.append(f"Quoted: {sources()[name].citation()}.")
+    return Table(title, tuple(columns), highlight_best(rows, compared_columns), (*table_notes, *notes))

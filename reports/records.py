@@ -1,16 +1,16 @@
-"""The records of MLflow as a tidy DataFrame: one row a run.
+"""MLflow runs as a tidy DataFrame with one row per run.
 
-A database is asked directly, by MLflow's own definitions of its tables: making objects of MLflow for 10,000 runs takes
-more than ten times as long. A server is asked by MLflow's client.
+Databases are queried directly, through MLflow's table definitions, since creating MLflow objects for 10,000 runs would
+take more than ten times as long. Servers are queried through MLflow's client.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 import pandas as pd
-from mlflow.entities import Run
+from mlflow.entities import Metric, Param, Run, RunData, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag
 from mlflow.tracking import MlflowClient
@@ -18,34 +18,48 @@ from sqlalchemy import ColumnElement, Engine, create_engine, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from linflab.reports import schema
+from linflab.reports.added_settings import ADDED_TEXTS
+from linflab.reports.labels import is_compared
+from linflab.reports.literature import parse_eps, parse_number
+from linflab.reports.methods import KINDS, describe_method
+from linflab.reports.renames import current_metrics, current_settings, current_tags
 
-TAGS = ("linflab.", "mlflow.")  # what their names begin with
+TAG_PREFIXES = ("linflab.", "mlflow.")
+_RECORDED = {"true": "True", "false": "False", "null": "None"}  # YAML value: value in MLflow
 
 
 def read_trials(tracking_uri: str, sweep: str) -> pd.DataFrame:
-    """All trials of a sweep, one row each, as `read_runs` has them.
+    """Return all trials of a sweep, one row each, with the columns of `read_runs`.
 
     Raises:
-        LookupError: there is no sweep of this name; names those that there are.
+        LookupError: If there is no sweep of this name; the message lists the existing sweeps.
     """
     trials = read_runs(tracking_uri, {schema.KIND: "trial", schema.SWEEP: sweep})
     if trials.empty:
         names = read_runs(tracking_uri, {schema.KIND: "sweep"}).get(schema.SWEEP, pd.Series(dtype=object)).tolist()
         if sweep not in names:
-            raise LookupError(f"sweep={sweep}: there is no such sweep; there are: {', '.join(names) or 'none yet'}")
+            raise LookupError(
+                f"sweep={sweep}: not found; "
+                + (f"use one of {', '.join(names)}" if names else "there are no sweeps yet")
+            )
     return trials
 
 
 def read_runs(tracking_uri: str, tags: Mapping[str, str]) -> pd.DataFrame:
-    """All runs that have these tags, but for deleted ones, the latest first, one row each.
+    """Return all runs that have these tags, except deleted ones, latest first, one row each.
 
-    Columns: `run_id`, `status` (FINISHED, FAILED, KILLED, RUNNING), `started` (milliseconds since 1970), and every
-    parameter, and every tag and metric of ours or MLflow's, by the name it has in the record
-    (`linflab.reports.schema`); those that users add are left out. Parameters are strings, as MLflow keeps them; what a
-    run lacks is NaN.
+    Args:
+        tracking_uri: URI of a database or an MLflow server.
+        tags: Required values by tag.
+
+    Returns:
+        Columns `run_id`, `status` (FINISHED, FAILED, KILLED, RUNNING), `start_time` (milliseconds since 1970), all
+        parameters as strings, and all tags and metrics of linflab and MLflow by name (`linflab.reports.schema`). Tags
+        and metrics that users add are excluded. Missing values are NaN.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError, mlflow.exceptions.MlflowException: the store can't be read.
+        sqlalchemy.exc.SQLAlchemyError: If the database cannot be read.
+        mlflow.exceptions.MlflowException: If the server cannot be read.
     """
     rows = _from_server(tracking_uri, tags) if tracking_uri.startswith("http") else _from_database(tracking_uri, tags)
     return pd.DataFrame(rows)
@@ -54,7 +68,7 @@ def read_runs(tracking_uri: str, tags: Mapping[str, str]) -> pd.DataFrame:
 def _from_database(uri: str, tags: Mapping[str, str]) -> list[dict[str, object]]:
     engine = create_engine(uri)
     try:
-        if not inspect(engine).has_table(SqlRun.__tablename__):  # made, and nothing recorded yet
+        if not inspect(engine).has_table(SqlRun.__tablename__):  # the database is new and has no tables
             return []
         return _query(engine, tags)
     finally:
@@ -62,47 +76,51 @@ def _from_database(uri: str, tags: Mapping[str, str]) -> list[dict[str, object]]
 
 
 def _query(engine: Engine, tags: Mapping[str, str]) -> list[dict[str, object]]:
-    chosen: list[ColumnElement[bool]] = [SqlRun.lifecycle_stage == "active"]
+    conditions: list[ColumnElement[bool]] = [SqlRun.lifecycle_stage == "active"]
     for key, value in tags.items():
-        having: Any = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
-        chosen.append(SqlRun.run_uuid.in_(having))
+        tagged_runs: Any = select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)
+        conditions.append(SqlRun.run_uuid.in_(tagged_runs))
     order = (SqlRun.start_time.desc(), SqlRun.run_uuid)
     with engine.connect() as connection:
         runs = connection.execute(
-            select(SqlRun.run_uuid, SqlRun.status, SqlRun.start_time).where(*chosen).order_by(*order)
+            select(SqlRun.run_uuid, SqlRun.status, SqlRun.start_time).where(*conditions).order_by(*order)
         )
         rows: dict[str, dict[str, object]] = {
-            run_id: {"run_id": run_id, "status": status, "started": started} for run_id, status, started in runs
+            run_id: {"run_id": run_id, "status": status, "start_time": start_time}
+            for run_id, status, start_time in runs
         }
 
-        def of_chosen(run_id: Any, *columns: Any) -> Iterator[Any]:
-            of_runs = select(run_id, *columns).join(SqlRun, SqlRun.run_uuid == run_id).where(*chosen)
-            return iter(connection.execute(of_runs))
+        def select_rows(run_id: Any, *columns: Any) -> Iterator[Any]:
+            query = select(run_id, *columns).join(SqlRun, SqlRun.run_uuid == run_id).where(*conditions)
+            return iter(connection.execute(query))
 
-        names: dict[str, str] = {}  # each once in memory, however many runs have it
+        names: dict[str, str] = {}  # shares equal strings between runs
         metric = SqlLatestMetric
-        # a run that starts in between is in what follows, but not in rows
-        for run_id, key, text in of_chosen(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
-            if run_id in rows and key.startswith(TAGS):
-                rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
-        for run_id, key, text in of_chosen(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
+        # Runs that start during the queries are not in `rows`.
+        for run_id, key, text in select_rows(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
+            if run_id in rows and key.startswith(TAG_PREFIXES):
+                for name, current in current_tags({key: text}).items():
+                    rows[run_id][names.setdefault(name, name)] = names.setdefault(current, current)
+        for run_id, key, text in select_rows(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
             if run_id in rows:
-                rows[run_id][names.setdefault(key, key)] = names.setdefault(text, text)
-        for run_id, key, value, is_nan in of_chosen(metric.run_uuid, metric.key, metric.value, metric.is_nan):
+                for name, current in current_settings({key: text}).items():
+                    rows[run_id][names.setdefault(name, name)] = names.setdefault(current, current)
+        for run_id, key, value, is_nan in select_rows(metric.run_uuid, metric.key, metric.value, metric.is_nan):
             if run_id in rows and "/" in key:
-                rows[run_id][names.setdefault(key, key)] = float("nan") if is_nan else value
+                (name,) = current_metrics({key: value})
+                rows[run_id][names.setdefault(name, name)] = float("nan") if is_nan else value
     return list(rows.values())
 
 
 def _from_server(uri: str, tags: Mapping[str, str]) -> list[dict[str, object]]:
     client = MlflowClient(uri)
-    query = " AND ".join(f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items())
+    query = " AND ".join(f"tags.`{key}` = {_quote(value)}" for key, value in tags.items())
     return [
         {
             "run_id": run.info.run_id,
             "status": run.info.status,
-            "started": run.info.start_time,
-            **{name: value for name, value in run.data.tags.items() if name.startswith(TAGS)},
+            "start_time": run.info.start_time,
+            **{name: value for name, value in run.data.tags.items() if name.startswith(TAG_PREFIXES)},
             **run.data.params,
             **{name: value for name, value in run.data.metrics.items() if "/" in name},
         }
@@ -110,108 +128,254 @@ def _from_server(uri: str, tags: Mapping[str, str]) -> list[dict[str, object]]:
     ]
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
-def read_history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
-    """The metrics of an epoch (`linflab.reports.schema`) that a run has, each by epoch."""
+def read_metric_history(client: MlflowClient, run_id: str) -> dict[str, dict[int, float]]:
+    """Return the per-epoch metrics of a run (`linflab.reports.schema`), each by epoch."""
     names = (
         schema.P, schema.LEARNING_RATE, schema.TRAIN_LOSS, schema.VALIDATION_CLEAN, schema.VALIDATION_CERTIFIED
     )  # fmt: skip
-    there = client.get_run(run_id).data.metrics
+    metrics = client.get_run(run_id).data.metrics
     return {
         name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
         for name in names
-        if name in there
+        if name in metrics
     }
 
 
-def parameters(runs: pd.DataFrame) -> list[str]:
-    """Those columns of `read_runs` that are settings of the experiment."""
-    own = ("run_id", "status", "started")
-    return [name for name in runs.columns if "/" not in name and name not in own and not name.startswith(TAGS)]
+def param_columns(runs: pd.DataFrame) -> list[str]:
+    """Return the columns of `read_runs` that are settings."""
+    other_columns = ("run_id", "status", "start_time")
+    return [
+        name
+        for name in runs.columns
+        if "/" not in name and name not in other_columns and not name.startswith(TAG_PREFIXES)
+    ]
 
 
 def read_experiments(tracking_uri: str) -> dict[str, str]:
-    """The ids of MLflow's experiments by name, but for the one that is always there."""
+    """Return the ids of MLflow's experiments by name, except MLflow's default one."""
     with suppress(SQLAlchemyError, MlflowException):
-        found = MlflowClient(tracking_uri).search_experiments(order_by=["name"])
-        return {each.name: each.experiment_id for each in found if each.name != "Default"}
+        experiments = MlflowClient(tracking_uri).search_experiments(order_by=["name"])
+        return {experiment.name: experiment.experiment_id for experiment in experiments if experiment.name != "Default"}
     return {}
 
 
 def read_sweeps(tracking_uri: str) -> pd.DataFrame:
-    """All sweeps, the latest first, one row each.
+    """Return all sweeps, latest first, one row each.
 
-    Columns: `sweep`, `recipe`, `started` (in local time), `state` (finished, failed, killed, running), `budget` (what
-    was asked for), `finished`, `failed` (trials that ended so), and `best`: the best certified accuracy on validation,
-    a share, or NaN.
+    Args:
+        tracking_uri: URI of a database or an MLflow server.
+
+    Returns:
+        Columns `sweep`, `recipe`, `start_time` (local time), `status` (finished, failed, killed, running), `budget`
+        (as requested), `finished` and `failed` (numbers of trials), and `best_val_certified` (best certified accuracy
+        on validation images, in [0, 1], or NaN).
     """
-    needed = [schema.SWEEP, schema.RECIPE, schema.BUDGET, "status", "started", schema.BEST_VALIDATION_CERTIFIED]
-    parents = read_runs(tracking_uri, {schema.KIND: "sweep"}).reindex(columns=needed)
-    trials = read_runs(tracking_uri, {schema.KIND: "trial"}).reindex(columns=needed)
-    columns = ["sweep", "recipe", "started", "state", "budget", "finished", "failed", "best"]
+    parent_columns = [
+        schema.SWEEP,
+        schema.RECIPE,
+        schema.BUDGET,
+        "status",
+        "start_time",
+        schema.BEST_VALIDATION_CERTIFIED,
+    ]
+    parents = read_runs(tracking_uri, {schema.KIND: "sweep"}).reindex(columns=parent_columns)
+    parents = parents[parents[schema.SWEEP].notna()].reset_index(drop=True)  # runs of other tools lack it
+    trials = read_runs(tracking_uri, {schema.KIND: "trial"}).reindex(columns=parent_columns)
+    columns = ["sweep", "recipe", "start_time", "status", "budget", "finished", "failed", "best_val_certified"]
     if parents.empty:
         return pd.DataFrame(columns=columns)
-    mine = trials.groupby(schema.SWEEP)
-    finished = mine["status"].agg(lambda of: int((of == "FINISHED").sum()))
-    failed = mine["status"].agg(lambda of: int((of == "FAILED").sum()))
-    best = mine[schema.BEST_VALIDATION_CERTIFIED].max()
+    sweep_trials = trials.groupby(schema.SWEEP)
+    num_finished = sweep_trials["status"].agg(lambda statuses: int((statuses == "FINISHED").sum()))
+    num_failed = sweep_trials["status"].agg(lambda statuses: int((statuses == "FAILED").sum()))
+    best = sweep_trials[schema.BEST_VALIDATION_CERTIFIED].max()
     names = parents[schema.SWEEP]
     return pd.DataFrame(
         {
             "sweep": names,
             "recipe": parents[schema.RECIPE].fillna(""),
-            "started": parents["started"].map(_local_time),
-            "state": parents["status"].str.lower(),
+            "start_time": parents["start_time"].map(_local_time),
+            "status": parents["status"].str.lower(),
             "budget": parents[schema.BUDGET].fillna(""),
-            "finished": names.map(finished).fillna(0).astype(int),
-            "failed": names.map(failed).fillna(0).astype(int),
-            # its own is of those in full, where there was a race
-            "best": parents[schema.BEST_VALIDATION_CERTIFIED].fillna(names.map(best)).astype(float),
+            "finished": names.map(num_finished).fillna(0).astype(int),
+            "failed": names.map(num_failed).fillna(0).astype(int),
+            # In successive halving, the parent run has the best value of the trials with the full budget.
+            "best_val_certified": parents[schema.BEST_VALIDATION_CERTIFIED].fillna(names.map(best)).astype(float),
         },
         columns=columns,
     )
 
 
-def list_runs(tracking_uri: str) -> pd.DataFrame:
-    """All trainings, the latest first, one row each.
+def list_runs(
+    tracking_uri: str, where: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Return all training runs, latest first, one row each.
 
-    Columns: `run` (its id), `dataset`, `eps`, `method`, `sweep` and `trial` (empty where there are none), `started` (in
-    local time), `state` (finished, failed, killed, running), and `validation` and `test`: certified accuracies, shares,
-    or NaN.
+    Args:
+        tracking_uri: URI of a database or an MLflow server.
+        where: Required values by column or by dotted path of a setting.
+        tags: Required values by user tag.
+
+    Returns:
+        Columns `run` (id), `name`, `dataset`, `eps`, `method`, `settings` (a dictionary by dotted path, with the
+        settings that differ between runs of the same sweep, method, dataset and eps), `sweep` and `trial` (empty for
+        runs outside of sweeps), `tags` (dictionary of user tags), `start_time` (local time), `status` (finished,
+        failed, killed, running), and the accuracies `val_certified`, `clean`, `robust` and `test_certified` in [0, 1]
+        or NaN.
+
+    Raises:
+        LookupError: If no run has a column or setting of `where`.
     """
+    runs = read_runs(tracking_uri, {schema.KIND: "trial"})
+    paths = param_columns(runs) if len(runs) else []
     columns = {
-        "run_id": "run", "dataset": "dataset", "eps": "eps", "method": "method", schema.SWEEP: "sweep",
-        schema.TRIAL: "trial", "started": "started", "status": "state",
-        schema.BEST_VALIDATION_CERTIFIED: "validation", schema.TEST_CERTIFIED: "test",
+        "run_id": "run", schema.NAME: "name", "dataset": "dataset", "eps": "eps", "method": "method",
+        "settings": "settings", schema.SWEEP: "sweep", schema.TRIAL: "trial", "tags": "tags",
+        "start_time": "start_time", "status": "status", schema.BEST_VALIDATION_CERTIFIED: "val_certified",
+        schema.TEST_CLEAN: "clean",
+        schema.TEST_ROBUST: "robust", schema.TEST_CERTIFIED: "test_certified",
     }  # fmt: skip
-    found = read_runs(tracking_uri, {schema.KIND: "trial"}).reindex(columns=list(columns)).rename(columns=columns)
-    for name in ("dataset", "eps", "method", "sweep", "trial"):
-        found[name] = found[name].fillna("")
-    found["started"] = found["started"].map(_local_time)
-    found["state"] = found["state"].str.lower() if len(found) else found["state"]
-    return found
+    table = runs.reindex(columns=[*dict.fromkeys([*runs.columns, *columns])])
+    texts = ["dataset", "eps", "method", schema.NAME, schema.SWEEP, schema.TRIAL]
+    table[texts] = table[texts].fillna("").astype(str)
+    if len(table):
+        table["method"] = [
+            describe_method({str(path): value for path, value in run.items()}, run["method"])
+            for run in table.reindex(columns=[*KINDS, "method"]).to_dict("records")
+        ]
+    table["status"] = table["status"].astype(str).str.lower()
+    table["settings"] = pd.Series(_differences(table, paths), index=table.index, dtype=object)
+    for key, value in (tags or {}).items():
+        table = table[table.reindex(columns=[schema.USER_TAG + key])[schema.USER_TAG + key].eq(value)]
+    for name, value in (where or {}).items():
+        if (current := current_settings({name: value})) != {name: value}:
+            ((path, current_value),) = current.items()
+            raise LookupError(f"where={name}={value}: was renamed; use {path}={current_value}")
+        column = {title: column for column, title in columns.items()}.get(name, name)
+        if len(table) and (column not in table or column in ("settings", "tags")):
+            raise LookupError(
+                f"where={name}: not found in any run; use a column such as status, or a setting such as seed"
+            )
+        table = table[[_is_value(one, value) for one in table[column]]] if len(table) else table
+    tag_columns = [column for column in table.columns if str(column).startswith(schema.USER_TAG)]
+    user_tags = [
+        {str(name).removeprefix(schema.USER_TAG): text for name, text in run.items() if text == text}
+        for run in table[tag_columns].to_dict("records")
+    ]
+    table["tags"] = pd.Series(user_tags, index=table.index, dtype=object)
+    result = table[list(columns)].rename(columns=columns).reset_index(drop=True)
+    result["start_time"] = result["start_time"].map(_local_time)
+    return result
+
+
+def _differences(runs: pd.DataFrame, paths: Sequence[str]) -> list[dict[str, str]]:
+    """Return for each run the settings that differ between runs of its sweep, method, dataset and eps."""
+    compared_paths = [path for path in paths if is_compared(path)]
+    missing_texts = {path: {"": ADDED_TEXTS[path]} for path in compared_paths if path in ADDED_TEXTS}
+    differences: dict[object, dict[str, str]] = {}
+    for _, group in runs.groupby(["dataset", "eps", "method", schema.SWEEP], sort=False):
+        settings = group[compared_paths].fillna("").astype(str)
+        differ = settings.loc[:, settings.replace(missing_texts).nunique() > 1]
+        for index, run in differ.to_dict("index").items():
+            differences[index] = {str(path): text for path, text in run.items() if text}
+    return [differences.get(index, {}) for index in runs.index]
+
+
+def _is_value(logged_value: object, text: str) -> bool:
+    """Return whether a recorded value equals the value that `text` gives as YAML or as a fraction."""
+    if str(logged_value) in (text, _RECORDED.get(text)):
+        return True
+    try:
+        return float(str(logged_value)) == parse_number(text)
+    except ValueError:
+        return False
 
 
 def _local_time(milliseconds: float) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M")
+    """Format a time given in milliseconds since 1970; empty if it is not valid."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError, TypeError):  # the time is missing, or in another unit
+        return ""
+
+
+def drop_incomplete_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that linflab logged completely; runs of other tools may have the same tags.
+
+    Args:
+        runs: Trials, as returned by `read_runs`.
+    """
+    is_complete = [_is_complete(run) for run in runs.to_dict("records")]
+    return runs[pd.Series(is_complete, index=runs.index, dtype=bool)]
+
+
+def _is_complete(run: Mapping[Hashable, Any]) -> bool:
+    def has_texts(*names: str) -> bool:
+        return all(isinstance(run.get(name), str) for name in names)
+
+    if has_texts(schema.SWEEP) and not has_texts(schema.TRIAL):
+        return False
+    objectives = run.get(schema.OBJECTIVES)
+    if isinstance(objectives, str) and not set(objectives.split(",")) <= schema.OBJECTIVE_METRICS.keys():
+        return False
+    if run["status"] != "FINISHED":  # the run may have just started
+        return True
+    counts = ("compute.workers", "compute.cpus_per_worker")
+    return (
+        has_texts(schema.METHOD, "dataset", "eps", *counts)
+        and all(run[name].isdecimal() for name in counts)
+        and _is_radius(run["eps"])
+    )
+
+
+def _is_radius(text: str) -> bool:
+    try:
+        parse_eps(text)
+    except ValueError:
+        return False
+    return True
 
 
 def sweep_names(client: MlflowClient) -> list[str]:
-    """All sweeps, the latest first."""
+    """Return the names of all sweeps, latest first."""
     return [run.data.tags[schema.SWEEP] for run in search_runs(client, f"tags.`{schema.KIND}` = 'sweep'")]
 
 
-def search_runs(client: MlflowClient, query: str) -> list[Run]:
-    """All runs that match, over all of MLflow's experiments and pages, the latest first."""
+def read_run(client: MlflowClient, run_id: str) -> Run:
+    """Return a run with the current names of tags, parameters and metrics."""
+    return _current(client.get_run(run_id))
+
+
+def _current(run: Run) -> Run:
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    data = RunData(
+        [Metric(name, value, 0, 0) for name, value in current_metrics(metrics).items()],
+        [Param(name, text) for name, text in current_settings(params).items()],
+        [RunTag(name, text) for name, text in current_tags(tags).items()],
+    )
+    return Run(run.info, data)
+
+
+def search_runs(client: MlflowClient, query: str, deleted: bool = False) -> list[Run]:
+    """Return the runs of all MLflow experiments that match a query, latest first.
+
+    The returned runs have the current names of tags, parameters and metrics.
+
+    Args:
+        client: A client of the tracking store.
+        query: MLflow filter, with names of tags, parameters and metrics as stored.
+        deleted: Return deleted runs instead of active ones.
+    """
+    stage = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs: list[Run] = []
     token: str | None = None
     while True:
-        page = client.search_runs(experiments, query, max_results=1000, page_token=token)
-        runs += page
+        page = client.search_runs(experiments, query, run_view_type=stage, max_results=1000, page_token=token)
+        runs += map(_current, page)
         token = page.token
         if not token:
             return runs

@@ -1,4 +1,4 @@
-"""The table of a sweep: one row a trial, made from records."""
+"""Table of a sweep: one row per trial."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,22 @@ import numpy as np
 import pandas as pd
 
 from linflab.reports import schema
+from linflab.reports.formatting import (
+    describe_attacks,
+    describe_certifiers,
+    describe_hardware,
+    describe_settings,
+    describe_workers,
+    format_duration,
+    short_commit,
+    short_name,
+)
 from linflab.reports.tables import (
     CERTIFIED,
-    DASH,
     EPOCHS,
     FLOPS,
     METHOD,
+    MISSING,
     NUMBER,
     ROBUST,
     SETTING,
@@ -21,90 +31,81 @@ from linflab.reports.tables import (
     VALIDATION_CLEAN,
     Row,
     Table,
-    eps_text,
-    flops,
-    percent,
-    text,
-)
-from linflab.reports.wording import (
-    attacks,
-    certifiers,
-    commit,
-    describe_settings,
-    duration,
-    machines,
-    short_name,
-    workers,
+    flops_cell,
+    format_eps,
+    percent_cell,
+    text_cell,
 )
 
-ORDERS = {
-    "certified": "certified accuracy on validation",
-    "clean": "clean accuracy on validation",
+OBJECTIVE_LABELS = {
+    "certified": "validation certified accuracy",
+    "clean": "validation clean accuracy",
     "flops": "FLOPs",
 }
-MOST_LOST = 20  # trials without a result whose reasons the notes tell, one by one
+MAX_LISTED_FAILURES = 20  # failures that the notes list with their reasons
 
 
-def sweep_table(sweep: str, trials: pd.DataFrame, shares: Mapping[str, float] | None = None) -> Table:
-    """One row a trial, best first by the sweep's first objective on validation; trials without a result come last.
+def sweep_table(sweep: str, trials: pd.DataFrame, importances: Mapping[str, float] | None = None) -> Table:
+    """Return the table of a sweep, sorted from the best trial to the worst.
 
-    Of a race, those trained in full come before shortened ones; repetitions of the best with other seeds come last.
+    The first objective of the sweep, on the validation split, decides. In successive halving, later rungs come first.
+    Trials without results follow, then seed replicates.
 
     Args:
-        sweep: its name.
-        trials: what `read_trials` returns for this sweep, with at least one row.
-        shares: how much each setting mattered, for the notes; see `importances`.
+        sweep: Name of the sweep.
+        trials: At least one trial, as returned by `read_trials`.
+        importances: Importance of each setting, for the notes; see `param_importances`.
     """
-    trials = in_order(trials)
+    trials = rank_trials(trials)
     rows = tuple(
         Row(
             {
-                NUMBER: text(str(trial[schema.TRIAL])),
-                METHOD: text(trial[schema.METHOD]),
-                SETTING: text(_setting(trial)),
-                EPOCHS: text(trial[schema.EPOCHS]),
-                FLOPS: flops(trial[schema.FLOPS]),
-                VALIDATION_CLEAN: percent(trial[schema.BEST_VALIDATION_CLEAN]),
-                VALIDATION: percent(trial[schema.BEST_VALIDATION_CERTIFIED]),
-                TEST: percent(trial[schema.TEST_CLEAN]),
-                ROBUST: percent(trial[schema.TEST_ROBUST]),
-                CERTIFIED: percent(trial[schema.TEST_CERTIFIED]),
+                NUMBER: text_cell(str(trial[schema.TRIAL])),
+                METHOD: text_cell(trial[schema.METHOD]),
+                SETTING: text_cell(_setting(trial)),
+                EPOCHS: text_cell(trial[schema.EPOCHS]),
+                FLOPS: flops_cell(trial[schema.FLOPS]),
+                VALIDATION_CLEAN: percent_cell(trial[schema.BEST_VALIDATION_CLEAN]),
+                VALIDATION: percent_cell(trial[schema.BEST_VALIDATION_CERTIFIED]),
+                TEST: percent_cell(trial[schema.TEST_CLEAN]),
+                ROBUST: percent_cell(trial[schema.TEST_ROBUST]),
+                CERTIFIED: percent_cell(trial[schema.TEST_CERTIFIED]),
             },
-            again=((str(trial[schema.COMMAND]), commit(trial)),),
+            reproduce_commands=((str(trial[schema.COMMAND]), short_commit(trial)),),
         )
         for trial in trials.to_dict("records")
     )
     columns = [NUMBER, METHOD, SETTING, EPOCHS, FLOPS, VALIDATION_CLEAN, VALIDATION, TEST, ROBUST, CERTIFIED]
     if trials[schema.EPOCHS].nunique() < 2:
         columns.remove(EPOCHS)
-    if "clean" not in objectives_of(trials):
+    if "clean" not in sweep_objectives(trials):
         columns.remove(VALIDATION_CLEAN)
-    title = f"Sweep {sweep}: {_known(trials['dataset'])}, eps = {_eps(trials)}"
-    return Table(title, tuple(columns), rows, tuple(_notes(trials, shares or {})))
+    title = f"Sweep {sweep}: {_common_value(trials['dataset'])}, eps = {_eps(trials)}"
+    return Table(title, tuple(columns), rows, tuple(_notes(trials, importances or {})))
 
 
-def _known(column: pd.Series) -> str:
-    """What the runs have there in common: a run that was only just made has nothing yet."""
-    there = column.dropna()
-    return str(there.iloc[0]) if len(there) else DASH
+def _common_value(column: pd.Series) -> str:
+    """Return the value that the runs share; runs that have just started may lack it."""
+    values = column.dropna()
+    return str(values.iloc[0]) if len(values) else MISSING
 
 
 def _eps(trials: pd.DataFrame) -> str:
-    eps = _known(trials["eps"])
-    return eps if eps == DASH else eps_text(float(eps))
+    eps = _common_value(trials["eps"])
+    return format_eps(eps)
 
 
 def _setting(trial: dict) -> str:
-    searched = str(trial[schema.SEARCHED]).split(",")
-    return describe_settings({path: trial[path] for path in searched if path in trial and trial[path] == trial[path]})
+    paths = str(trial[schema.SEARCHED_SETTINGS]).split(",")
+    return describe_settings({path: trial[path] for path in paths if path in trial and trial[path] == trial[path]})
 
 
-def in_order(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials as the table has them, with all columns that a table needs; see `sweep_table`."""
+def rank_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return trials in the order of `sweep_table`, with all columns that the table needs."""
     columns = [
         schema.TRIAL,
         schema.METHOD,
-        schema.SEARCHED,
+        schema.SEARCHED_SETTINGS,
         schema.COMMAND,
         schema.HARDWARE,
         schema.FAILURE,
@@ -113,10 +114,10 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
         schema.TEST_CLEAN,
         schema.TEST_ROBUST,
         schema.TEST_CERTIFIED,
-        schema.TEST_BROKEN,
+        schema.TEST_VIOLATIONS,
         schema.FLOPS,
         schema.TRAIN_SECONDS,
-        schema.TEST_CERTIFIED_EXACT,
+        schema.TEST_CERTIFIED_REAL,
         schema.CERTIFIER,
         schema.ATTACK,
         schema.EPOCHS,
@@ -124,14 +125,14 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
         "eps",
     ]
     trials = trials.reindex(columns=trials.columns.union(columns))
-    # equals are told apart by other accuracies on validation, then by number: never by the test set
-    metric, more = schema.OBJECTIVE_METRICS[objectives_of(trials)[0]]
+    # Ties are broken by other validation accuracies, then by trial number, never by test results.
+    metric, is_maximized = schema.OBJECTIVE_METRICS[sweep_objectives(trials)[0]]
     names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
     keys = trials.assign(
         repeat=[repeat for *_, repeat in names],
         lost=trials[metric].isna(),
         round=[-round_ for _, round_, _ in names],
-        first=trials[metric] * (-1 if more else 1),
+        first=trials[metric] * (-1 if is_maximized else 1),
         certified=-trials[schema.BEST_VALIDATION_CERTIFIED],
         clean=-trials[schema.BEST_VALIDATION_CLEAN],
         number=[number for number, *_ in names],
@@ -139,82 +140,87 @@ def in_order(trials: pd.DataFrame) -> pd.DataFrame:
     return trials.loc[keys.index]
 
 
-def objectives_of(trials: pd.DataFrame) -> list[str]:
-    """What the sweep of these trials optimizes, the first one first."""
+def sweep_objectives(trials: pd.DataFrame) -> list[str]:
+    """Return the objectives of the sweep of these trials, in order."""
     return str(trials[schema.OBJECTIVES].iloc[0]).split(",") if schema.OBJECTIVES in trials else ["certified"]
 
 
-def front(trials: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
-    """The trials that no other one equals or betters in all objectives at once (of equals, the first stays).
+def pareto_front(trials: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
+    """Return the trials that no other trial dominates; of equal trials, the first is kept.
 
-    Trials of one length and seed are compared: of a race, those of its last round.
+    Only trials of the same budget and seed are compared: in successive halving, those of the last rung.
+
+    Args:
+        trials: Trials, as returned by `read_trials`.
+        objectives: Keys of `linflab.reports.schema.OBJECTIVE_METRICS`.
     """
     names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
     last = max(round_ for _, round_, _ in names)
-    there = trials[[round_ == last and not repeat for _, round_, repeat in names]]
+    candidates = trials[[round_ == last and not repeat for _, round_, repeat in names]]
     metrics = [schema.OBJECTIVE_METRICS[name] for name in objectives]
-    there = there.dropna(subset=[metric for metric, _ in metrics])
-    signs = np.array([-1 if more else 1 for _, more in metrics])
-    costs = there[[metric for metric, _ in metrics]].to_numpy(dtype=float) * signs
-    order = np.lexsort(costs.T[::-1])  # what betters a trial comes before it; equals stay in order
-    kept: list[int] = []
-    for place in order:
-        if not (costs[kept] <= costs[place]).all(axis=1).any():
-            kept.append(int(place))
-    return there.iloc[sorted(kept)]
+    candidates = candidates.dropna(subset=[metric for metric, _ in metrics])
+    signs = np.array([-1 if is_maximized else 1 for _, is_maximized in metrics])
+    costs = candidates[[metric for metric, _ in metrics]].to_numpy(dtype=float) * signs
+    order = np.lexsort(costs.T[::-1])  # dominating trials come first; ties keep order
+    front: list[int] = []
+    for index in order:
+        if not (costs[front] <= costs[index]).all(axis=1).any():
+            front.append(int(index))
+    return candidates.iloc[sorted(front)]
 
 
 def _parse_name(name: str) -> tuple[int, int, int]:
-    """Number, round and repetition of a trial: `7.2-seed3` -> (7, 2, 3)."""
+    """Return number, rung and seed index of a trial: `7.2-seed3` -> (7, 2, 3)."""
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:-seed(\d+))?", name)
-    if match is None:  # it was tagged by somebody else
+    if match is None:  # another tool set the tag
         return 0, 1, 0
     number, round_, repeat = match.groups()
     return int(number), int(round_ or 1), int(repeat or 0)
 
 
-def _notes(trials: pd.DataFrame, found: Mapping[str, float]) -> list[str]:
+def _notes(trials: pd.DataFrame, setting_importances: Mapping[str, float]) -> list[str]:
     notes = [
-        "Accuracies in percent; Test, Robust and Certified on the whole test set, scored once, at the end of a trial"
-        + (", but not for shortened trainings." if trials[schema.EPOCHS].nunique() > 1 else "."),
-        f"Rows are ordered by {ORDERS[objectives_of(trials)[0]]}. Each row's epoch was chosen by certified accuracy on "
-        "the validation split (Val. certified), which is held out of the training set.",
-        f"Certified: certifier {certifiers(trials)}, radius above eps = {_eps(trials)} in pixels.",
-        f"Robust: what withstands every attack that ran: {attacks(trials)}.",
+        "Accuracies in percent. Clean, Robust and Certified: whole test set, evaluated once, at the end of a trial"
+        + (" with the full budget." if trials[schema.EPOCHS].nunique() > 1 else "."),
+        f"Order: {OBJECTIVE_LABELS[sweep_objectives(trials)[0]]}. Each row uses the epoch with the best certified "
+        "accuracy on the validation split (Val. certified), which is held out of the training set.",
+        f"Certified: radius above eps = {_eps(trials)}, for pixel values in [0, 1]. "
+        f"Certifier {describe_certifiers(trials)}.",
+        f"Robust: accuracy under all attacks together: {describe_attacks(trials)}.",
     ]
-    broken = trials[schema.TEST_BROKEN]
-    if broken.notna().any():
-        notes.append(f"Certified test samples that an attack broke, over all trials: {int(broken.sum())}.")
-    notes += _repetitions(trials)
-    objectives = objectives_of(trials)
+    violations = trials[schema.TEST_VIOLATIONS]
+    if violations.notna().any():
+        notes.append(f"Certificate violations over all trials: {int(violations.sum())}.")
+    notes += _seed_statistics(trials)
+    objectives = sweep_objectives(trials)
     if len(objectives) > 1:
-        numbers = ", ".join(f"#{name}" for name in front(trials, objectives)[schema.TRIAL])
-        notes.append(f"On the front of {' and '.join(objectives)}, none of them worse than another in all: {numbers}.")
-    if found:
-        shares = ", ".join(f"{short_name(path)} {100 * share:.0f} %" for path, share in found.items())
+        numbers = ", ".join(f"#{name}" for name in pareto_front(trials, objectives)[schema.TRIAL])
+        notes.append(f"Pareto front of {' and '.join(objectives)}: {numbers}.")
+    if setting_importances:
+        importances = ", ".join(f"{short_name(path)} {100 * share:.0f}%" for path, share in setting_importances.items())
         notes.append(
-            f"Importance of the settings for {ORDERS[objectives[0]]}, relative to one another: {shares} (fANOVA)."
+            f"Relative importance of the settings for {OBJECTIVE_LABELS[objectives[0]]} (fANOVA): {importances}."
         )
-    known = trials.dropna(subset=["compute.workers"]) if "compute.workers" in trials else trials.iloc[:0]
-    each = f" Each trial on {workers(known.iloc[0])}." if len(known) else ""
-    spent = duration(trials[schema.TRAIN_SECONDS].sum())
-    notes.append(f"Machine: {machines(trials)}.{each} Training took {spent} over all trials.")
-    return notes + _lost(trials[trials["status"] != "FINISHED"])
+    known_trials = trials.dropna(subset=["compute.workers"]) if "compute.workers" in trials else trials.iloc[:0]
+    workers_note = f" Each trial on {describe_workers(known_trials.iloc[0])}." if len(known_trials) else ""
+    duration = format_duration(trials[schema.TRAIN_SECONDS].sum())
+    notes.append(f"Hardware: {describe_hardware(trials)}.{workers_note} Training time over all trials: {duration}.")
+    return notes + _failure_notes(trials[trials["status"] != "FINISHED"])
 
 
-def _lost(trials: pd.DataFrame) -> list[str]:
+def _failure_notes(trials: pd.DataFrame) -> list[str]:
     notes = []
-    for trial in trials.head(MOST_LOST).to_dict("records"):
+    for trial in trials.head(MAX_LISTED_FAILURES).to_dict("records"):
         reason = trial[schema.FAILURE]
-        because = f": {reason}" if isinstance(reason, str) else ""
-        notes.append(f"Trial {trial[schema.TRIAL]} has no result ({trial['status'].lower()}){because}")
-    if len(trials) > MOST_LOST:
-        notes.append(f"{len(trials) - MOST_LOST} more trials have no result.")
+        cause = f": {reason}" if isinstance(reason, str) else ""
+        notes.append(f"Trial {trial[schema.TRIAL]} has no results ({trial['status'].lower()}){cause}")
+    if len(trials) > MAX_LISTED_FAILURES:
+        notes.append(f"{len(trials) - MAX_LISTED_FAILURES} more trials have no results.")
     return notes
 
 
-def _repetitions(trials: pd.DataFrame) -> list[str]:
-    """Mean and standard deviation over seeds, of the trials that were repeated."""
+def _seed_statistics(trials: pd.DataFrame) -> list[str]:
+    """Return notes with mean and standard deviation of the trials that have seed replicates."""
     names = [_parse_name(name) for name in trials[schema.TRIAL].astype(str)]
     columns = {
         VALIDATION: schema.BEST_VALIDATION_CERTIFIED,
@@ -224,13 +230,14 @@ def _repetitions(trials: pd.DataFrame) -> list[str]:
     }
     notes = []
     for number, round_ in dict.fromkeys(name[:2] for name in names if name[2] > 0):  # in the table's order
-        mine = trials[[name[:2] == (number, round_) for name in names]].dropna(subset=[schema.TEST_CERTIFIED])
-        if len(mine) < 2:
+        replicates = trials[[name[:2] == (number, round_) for name in names]].dropna(subset=[schema.TEST_CERTIFIED])
+        if len(replicates) < 2:
             continue
-        of = ", ".join(
-            f"{name} {100 * mine[key].mean():.2f} ± {100 * mine[key].std():.2f}" for name, key in columns.items()
+        statistics = ", ".join(
+            f"{name} {100 * replicates[key].mean():.2f} ± {100 * replicates[key].std():.2f}"
+            for name, key in columns.items()
         )
         notes.append(
-            f"#{number} with {len(mine)} seeds, the one it was chosen by included, mean ± standard deviation: {of}."
+            f"#{number}, mean ± std over {len(replicates)} seeds, including the one used for selection: {statistics}."
         )
     return notes

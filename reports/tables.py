@@ -1,19 +1,22 @@
-"""A table for a paper: what a reader sees of each cell, and the unrounded numbers behind it."""
+"""Data of a table for a paper: shown text and unrounded number of each cell."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-METHOD, MODEL, SETTING, EPOCHS, FLOPS = "Method", "Model", "Setting", "Epochs", "FLOPs"
+METHOD, MODEL, SETTING, EPOCHS, FLOPS = "Method", "Model", "Hyperparameters", "Epochs", "FLOPs"
 VALIDATION_CLEAN, VALIDATION = "Val. clean", "Val. certified"
-TEST, ROBUST, CERTIFIED = "Test", "Robust", "Certified"
-EPOCH_SECONDS, HOURS, CPUS, RUNS = "Per-epoch Time (seconds)", "Hours", "CPUs", "Runs"
+TEST, ROBUST, CERTIFIED = "Clean", "Robust", "Certified"
+INTERVALS = {column: f"{column} CI" for column in (TEST, ROBUST, CERTIFIED)}  # columns of half-widths
+EPOCH_SECONDS, HOURS, CPUS, RUNS = "Time/epoch (s)", "Hours", "CPUs", "Runs"
 NUMBER = "#"
-DASH = "-"
+MISSING = "-"
 
 Emphasis = Literal["", "best", "best of kind"]
-MORE_IS_BETTER = {TEST: True, ROBUST: True, CERTIFIED: True, EPOCH_SECONDS: False}
+Selection = Literal["", "test", "validation", "unknown"]
+TEST_MARK = "†"
+HIGHER_IS_BETTER = {TEST: True, ROBUST: True, CERTIFIED: True, EPOCH_SECONDS: False}
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,16 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: as it is read; a value that is missing is a dash, never a zero.
-        value: the unrounded number, where it is one.
-        spread: its standard deviation over seeds, where it is a mean.
-        emphasis: whether it is the best of its group, or of the rows of its kind there.
+        text: Shown text; a missing value is a dash, never a zero.
+        value: Unrounded number, if any.
+        std: Standard deviation over seeds, if the value is a mean.
+        emphasis: `best` if it is the best of its group, `best of kind` if it is the best of the group's measured or
+            quoted rows, else empty.
     """
 
-    text: str = DASH
+    text: str = MISSING
     value: float | None = None
-    spread: float | None = None
+    std: float | None = None
     emphasis: Emphasis = ""
 
 
@@ -38,31 +42,43 @@ class Row:
     """One row.
 
     Attributes:
-        cells: by column; a column without one is missing.
-        group: the heading that the row stands under; rows of a group follow one another.
-        kind: `measured` or `quoted` where a table has both, else empty.
-        mark: a letter that stands beside the row's first cell and its note.
-        note: what a reader must know to trust the row's numbers.
-        source: where a quoted row is from.
-        again: of each run of a measured row, the command that repeats it and the commit that it was of, if known.
-        runs: the ids of the runs that a measured row is made of.
+        cells: Cells by column; columns without a cell are shown as missing.
+        group: Heading above the row; rows of a group are adjacent.
+        origin: `measured` or `quoted` if a table has both, else empty.
+        footnote_mark: Letter that marks the first cell of the row and its footnote.
+        footnote: Conditions under which the row was measured.
+        source: Source of a quoted row.
+        selected_on: Images on which settings, runs or epochs were selected; empty if the row does not state it. Rows
+            selected on test images have the mark `TEST_MARK`.
+        reproduce_commands: Command and commit (empty if unknown) of each run of a measured row.
+        runs: Ids of the runs of a measured row.
+        basis: Measurement conditions by column, such as the attacks. Columns without an entry are comparable between
+            all rows.
     """
 
     cells: Mapping[str, Cell]
     group: str = ""
-    kind: Literal["", "measured", "quoted"] = ""
-    mark: str = ""
-    note: str = ""
+    origin: Literal["", "measured", "quoted"] = ""
+    footnote_mark: str = ""
+    footnote: str = ""
     source: str = ""
-    again: tuple[tuple[str, str], ...] = ()
+    selected_on: Selection = ""
+    reproduce_commands: tuple[tuple[str, str], ...] = ()
     runs: tuple[str, ...] = ()
+    basis: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> str:
+        """Mark of the first cell: the footnote's letter, or `TEST_MARK`; empty if there is none."""
+        return self.footnote_mark or (TEST_MARK if self.selected_on == "test" else "")
 
     @property
     def command(self) -> str:
-        """What repeats it; of several runs, a line each."""
-        return "\n".join(command for command, _ in self.again)
+        """Commands to reproduce the row, one line per run."""
+        return "\n".join(command for command, _ in self.reproduce_commands)
 
     def cell(self, column: str) -> Cell:
+        """Return the cell of a column, or a missing one."""
         return self.cells.get(column, Cell())
 
 
@@ -71,11 +87,11 @@ class Table:
     """A table to be rendered.
 
     Attributes:
-        title: what it compares.
-        columns: their names, in order.
-        rows: in order.
-        notes: what a reader must know to trust the numbers, one sentence or a few each.
-        figures: file names of the figures that belong to it, by what they show.
+        title: Title.
+        columns: Names of the columns, in order.
+        rows: Rows, in order.
+        notes: Facts about the numbers, one or a few sentences each.
+        figures: File names of its figures by description.
     """
 
     title: str
@@ -86,90 +102,105 @@ class Table:
 
     @property
     def numeric(self) -> tuple[str, ...]:
-        """The columns that hold numbers and nothing else."""
+        """Columns that hold only numbers."""
         cells = {column: [row.cell(column) for row in self.rows] for column in self.columns}
         return tuple(
             column
             for column in self.columns
             if any(cell.value is not None for cell in cells[column])
-            and all(cell.value is not None or cell.text == DASH for cell in cells[column])
+            and all(cell.value is not None or cell.text == MISSING for cell in cells[column])
         )
 
     def column(self, name: str) -> list[float | str | None]:
-        """The values of a column: numbers unrounded, texts, None where there is nothing."""
+        """Return the values of a column: unrounded numbers, texts, or None if missing."""
         cells = [row.cell(name) for row in self.rows]
-        return [cell.value if cell.value is not None else None if cell.text == DASH else cell.text for cell in cells]
+        return [cell.value if cell.value is not None else None if cell.text == MISSING else cell.text for cell in cells]
 
 
-def percent(share: float | None) -> Cell:
-    """A share in [0, 1] as percent."""
-    return Cell() if share is None else number(100 * share)
+def percent_cell(share: float | None) -> Cell:
+    """Return the cell of a fraction in [0, 1], shown in percent."""
+    return Cell() if share is None else number_cell(100 * share)
 
 
-def number(value: float | None, spread: float | None = None, digits: int = 2) -> Cell:
-    """A number with so many decimals, and its deviation."""
+def number_cell(value: float | None, std: float | None = None, digits: int = 2) -> Cell:
+    """Return the cell of a number and its standard deviation, with this number of decimals."""
     if value is None or value != value:
         return Cell()
-    if spread is None or spread != spread:
+    if std is None or std != std:
         return Cell(f"{value:.{digits}f}", float(value))
-    return Cell(f"{value:.{digits}f} ± {spread:.{digits}f}", float(value), float(spread))
+    return Cell(f"{value:.{digits}f} ± {std:.{digits}f}", float(value), float(std))
 
 
-def text(value: object) -> Cell:
-    """A text, or a number as it stands; a dash for what is missing."""
+def text_cell(value: object) -> Cell:
+    """Return the cell of a text or an unformatted number; a dash if it is missing."""
     missing = value is None or value != value or value == ""
     return Cell() if missing else Cell(str(value), float(value) if isinstance(value, int | float) else None)
 
 
-def flops(count: float | None) -> Cell:
-    """FLOPs as the paper writes them: 8.8K, 82.7M, 5.22G."""
+def flops_cell(count: float | None) -> Cell:
+    """Return the cell of FLOPs, with three digits and a unit: 8.8K, 82.7M, 5.22G."""
     if count is None or count != count:
         return Cell()
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= 0.9995 * size:  # what rounds to 1000K is 1M
+        if count >= 0.9995 * size:  # 1000K is shown as 1M
             return Cell(f"{count / size:.3g}{unit}", float(count))
     return Cell(f"{count:.0f}", float(count))
 
 
-def eps_text(eps: float) -> str:
-    """A radius in pixels as papers write it: 0.3, 8/255."""
-    levels = round(255 * eps)
+def format_eps(eps: object) -> str:
+    """Format an l_inf radius for pixel values in [0, 1], such as 0.3 or 8/255; other text is unchanged."""
+    try:
+        eps = float(str(eps))
+        levels = round(255 * eps)
+    except (ValueError, OverflowError):
+        return str(eps)
     return f"{levels}/255" if abs(255 * eps - levels) < 1e-6 and float(f"{eps:.3g}") != eps else f"{eps:g}"
 
 
-def emphasized(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Row, ...]:
-    """The rows with the best of each group marked in each column, and the best of each kind where that is another.
+def highlight_best(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Row, ...]:
+    """Return rows with the best value of each group, and of its measured and quoted rows, emphasized.
 
-    What is compared is what a reader sees: equals to the last digit shown are best together.
+    Rounded values are compared, so ties share the emphasis. If the compared rows
+    differ in `Row.basis` for a column, none of them is emphasized in that column.
+
+    Args:
+        rows: Rows of a table.
+        columns: Columns to compare, keys of `HIGHER_IS_BETTER`.
     """
-    best = _best(rows, columns, lambda row: (row.group,))
-    kinds = _best(rows, columns, lambda row: (row.group, row.kind))
-    marked = []
-    for place, row in enumerate(rows):
+    best = _best_cells(rows, columns, lambda row: (row.group,))
+    kinds = _best_cells(rows, columns, lambda row: (row.group, row.origin))
+    highlighted = []
+    for index, row in enumerate(rows):
         cells = dict(row.cells)
         for column in columns:
             emphasis: Emphasis = ""
-            if (place, column) in best:
+            if (index, column) in best:
                 emphasis = "best"
-            elif (place, column) in kinds:
+            elif (index, column) in kinds:
                 emphasis = "best of kind"
             if emphasis:
                 cells[column] = dataclasses.replace(cells[column], emphasis=emphasis)
-        marked.append(dataclasses.replace(row, cells=cells))
-    return tuple(marked)
+        highlighted.append(dataclasses.replace(row, cells=cells))
+    return tuple(highlighted)
 
 
-def _best(rows: Sequence[Row], columns: Sequence[str], of: Callable[[Row], tuple[str, ...]]) -> set[tuple[int, str]]:
-    """The places and columns of the best values, one set for each that `of` tells apart; none among fewer than two."""
-    found: set[tuple[int, str]] = set()
+def _best_cells(
+    rows: Sequence[Row], columns: Sequence[str], key_of_row: Callable[[Row], tuple[str, ...]]
+) -> set[tuple[int, str]]:
+    """Return row index and column of the best values, for each key with at least two values."""
+    best: set[tuple[int, str]] = set()
     for column in columns:
         values: dict[tuple[str, ...], list[tuple[float, int]]] = {}
-        for place, row in enumerate(rows):
+        bases: dict[tuple[str, ...], set[str]] = {}
+        for index, row in enumerate(rows):
             cell = row.cell(column)
             if cell.value is not None:
-                shown = float(cell.text.split(" ")[0])
-                values.setdefault(of(row), []).append((shown, place))
-        for pairs in values.values():
-            pick = (max if MORE_IS_BETTER[column] else min)(value for value, _ in pairs)
-            found |= {(place, column) for value, place in pairs if value == pick and len(pairs) > 1}
-    return found
+                rounded_value = float(cell.text.split(" ")[0])
+                values.setdefault(key_of_row(row), []).append((rounded_value, index))
+                bases.setdefault(key_of_row(row), set()).update({row.basis[column]} if column in row.basis else ())
+        for key, pairs in values.items():
+            if len(bases[key]) > 1:
+                continue
+            pick = (max if HIGHER_IS_BETTER[column] else min)(value for value, _ in pairs)
+            best |= {(index, column) for value, index in pairs if value == pick and len(pairs) > 1}
+    return best

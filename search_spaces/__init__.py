@@ -1,0 +1,1 @@
+"""Search spaces of sweeps, and the strict YAML reader."""

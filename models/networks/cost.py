@@ -1,4 +1,4 @@
-"""The FLOPs column of the comparison tables, counted, layer by layer."""
+"""FLOPs of each layer of a network, as in the FLOPs column of the comparison tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,36 +8,36 @@ from torch import Tensor, nn
 
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d
 
-COUNTED = (LpDistance, LpDistanceConv2d, nn.Linear, nn.Conv2d)
+COUNTED_LAYERS = (LpDistance, LpDistanceConv2d, nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A layer with weights, and what it costs: FLOPs for one image, as the tables count them."""
+    """Parameters and FLOPs of a layer; FLOPs are for one image, counted as in the tables."""
 
-    name: str  # of the module within the network
+    name: str  # name of the module within the network
     kind: str
-    output_shape: tuple[int, ...]  # for one image
+    output_shape: tuple[int, ...]  # without the batch dimension
     parameters: int
     flops: int
 
 
 def count_parameters(network: nn.Module) -> int:
-    """The number of trained scalars."""
+    """Return the number of trained scalars."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def count_flops(network: nn.Module, input_shape: Sequence[int]) -> int:
-    """Operations for one image (C, H, W) as the tables count them: one per weight and output position.
+    """Return the FLOPs for one image (C, H, W): one per weight and output position.
 
-    Biases and normalisation are not counted. Source: the FLOPs columns of Zhang et al. 2021, Tables 1 and 2; a net of
-    depth 5 and width 5120 on 28 x 28 images comes to their 82.7M.
+    Biases and normalization are not counted. Source: the FLOPs columns of Zhang et al. 2021, Tables 1 and 2. A net of
+    depth 5 and width 5120 on 28 x 28 images has 82.7M FLOPs, as in the paper.
     """
     return sum(cost.flops for cost in layer_costs(network, input_shape))
 
 
 def layer_costs(network: nn.Module, input_shape: Sequence[int]) -> list[LayerCost]:
-    """The layers with weights, in the order in which an image (C, H, W) passes them, and the cost of each."""
+    """Return the cost of each layer that has weights, for one image (C, H, W), in order of execution."""
     names = {module: name for name, module in network.named_modules()}
     costs: list[LayerCost] = []
 
@@ -50,7 +50,7 @@ def layer_costs(network: nn.Module, input_shape: Sequence[int]) -> list[LayerCos
             LayerCost(names[layer], type(layer).__name__, shape, count_parameters(layer), weight.numel() * positions)
         )
 
-    hooks = [layer.register_forward_hook(count) for layer in names if isinstance(layer, COUNTED)]
+    hooks = [layer.register_forward_hook(count) for layer in names if isinstance(layer, COUNTED_LAYERS)]
     training = network.training
     device = next(network.parameters()).device
     try:

@@ -1,8 +1,8 @@
-"""The layers of networks. Distance layers take what varies over training as an argument and keep none of it."""
+"""Layers of networks; distance layers take p and input masks as arguments and store neither."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,213 +11,271 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from linflab.models.distance import lp_distance, lp_distance_conv2d, lp_distance_on_subsets, sort_distance
+from linflab.models.distance import lp_distance, lp_distance_conv2d, masked_lp_distance, sort_distance, tensor_cores
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std, with one mean per channel and ONE std, so that an l_inf ball of pixels stays an l_inf ball.
+    """Normalization (x - mean) / std with one mean per channel, and one std, or one per channel.
 
-    Maps images (B, C, H, W) to the same shape and is 1/std-Lipschitz in the l_inf norm.
+    The layer maps images (B, C, H, W), or flat images of one channel (B, D), to the same shape. A single std maps an
+    l_inf ball of pixel values to an l_inf ball, and makes the layer 1/std-Lipschitz in the l_inf norm. Distance layers
+    and GroupSort networks require it.
 
     Raises:
-        ValueError: std is not a positive finite number.
+        ValueError: If a std is not a positive finite number, the numbers of means and stds differ, or flat images have
+            several means.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: float) -> None:
+    def __init__(self, mean: Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
-        if not (std > 0 and math.isfinite(std)):
-            raise ValueError(f"std must be a positive number, got {std}")
+        stds = list(std) if isinstance(std, Sequence) else [std]
+        if not stds or not all(one > 0 and math.isfinite(one) for one in stds):
+            raise ValueError(f"std={std}: must be positive finite numbers; use the std of all pixels, or 1.0")
+        if isinstance(std, Sequence) and len(stds) != len(mean):
+            raise ValueError(f"std={std}: must have {len(mean)} numbers, like mean={tuple(mean)}; use one per channel")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std))
+        scale = torch.tensor(std)
+        self.register_buffer("std", scale if scale.dim() == 0 else scale.view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        """Return the normalized images in the same shape."""
+        if images.dim() != 2:
+            return (images - self.mean) / self.std
+        if self.mean.numel() > 1:
+            raise ValueError(
+                f"images={tuple(images.shape)}: must have shape (B, C, H, W), with {self.mean.numel()} channels to "
+                "normalize; use images.unflatten(1, (C, H, W))"
+            )
+        return (images - self.mean.view(1)) / self.std.view(1)
+
+
+def single_std_normalize(mean: Sequence[float], std: float | Sequence[float]) -> Normalize:
+    """Return the normalization of a network that is Lipschitz by construction.
+
+    Raises:
+        ValueError: If there is a std for each channel; the l_inf ball would then become a box of unequal sides.
+    """
+    if isinstance(std, Sequence):
+        raise ValueError(
+            f"std={std}: must be one number for networks with a Lipschitz constant in the l_inf norm; use the std of "
+            "all pixels"
+        )
+    return Normalize(mean, std)
 
 
 class LpDistance(nn.Module):
-    """A dense layer of l_p-distance neurons without bias: x (B, I), or what flattens to it, -> y (B, O).
+    """Dense layer of l_p-distance neurons y_o = ||x - w_o||_p without bias, from x (B, I) to y (B, O).
 
-    y_o = ||x - w_o||_p. Weights start as N(0, 1). Source: Zhang et al. 2021, Section 3.
+    Inputs are flattened. Weights are initialized from N(0, 1). Source: Zhang et al. 2021, Section 3.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    on_tensor_cores = False  # if True, training uses tensor cores at p = 8 and 12
+
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
 
-    def initialize_as_identity(self, offset: float = -10.0) -> None:
-        """Start as a shifted identity: weight[o, o mod I] = offset, where there are at least as many outputs as inputs.
+    def init_identity_(self, offset: float = -10.0) -> None:
+        """Initialize as a shifted identity: weight[o, o mod I] = offset, if I <= O.
 
-        With |offset| larger than all else, output o is x[o mod I] - offset at p = inf, so that a deep net begins by
-        passing its input on. With fewer outputs than inputs the weights stay as they are: inputs would be lost.
+        If |offset| dominates all other terms, output o is x[o mod I] - offset at p = inf, so a deep net initially
+        passes its input through. With fewer outputs than inputs, inputs would be lost, so the weights do not change.
         """
         outputs, inputs = self.weight.shape
         if inputs <= outputs:
             rows = torch.arange(outputs)
-            with torch.no_grad():
-                self.weight[rows, rows % inputs] = offset
+            self.weight.detach()[rows, rows % inputs] = offset
 
     def forward(self, x: Tensor, p: float = math.inf) -> Tensor:
-        return lp_distance(x.flatten(1), self.weight, p)
+        """Return the l_p distances (B, O) of x (B, I) to the weights."""
+        distance = tensor_cores.lp_distance if self.on_tensor_cores and self.training else lp_distance
+        return distance(x.flatten(1), self.weight, p)
 
 
 class LpDistanceConv2d(nn.Module):
-    """l_p distances of patches to filters: images (B, C, H, W) -> (B, O, H', W'), with zeros beyond the edges.
+    """l_p distances of zero-padded image patches to filters, from (B, C, H, W) to (B, O, H', W').
 
-    Filters (O, C, kernel, kernel) start as N(0, 1). Source: the convolutional variant of Zhang et al. 2021.
+    Filters (O, C, kernel, kernel) are initialized from N(0, 1). Source: the convolutional variant of Zhang et al. 2021.
     """
 
-    def __init__(self, channels: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1
+    ) -> None:
         super().__init__()
         self.stride, self.padding = stride, padding
-        self.weight = nn.Parameter(torch.randn(outputs, channels, kernel, kernel))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+
+    def init_identity_(self, offset: float = -10.0) -> None:
+        """Initialize as a shifted identity: the center of filter o in channel o mod C is offset, if C <= O.
+
+        As in `LpDistance`, output o is initially channel o mod C minus offset, at the positions of the stride.
+        """
+        outputs, channels, height, width = self.weight.shape
+        if channels <= outputs:
+            filters = torch.arange(outputs)
+            self.weight.detach()[filters, filters % channels, height // 2, width // 2] = offset
 
     def forward(self, x: Tensor, p: float = math.inf) -> Tensor:
+        """Return the l_p distances (B, O, H', W') of the patches of x (B, C, H, W) to the filters."""
         return lp_distance_conv2d(x, self.weight, p, self.stride, self.padding)
 
 
 class SortDistance(LpDistance):
-    """A dense layer of SortNet's neurons: x (B, I) -> y (B, O).
+    """Dense layer of SortNet neurons, from x (B, I) to y (B, O).
 
-    y_o = sum_k q (1 - q)^(k - 1) (k-th largest of |x - w_o|). The sum is cut after the 10 largest and its coefficients
-    are scaled to sum 1, so each output is 1-Lipschitz in the l_inf norm; q = 1 is the l_inf-distance neuron. In
-    evaluation that is what it computes, and p must be inf. In training it is the l_p distance over a random subset of
-    the inputs, an estimate that costs q as much: for one layer, at p = inf and up to the empty subset, its mean is the
-    neuron that is not cut.
-    Source: Zhang et al., "Rethinking Lipschitz Neural Networks and Certified Robustness", NeurIPS 2022.
+    In evaluation, y_o = sum_k q (1 - q)^(k - 1) (k-th largest of |x - w_o|), and p must be inf. The sum has the 10
+    largest terms. Its coefficients are scaled to sum 1, so each output is 1-Lipschitz in the l_inf norm. q = 1 is the
+    l_inf-distance neuron. In training, y_o is the l_p distance over randomly kept inputs, at a fraction q of the cost.
+    For one layer at p = inf, the expected value of y_o is the sum of all terms, apart from empty masks. Source: Zhang
+    et al., "Rethinking Lipschitz Neural Networks and Certified Robustness", NeurIPS 2022.
 
     Args:
-        q: probability with which training keeps each input, in (0, 1].
+        q: Probability with which training keeps each input, in (0, 1].
+        mean_over: Samples over which the mean shift before this layer averages in training: the whole batch, or the
+            samples whose mask keeps the input.
     """
 
-    def __init__(self, inputs: int, outputs: int, q: float) -> None:
-        super().__init__(inputs, outputs)
-        self.q = q
-        self.terms = min(10, inputs)
+    def __init__(
+        self, in_features: int, out_features: int, q: float, mean_over: Literal["batch", "kept"] = "batch"
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.q, self.mean_over = q, mean_over
+        self.top_k = min(10, in_features)
 
-    def draw_subsets(self, count: int, generator: torch.Generator) -> Tensor:
-        """Which inputs each of `count` subsets keeps: (count, I) bool, on the CPU."""
+    def sample_masks(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return `count` random input masks (count, I), bool, on the CPU.
+
+        Every mask keeps a random number of inputs. The authors draw one number for all groups of a batch, so that the
+        kept inputs fit into one matrix. The distribution of each mask and the expected gradient are the same;
+        independent numbers only reduce the variance of averages over a batch.
+        """
         return torch.rand(count, self.weight.shape[1], generator=generator) < self.q
 
-    def forward(self, x: Tensor, p: float = math.inf, kept: Tensor | None = None, group: int = 32) -> Tensor:
-        """Distances over subsets in training: `kept` (G, I) bool, one for each `group` samples; else the neuron.
+    def forward(self, x: Tensor, p: float = math.inf, mask: Tensor | None = None, group_size: int = 32) -> Tensor:
+        """Return distances by mask (G, I bool, a row per `group_size` samples), or neuron outputs without it.
 
         Raises:
-            ValueError: subsets are missing in training; or p is finite in evaluation.
+            ValueError: If masks are missing in training, or p is finite in evaluation.
         """
-        if kept is not None:
-            return lp_distance_on_subsets(x, self.weight, p, kept, group)
+        if mask is not None:
+            return masked_lp_distance(x, self.weight, p, mask, group_size)
         if self.training:
-            raise ValueError("SortDistance needs subsets in training: pass those of draw_subsets, or call eval() first")
+            raise ValueError("masks=None: SortDistance requires input masks in training; use sample_masks or eval()")
         if not math.isinf(p):
-            raise ValueError(f"SortDistance is defined at p = inf alone in evaluation, got p = {p}")
-        return sort_distance(x, self.weight, self.q, self.terms)
+            raise ValueError(f"p={p}: must be inf for SortDistance in evaluation mode; use p=math.inf")
+        return sort_distance(x, self.weight, self.q, self.top_k)
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer whose weights are N(0, 1) parameters, divided by sqrt(I) when used; biases start at 0.
+    """Linear layer that divides its weights, initialized from N(0, 1), by sqrt(I); biases start at 0.
 
-    Not only an initialisation: Adam's steps, which do not depend on the scale of a gradient, become smaller by sqrt(I).
-    Source: the authors' published training script of Zhang et al. 2021.
+    The division also affects training: Adam's steps, which do not depend on the scale of a gradient, become smaller by
+    sqrt(I). Source: the authors' published training script of Zhang et al. 2021.
     """
 
     def reset_parameters(self) -> None:
+        """Initialize weights from N(0, 1) and biases as 0."""
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
 
     @property
     def scaled_weight(self) -> Tensor:
-        """The matrix (O, I) that inputs are multiplied by."""
+        """Effective weight matrix (O, I)."""
         return self.weight / math.sqrt(self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x (B, I) multiplied by the scaled weight, plus the bias, (B, O)."""
         return functional.linear(x, self.scaled_weight, self.bias)
 
 
-class L1Linear(nn.Linear):
-    """A linear layer, x (B, I) -> y (B, O), whose rows are projected onto the l1 ball of radius 1 when used.
+class L1ProjectedLinear(nn.Linear):
+    """Linear layer, 1-Lipschitz in the l_inf norm, whose weight rows are projected onto the l_1 unit ball.
 
-    So each output is 1-Lipschitz in the l_inf norm. Source: Anil et al., "Sorting out Lipschitz function
-    approximation", ICML 2019, Section 4.2.
+    Source: Anil et al., "Sorting out Lipschitz function approximation", ICML 2019, Section 4.2.
     """
 
     @property
     def projected_weight(self) -> Tensor:
-        """The matrix (O, I) that inputs are multiplied by."""
+        """Effective weight matrix (O, I)."""
         return project_onto_l1_ball(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x (B, I) multiplied by the projected weight, plus the bias, (B, O)."""
         return functional.linear(x, self.projected_weight, self.bias)
 
 
 def project_onto_l1_ball(rows: Tensor) -> Tensor:
-    """The nearest point of the l1 ball of radius 1 to each row w (O, I): sign(w) relu(|w| - tau), or w if it is inside.
+    """Return the Euclidean projection of each row of (O, I) onto the l_1 unit ball.
 
-    tau = (sum of |w| over A - 1) / size of A, where A is where |w| > tau: the gradient through it is that of the
-    projection. NaN and infinities stay in their rows. Sources: Duchi et al., "Efficient projections onto the l1-ball",
-    ICML 2008; tau by Newton's method as of Michelot 1986, since few of its steps cost less than to sort.
+    A row w outside the ball becomes sign(w) relu(|w| - tau) with tau = ((sum of |w| over A) - 1) / (size of A), where A
+    is the set with |w| > tau. The gradient through tau is that of the projection. NaN and infinities affect only their
+    rows. Sources: Duchi et al., "Efficient projections onto the l1-ball", ICML 2008; Michelot 1986 for Newton's method,
+    which finds tau faster than sorting.
     """
     sizes = rows.abs()
     inside = sizes.detach().sum(dim=1, keepdim=True) <= 1
-    below = sizes - sizes.detach().amax(dim=1, keepdim=True)  # those in A are in (-1, 0], with small sums and roundings
-    active = _active_set(below.detach())
-    tau = ((active * below).sum(dim=1, keepdim=True) - 1) / active.sum(dim=1, keepdim=True)
-    excess = functional.relu(below - tau)
-    norms = excess.detach().sum(dim=1, keepdim=True)  # above 1 by roundings alone
+    offsets = sizes - sizes.detach().amax(dim=1, keepdim=True)  # in (-1, 0] on A, which keeps rounding errors small
+    active = _active_set(offsets.detach())
+    tau = ((active * offsets).sum(dim=1, keepdim=True) - 1) / active.sum(dim=1, keepdim=True)
+    excess = functional.relu(offsets - tau)
+    norms = excess.detach().sum(dim=1, keepdim=True)  # exceeds 1 only by rounding errors
     return torch.where(inside, rows, rows.sign() * (excess / norms.clamp_min(1)))
 
 
 @torch.no_grad()
-def _active_set(below: Tensor) -> Tensor:
-    """Where rows (O, I), whose largest elements are 0, are above their thresholds: (O, I) bool."""
-    if below.is_meta or torch.compiler.is_exporting():  # there are no numbers that could end a loop
-        return below > _threshold_by_sorting(below)
-    tau = ((below.sum(dim=1, keepdim=True) - 1) / below.shape[1]).clamp_min(-1)  # neither is more than the threshold
-    active = below > tau
+def _active_set(offsets: Tensor) -> Tensor:
+    """Return where rows (O, I), whose largest elements are 0, exceed their thresholds: (O, I) bool."""
+    if offsets.is_meta or torch.compiler.is_exporting():  # without values, the loop below cannot end
+        return offsets > _sorted_threshold(offsets)
+    tau = ((offsets.sum(dim=1, keepdim=True) - 1) / offsets.shape[1]).clamp_min(-1)  # two lower bounds of the threshold
+    active = offsets > tau
     counts = active.sum(dim=1, keepdim=True)
     while True:
-        excess = functional.relu(below - tau).sum(dim=1, keepdim=True) - 1
-        tau = torch.maximum(tau, tau + excess / counts)  # sets only shrink, so this ends whatever roundings do
-        active = below > tau
-        before, counts = counts, active.sum(dim=1, keepdim=True)
-        if torch.equal(counts, before):
+        excess = functional.relu(offsets - tau).sum(dim=1, keepdim=True) - 1
+        tau = torch.maximum(tau, tau + excess / counts)  # active sets only shrink, so the loop ends
+        active = offsets > tau
+        previous_counts, counts = counts, active.sum(dim=1, keepdim=True)
+        if torch.equal(counts, previous_counts):
             return active
 
 
-def _threshold_by_sorting(rows: Tensor) -> Tensor:
-    """The threshold (O, 1) of rows (O, I): that of their k largest elements, for the most k that are all above it."""
+def _sorted_threshold(rows: Tensor) -> Tensor:
+    """Return thresholds (O, 1) of rows (O, I) from their largest elements: those above the threshold."""
     largest = rows.sort(dim=1, descending=True).values
     thresholds = (largest.cumsum(dim=1) - 1) / torch.arange(1, rows.shape[1] + 1, device=rows.device)
     return thresholds.gather(1, (largest > thresholds).sum(dim=1, keepdim=True) - 1)
 
 
 class GroupSort(nn.Module):
-    """Sorts x (B, F) within groups of `group` consecutive features, which must divide F; 2 is MaxMin.
+    """Activation that sorts x (B, F) in groups of `group_size` features, a divisor of F; 2 is MaxMin.
 
-    1-Lipschitz in the l_inf norm, and it keeps the norm of gradients. Source: Anil et al. 2019, Section 4.1.
+    It is 1-Lipschitz in the l_inf norm and preserves the norm of gradients. Source: Anil et al. 2019, Section 4.1.
     """
 
-    def __init__(self, group: int = 2) -> None:
+    def __init__(self, group_size: int = 2) -> None:
         super().__init__()
-        self.group = group
+        self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self.group)).sort(dim=2).values.flatten(1)
+        """Return x (B, F), sorted within groups."""
+        return x.unflatten(1, (-1, self.group_size)).sort(dim=2).values.flatten(1)
 
 
 DistanceLayer = LpDistance | LpDistanceConv2d
 
 
 @torch.no_grad()
-def decay_distances(layer: DistanceLayer, p: float, amount: float) -> None:
-    """l_p weight decay of a distance layer: w_i -= amount (|w_i| / ||w||_p)^(p-2) w_i for every neuron's weights w.
+def lp_weight_decay_(layer: DistanceLayer, p: float, amount: float) -> None:
+    """Apply l_p weight decay to a distance layer.
 
-    It pulls at ||w||_p^2 / 2 as usual weight decay does at p = 2; at p = inf at the largest weight alone.
-    Source: Zhang et al. 2021, Section 5, and the authors' published training script.
+    For each neuron, w_i -= amount (|w_i| / ||w||_p)^(p-2) w_i. This is a gradient step on ||w||_p^2 / 2: usual weight
+    decay at p = 2, and decay of only the largest weight at p = inf. Source: Zhang et al. 2021, Section 5, and the
+    authors' published training script. `amount` is the learning rate times the weight decay.
     """
-    weight = layer.weight.flatten(1)  # a view
+    weight = layer.weight.flatten(1)  # a view, so changes apply to the layer
     if math.isinf(p):
         largest = weight.abs().argmax(dim=1, keepdim=True)
         weight.scatter_add_(1, largest, -amount * weight.gather(1, largest))
@@ -227,79 +285,67 @@ def decay_distances(layer: DistanceLayer, p: float, amount: float) -> None:
     weight.sub_(pull.mul_(weight.sign()).mul_(amount * norms))
 
 
-def workers() -> int:
-    """How many processes train together under torch.distributed."""
+def world_size() -> int:
+    """Return the number of data-parallel workers under torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class MeanShift(nn.Module):
-    """y - mean(y) per feature: batch normalisation without the scaling, which would change the Lipschitz constant.
+    """Mean shift y - mean(y) per feature: batch normalization without scaling.
 
-    In training, y (B, O) or (B, O, H, W) loses its mean over the batch, and over positions; the gradient flows through
-    that mean. Under torch.distributed it is the mean over the batches of all workers, which must be of one size. In
-    evaluation a running mean (momentum 0.1) is subtracted: a constant bias, so the layer is 1-Lipschitz.
+    Scaling would change the Lipschitz constant. In training, the mean of y (B, O) or (B, O, H, W) over batch and
+    positions is subtracted, and gradients flow through it. Under torch.distributed the mean is over the batches of all
+    workers, which must have the same size. In evaluation, a running mean (momentum 0.1) is subtracted: a constant bias,
+    so the layer is 1-Lipschitz. In SortNet training, masks (G, O), bool, select the features that the next layer uses
+    in each group of `group_size` samples. The mean of a feature is then over the samples of the groups that use it, or
+    0 if no group uses it.
     """
 
     running_mean: Tensor
+    holds_mean = False  # set inside `hold_batch_means`
+    held_mean: Tensor | None = None
 
     def __init__(self, features: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(features))
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor, mask: Tensor | None = None, group_size: int = 32) -> Tensor:
+        """Return y minus its mean, or minus the running mean in evaluation."""
         if not self.training:
-            return y - self.per_position(self.running_mean, y)
-        mean = y.mean(dim=[d for d in range(y.dim()) if d != 1])
-        if workers() > 1:
-            mean = all_reduce(mean) / workers()
+            return y - self.broadcast_to_positions(self.running_mean, y)
+        if self.held_mean is not None:
+            return y - self.broadcast_to_positions(self.held_mean, y)
+        if mask is None:
+            mean = y.mean(dim=[d for d in range(y.dim()) if d != 1])
+        else:
+            sample_mask = mask.repeat_interleave(group_size, dim=0)[: len(y)]
+            mean = (sample_mask * y).sum(dim=0) / sample_mask.sum(dim=0).clamp_min(1)
+        if world_size() > 1:
+            mean = all_reduce(mean) / world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-        return y - self.per_position(mean, y)
+        if self.holds_mean:
+            self.held_mean = mean
+        return y - self.broadcast_to_positions(mean, y)
 
     @staticmethod
-    def per_position(mean: Tensor, y: Tensor) -> Tensor:
-        """(O) in the shape that is subtracted from y (B, O, ...)."""
+    def broadcast_to_positions(mean: Tensor, y: Tensor) -> Tensor:
+        """Return mean (O) in a shape that broadcasts to y (B, O, ...)."""
         return mean.view(-1, *[1] * (y.dim() - 2))
 
 
-@contextmanager
-def recomputed_means(network: nn.Module) -> Iterator[None]:
-    """Compute the running means of a network in evaluation mode anew, as the mean over what it is given meanwhile.
+class SyncedBatchNorm(_BatchNorm):
+    """Batch normalization of y (B, O, ...) over the batches of all workers in training.
 
-    Each batch goes through the network with its own mean subtracted, and counts as much as any other; all should be of
-    one size. Afterwards the network is in evaluation mode as before.
-    """
-    shifts = [module for module in network.modules() if isinstance(module, MeanShift)]
-    momenta = [shift.momentum for shift in shifts]
-    seen = 0
+    The batches must have the same size. Gradients flow through the statistics of all workers. On one worker and in
+    evaluation, PyTorch's batch normalization is used. Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
 
-    def weigh(*_: object) -> None:  # the k-th batch moves the mean of those before by a share of 1/k
-        nonlocal seen
-        seen += 1
-        for shift in shifts:
-            shift.momentum = 1 / seen
-
-    hook = network.register_forward_pre_hook(weigh)
-    for shift in shifts:
-        shift.train()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        hook.remove()
-        for shift, momentum in zip(shifts, momenta, strict=True):
-            shift.momentum = momentum
-            shift.eval()
-
-
-class WorkersBatchNorm(_BatchNorm):
-    """Batch normalisation of y (B, O), or with positions behind, over the batches of all workers in training.
-
-    Those must be of one size. The gradient flows through the statistics of all. On one worker, and in evaluation, it is
-    PyTorch's. Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
+    Attributes:
+        is_synced: False if each worker uses only its own batch.
     """
 
+    is_synced = True
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -309,34 +355,35 @@ class WorkersBatchNorm(_BatchNorm):
         super().__init__(features, eps, momentum)
 
     def forward(self, y: Tensor) -> Tensor:
-        if not self.training or workers() == 1:
+        """Return y (B, O, ...), normalized per feature."""
+        if not self.training or not self.is_synced or world_size() == 1:
             return super().forward(y)  # a fused kernel
         self._check_input_dim(y)
-        mean, variance = self.statistics(y)
+        mean, variance = self.batch_statistics(y)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        per_position = MeanShift.per_position
+        per_position = MeanShift.broadcast_to_positions
         return (y - per_position(mean, y)) * per_position(scale, y) + per_position(self.bias, y)
 
-    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (O) that y is normalised by: in evaluation the running ones.
+    def batch_statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance (O) that normalize y.
 
-        In training those of the batch (the biased variance), with a gradient; the running ones move towards them, with
-        the unbiased variance.
+        In training these are the batch mean and biased variance, with gradients; the unbiased variance updates the
+        running statistics. In evaluation these are the running statistics.
 
         Raises:
-            ValueError: there is one value of each feature in training, and so no variance.
+            ValueError: If there is only one value per feature in training.
         """
         if not self.training:
             return self.running_mean, self.running_var
-        count = workers() * y.numel() // y.shape[1]
+        count = world_size() * y.numel() // y.shape[1]
         if count == 1:
-            raise ValueError(f"batch normalisation needs more than one value of each feature, got {tuple(y.shape)}")
+            raise ValueError(f"y={tuple(y.shape)}: requires more than one value per feature; use a larger batch")
         dims = [d for d in range(y.dim()) if d != 1]
-        if workers() == 1:
+        if world_size() == 1:
             variance, mean = torch.var_mean(y, dims, correction=0)
         else:
-            mean = all_reduce(y.mean(dims)) / workers()
-            variance = all_reduce((y - MeanShift.per_position(mean, y)).square().mean(dims)) / workers()
+            mean = all_reduce(y.mean(dims)) / world_size()
+            variance = all_reduce((y - MeanShift.broadcast_to_positions(mean, y)).square().mean(dims)) / world_size()
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
@@ -344,9 +391,9 @@ class WorkersBatchNorm(_BatchNorm):
         return mean, variance
 
 
-class BatchNorm1d(WorkersBatchNorm, nn.BatchNorm1d):
-    """`WorkersBatchNorm` of y (B, O) or (B, O, L)."""
+class BatchNorm1d(SyncedBatchNorm, nn.BatchNorm1d):
+    """`SyncedBatchNorm` for y (B, O) or (B, O, L)."""
 
 
-class BatchNorm2d(WorkersBatchNorm, nn.BatchNorm2d):
-    """`WorkersBatchNorm` of y (B, O, H, W)."""
+class BatchNorm2d(SyncedBatchNorm, nn.BatchNorm2d):
+    """`SyncedBatchNorm` for y (B, O, H, W)."""

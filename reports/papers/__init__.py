@@ -1,16 +1,16 @@
-"""The shipped tables: a YAML file each (`linflab.reports.comparison` says what it holds)."""
+"""Shipped tables, one YAML file each; `linflab.reports.comparison` defines the format."""
 
 from importlib import resources
 
 import yaml
 
 
-def table_names() -> list[str]:
-    """The tables that are shipped."""
+def list_tables() -> list[str]:
+    """Return the names of the shipped tables."""
     files = (path.name for path in resources.files("linflab.reports.papers").iterdir())
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def table_title(name: str) -> str:
-    """What a shipped table compares."""
+    """Return the title of a shipped table."""
     return str(yaml.safe_load((resources.files("linflab.reports.papers") / f"{name}.yaml").read_text())["title"])

@@ -1,4 +1,4 @@
-"""Small networks of the usual layers, with random weights and running statistics."""
+"""Small ReLU networks with random weights and running statistics."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ SHAPE = (2, 6, 6)
 
 
 class Residual(nn.Module):
-    """Two convolutions past which a shortcut goes."""
+    """A network with one residual block: two convolutions and a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ RELU_NETS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(72, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)
     ),
-    "conv": lambda: nn.Sequential(
-        Normalize((0.4, 0.5), 0.3),
+    "convolutional": lambda: nn.Sequential(
+        Normalize((0.4, 0.5), (0.3, 0.2)),
         nn.Conv2d(2, 4, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Conv2d(4, 6, 2, stride=2, groups=2),
@@ -55,8 +55,8 @@ RELU_NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def relu_network(kind: str, seed: int) -> nn.Module:
-    """In float32 and evaluation mode, with running statistics and factors that are not those of the start."""
+def build_relu_network(kind: str, seed: int) -> nn.Module:
+    """Return a float32 network in evaluation mode, with random parameters and batch-norm statistics."""
     torch.manual_seed(seed)
     net = RELU_NETS[kind]()
     for module in net.modules():

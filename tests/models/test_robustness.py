@@ -1,4 +1,4 @@
-"""Objectives against their formulas, certificates against perturbations, PGD against networks with known radii."""
+"""Tests of objectives against their formulas, and of Lipschitz certificates against perturbed images."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from linflab.models.networks.linf_dist import LinfDistMLPConfig, LinfDistNet
 from linflab.models.robustness.certification import lipschitz_radius
+from linflab.models.robustness.margins import logit_differences
 from linflab.models.robustness.objectives import (
     ClippedHingeCrossEntropyConfig,
     HingeConfig,
-    WorstCase,
     WorstCaseCrossEntropyConfig,
     WorstCaseHingeConfig,
-    wrong_class_margins,
+    WorstCaseOutput,
 )
 from tests.conftest import TrainedOnDigits
 
@@ -27,7 +27,9 @@ def logits_and_labels(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(logits_and_labels(), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.5, 10))
-def test_hinge(case: tuple[torch.Tensor, torch.Tensor], theta: float, a: float, lipschitz: float) -> None:
+def test_hinge_matches_the_formula(
+    case: tuple[torch.Tensor, torch.Tensor], theta: float, a: float, lipschitz: float
+) -> None:
     z, labels = case
     expected = []
     for row, y in zip(z.tolist(), labels.tolist(), strict=True):
@@ -38,7 +40,7 @@ def test_hinge(case: tuple[torch.Tensor, torch.Tensor], theta: float, a: float, 
 
 
 @given(logits_and_labels(), st.floats(0.01, 1), st.floats(0.001, 2), st.floats(0.5, 10))
-def test_clipped_hinge_cross_entropy(
+def test_clipped_hinge_matches_the_formula(
     case: tuple[torch.Tensor, torch.Tensor], theta: float, weight: float, lipschitz: float
 ) -> None:
     z, labels = case
@@ -56,15 +58,17 @@ def test_clipped_hinge_cross_entropy(
 
 
 @st.composite
-def worst_case(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, worst-case margins a little above their margins, labels."""
+def worst_case_logits(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw logits, worst-case logit differences slightly above the logit differences, and labels."""
     z, labels = draw(logits_and_labels())
-    ahead = wrong_class_margins(z, labels)
-    return z, ahead + torch.rand_like(ahead), labels
+    differences = logit_differences(z, labels)
+    return z, differences + torch.rand_like(differences), labels
 
 
-@given(worst_case(), st.floats(0, 1))
-def test_worst_case_cross_entropy(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float) -> None:
+@given(worst_case_logits(), st.floats(0, 1))
+def test_worst_case_cross_entropy_matches_the_formula(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float
+) -> None:
     z, worst, labels = case
     expected = []
     for row, bound, y in zip(z.tolist(), worst.tolist(), labels.tolist(), strict=True):
@@ -72,11 +76,13 @@ def test_worst_case_cross_entropy(case: tuple[torch.Tensor, torch.Tensor, torch.
         bounded = np.log(1 + sum(np.exp(bound[j]) for j in range(len(row)) if j != y))
         expected.append(weight * bounded + (1 - weight) * clean)
     objective = WorstCaseCrossEntropyConfig(eps_train=0.1, worst_case_weight=weight).build(1.0)
-    assert objective(WorstCase(z, worst), labels, 0.0, 0.1).item() == pytest.approx(np.mean(expected))
+    assert objective(WorstCaseOutput(z, worst), labels, 0.0, 0.1).item() == pytest.approx(np.mean(expected))
 
 
-@given(worst_case(), st.floats(0.001, 2))
-def test_worst_case_hinge(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float) -> None:
+@given(worst_case_logits(), st.floats(0.001, 2))
+def test_worst_case_hinge_matches_the_formula(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: float
+) -> None:
     z, worst, labels = case
     objective = WorstCaseHingeConfig(eps_train=0.1).build(1.0)
     with torch.no_grad():
@@ -84,11 +90,13 @@ def test_worst_case_hinge(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     expected = []
     for row, bound, y in zip(z.tolist(), worst.tolist(), labels.tolist(), strict=True):
         wrong = [j for j in range(len(row)) if j != y]
-        right = all(row[y] > row[j] for j in wrong)
-        hinge = max(0.0, max(bound[j] + 1 for j in wrong)) if right else 0.0
+        is_correct = all(row[y] > row[j] for j in wrong)
+        hinge = max(0.0, max(bound[j] + 1 for j in wrong)) if is_correct else 0.0
         scaled = 0.6 * np.array(row)
         expected.append(hinge + weight * (np.log(np.exp(scaled).sum()) - scaled[y]))
-    assert objective(WorstCase(z, worst), labels, weight, 0.1).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert objective(WorstCaseOutput(z, worst), labels, weight, 0.1).item() == pytest.approx(
+        np.mean(expected), rel=1e-5
+    )
 
 
 def test_objectives_have_finite_gradients_at_equal_logits() -> None:
@@ -98,12 +106,12 @@ def test_objectives_have_finite_gradients_at_equal_logits() -> None:
         assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
     for config in (WorstCaseCrossEntropyConfig(eps_train=0.1), WorstCaseHingeConfig(eps_train=0.1)):
         z, labels = torch.zeros(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
-        config.build(2.0)(WorstCase(z, wrong_class_margins(z, labels) + 0.3), labels, 0.1, 0.1).backward()
+        config.build(2.0)(WorstCaseOutput(z, logit_differences(z, labels) + 0.3), labels, 0.1, 0.1).backward()
         assert z.grad is not None and z.grad.isfinite().all() and z.grad.abs().max() > 0
 
 
-def one_pixel_net(std: float) -> LinfDistNet:
-    """Two classes with centres at normalised -1 and +1: the decision falls at pixel value 0.5, and nowhere else."""
+def build_one_pixel_net(std: float) -> LinfDistNet:
+    """Return a net with class centers at normalized -1 and +1, and its only boundary at pixel 0.5."""
     net = LinfDistMLPConfig(depth=1, width=1).build((1, 1, 1), 2, mean=(0.5,), std=std).double().eval()
     with torch.no_grad():
         net.last.weight.copy_(torch.tensor([[-1.0], [1.0]]))
@@ -111,26 +119,26 @@ def one_pixel_net(std: float) -> LinfDistNet:
 
 
 @pytest.mark.parametrize("std", [0.25, 1.0, 3.0])
-def test_radius_is_in_pixels(std: float) -> None:
-    """The image 0.3 is exactly 0.2 from the boundary, whatever the normalisation: the certificate is tight here."""
-    radius = lipschitz_radius(one_pixel_net(std), torch.full((1, 1, 1, 1), 0.3).double(), torch.tensor([0]))
+def test_radius_accounts_for_the_normalization(std: float) -> None:
+    """The pixel 0.3 has distance 0.2 to the boundary for every std, and the certificate is tight."""
+    radius = lipschitz_radius(build_one_pixel_net(std), torch.full((1, 1, 1, 1), 0.3).double(), torch.tensor([0]))
     assert radius.item() == pytest.approx(0.2, rel=1e-6)
 
 
 def test_certified_images_keep_their_class(digits_net: TrainedOnDigits) -> None:
-    """Moved by 0.999 of the certified radius towards any sign pattern, in float32 as users run it."""
+    """The images move by 0.999 of their certified radius along sign patterns, in float32."""
     network = digits_net.trained.network
     images, labels = digits_net.dataset.test.batch(torch.arange(len(digits_net.dataset.test)))
     radius = lipschitz_radius(network, images, labels)
-    certified = radius > 0
-    assert certified.float().mean() > 0.8  # else there is little to test
-    images, labels, radius = images[certified], labels[certified], radius[certified]
-    step = 0.999 * radius.view(-1, 1, 1, 1)
+    is_certified = radius > 0
+    assert is_certified.float().mean() > 0.8  # enough images to test
+    images, labels, radius = images[is_certified], labels[is_certified], radius[is_certified]
+    step = (0.999 * radius.view(-1, 1, 1, 1)).to(images)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         signs = torch.randint(0, 2, images.shape, generator=generator) * 2.0 - 1
         assert torch.equal(network(images + step * signs).argmax(dim=1), labels)
-    # and towards the signs that a linear view of the network says are worst
+    # Also use the signs of the gradients at p = 8, the worst direction to first order.
     for other in range(10):
         point = images.clone().requires_grad_()
         logits = network(point, 8.0)
@@ -139,11 +147,11 @@ def test_certified_images_keep_their_class(digits_net: TrainedOnDigits) -> None:
         assert torch.equal(network(images + step * gradient.sign()).argmax(dim=1), labels)
 
 
-def test_refusals(digits_net: TrainedOnDigits) -> None:
+def test_invalid_settings_are_rejected(digits_net: TrainedOnDigits) -> None:
     images, labels = digits_net.dataset.test.batch(torch.arange(2))
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
     with pytest.raises(TypeError, match="lipschitz_constant"):
         lipschitz_radius(plain, images, labels)
-    training = digits_net.experiment.model.build((1, 8, 8), 10).train()
-    with pytest.raises(ValueError, match="evaluation mode"):
-        lipschitz_radius(training, images, labels)
+    untrained = digits_net.experiment.model.build((1, 8, 8), 10).train()
+    with pytest.raises(ValueError, match=r"^network"):
+        lipschitz_radius(untrained, images, labels)

@@ -1,4 +1,4 @@
-"""Code that is sent to a cluster: it comes before what is installed, and a process that runs other code says so."""
+"""Source copies sent to a cluster: they precede the installed code, and processes reject code with another hash."""
 
 import os
 import subprocess
@@ -9,73 +9,78 @@ from types import ModuleType
 import pytest
 
 from linflab.models.distance import cpu
-from linflab.platform.shipping import CODE, COMMIT, code_digest, copy_code, git_commit
+from linflab.platform.source import COMMIT_VAR, SOURCE_HASH_VAR, copy_source, git_commit, source_hash
+from tests.conftest import assert_rejected
+
+pytestmark = pytest.mark.integration
 
 
-def python(code: str, package: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code where this package is sent to."""
+def run_python(code: str, package: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code with this copy of the package."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd="/",
         env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
     )  # fmt: skip
 
 
-def linflab(package: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.argv[1:] = {list(arguments)}; from linflab.platform.cli import main; main()"
-    return python(code, package, **environment)
+def run_linflab(package: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.argv[1:] = {list(arguments)}; from linflab.platform.cli.main import main; main()"
+    return run_python(code, package, **environment)
 
 
-def test_a_copy_is_what_runs_and_uses_the_installed_kernels(tmp_path: Path) -> None:
-    package = copy_code(tmp_path)
-    code = "from linflab.platform import shipping; from linflab.models.distance import cpu; "
-    code += "shipping.check_code(); print(shipping.__file__, cpu.FOLDER, cpu.KERNELS and cpu.KERNELS.isa)"
-    done = python(code, package, **{CODE: code_digest()})
+@pytest.mark.slow
+def test_copy_runs_with_the_installed_kernels(tmp_path: Path) -> None:
+    package = copy_source(tmp_path)
+    code = "from linflab.platform import source as shipping; from linflab.models.distance import cpu; "
+    code += "shipping.verify_source_hash(); print(shipping.__file__, cpu.PACKAGE_DIR, cpu.KERNELS and cpu.KERNELS.isa)"
+    done = run_python(code, package, **{SOURCE_HASH_VAR: source_hash()})
     assert done.returncode == 0, done.stderr
     module, folder, isa = done.stdout.split()
     assert Path(module).is_relative_to(package) and Path(folder).is_relative_to(package)
     assert isa == str(cpu.KERNELS and cpu.KERNELS.isa)
 
 
-def test_an_edit_runs_or_is_refused(tmp_path: Path) -> None:
-    package = copy_code(tmp_path)
-    recipe = package / "platform" / "recipes" / "digits_eps0.1_linf_dist_net.yaml"
+@pytest.mark.slow
+def test_edited_copy_runs_only_with_its_own_hash(tmp_path: Path) -> None:
+    package = copy_source(tmp_path)
+    recipe = package / "platform" / "config" / "recipes" / "digits" / "digits_eps0.1_linf_dist_net.yaml"
     recipe.write_text(recipe.read_text().replace("method:", "method: edited #"))
-    digest = python("from linflab.platform.shipping import code_digest; print(code_digest())", package).stdout.strip()
-    assert digest != code_digest()
-    there = linflab(package, "recipes", **{CODE: digest})
-    assert there.returncode == 0 and "edited" in there.stdout
-    elsewhere = linflab(package, "recipes", **{CODE: code_digest()})  # as if these machines had other code
-    assert elsewhere.returncode == 2 and "is other code than was sent" in elsewhere.stderr
+    digest = run_python("from linflab.platform.source import source_hash; print(source_hash())", package).stdout.strip()
+    assert digest != source_hash()
+    accepted = run_linflab(package, "recipes", **{SOURCE_HASH_VAR: digest})
+    assert accepted.returncode == 0 and "edited" in accepted.stdout
+    rejected = run_linflab(package, "recipes", **{SOURCE_HASH_VAR: source_hash()})  # as if this machine had other code
+    assert_rejected(rejected)
 
 
-def test_what_was_deleted_is_gone(tmp_path: Path) -> None:
-    """Python would look for what a package without `__init__.py` lacks in the next one of its name."""
-    package = copy_code(tmp_path)
+def test_deleted_modules_cannot_be_imported(tmp_path: Path) -> None:
+    """Without `__init__.py`, Python would look for the module in the next package of the same name."""
+    package = copy_source(tmp_path)
     (package / "platform" / "errors.py").unlink()
-    done = python("import linflab.platform.errors", package)
-    assert done.returncode == 1 and "No module named 'linflab.platform.errors'" in done.stderr
+    done = run_python("import linflab.platform.errors", package)
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr and "linflab.platform.errors" in done.stderr
 
 
-@pytest.mark.skipif(cpu.KERNELS is None, reason="needs linflab to be installed with a compiler")
-def test_edited_kernels_are_refused_until_they_are_compiled(tmp_path: Path) -> None:
-    package = copy_code(tmp_path)
+@pytest.mark.skipif(cpu.KERNELS is None, reason="requires kernels compiled during the installation of linflab")
+@pytest.mark.slow
+def test_edited_kernels_are_rejected_until_compiled(tmp_path: Path) -> None:
+    package = copy_source(tmp_path)
     (package / "models" / "distance" / "csrc" / ".sort.h.swp").write_text("an editor's")
-    assert linflab(package, "describe", "digits_eps0.1_linf_dist_net").returncode == 0
+    assert run_linflab(package, "describe", "digits_eps0.1_linf_dist_net").returncode == 0
     with (package / "models" / "distance" / "csrc" / "sort.h").open("a") as file:
         file.write("// edited\n")
-    done = linflab(package, "describe", "digits_eps0.1_linf_dist_net")
-    assert done.returncode == 2 and "were not compiled from the sources in" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_linflab(package, "describe", "digits_eps0.1_linf_dist_net")
+    assert_rejected(done, "`pip install --editable .`")
 
 
-def test_kernels_of_before_they_said_what_they_are_of_are_refused() -> None:
-    with pytest.raises(ImportError, match="were not compiled from the sources in"):
-        cpu._check_sources(ModuleType("kernels"))
+def test_kernels_without_a_source_hash_are_rejected() -> None:
+    with pytest.raises(ImportError, match=r"`pip install --editable \.`"):
+        cpu._check_source_hash(ModuleType("kernels"))
 
 
-def test_the_commit_goes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CODE, code_digest())
-    monkeypatch.setenv(COMMIT, "f00")
+def test_commit_of_the_copy_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SOURCE_HASH_VAR, source_hash())
+    monkeypatch.setenv(COMMIT_VAR, "f00")
     git_commit.cache_clear()
     try:
         assert git_commit() == "f00"

@@ -1,4 +1,4 @@
-"""What readers open: pages and the MLflow UI in a real browser, LaTeX compiled by a real pdflatex."""
+"""Reports as readers open them: pages and the MLflow UI in a browser, and LaTeX compiled by pdflatex."""
 
 import os
 import re
@@ -19,21 +19,22 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from linflab.reports.comparison import Measured, comparison_table, load_definition
-from linflab.reports.papers import table_names
+from linflab.reports.comparison import MeasuredRows, comparison_table, load_definition
+from linflab.reports.papers import list_tables
 from linflab.reports.rendering import write_table
-from tests.conftest import FinishedSweep, Here
-from tests.reports.test_comparison import TABLE, run
+from linflab.search_spaces.strict_yaml import read_mapping
+from tests.conftest import FinishedSweep, RunCli
+from tests.reports.runs import TABLE, make_run
 
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)",
+    reason="requires chromium and chromedriver (Debian: chromium, chromium-driver)",
 )
 needs_latex = pytest.mark.skipif(
-    not shutil.which("pdflatex"), reason="needs pdflatex with booktabs (Debian: texlive-latex-recommended)"
+    not shutil.which("pdflatex"), reason="requires pdflatex with booktabs (Debian: texlive-latex-recommended)"
 )
 pytestmark = pytest.mark.browser
-SCREENSHOTS = Path("build/screenshots")  # to be looked at
+SCREENSHOTS = Path("build/screenshots")  # for inspection by eye
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +50,36 @@ def browser() -> Iterator[WebDriver]:
     driver.quit()
 
 
-def shows(browser: WebDriver, *words: str, seconds: float = 60) -> str:
-    """Waits until the page shows all of the words; returns its text."""
+def wait_for_words(browser: WebDriver, *words: str, seconds: float = 60) -> str:
+    """Wait until the page shows all words; return its text."""
 
-    def there(driver: WebDriver) -> str:
+    def read_text(driver: WebDriver) -> str:
         text = driver.find_element(By.TAG_NAME, "body").text
         return text if all(word in text for word in words) else ""
 
     waiting = WebDriverWait(browser, seconds, ignored_exceptions=[StaleElementReferenceException])
-    return waiting.until(there, f"the page never showed {words}")
+    return waiting.until(read_text, f"the page does not show {words}")
 
 
 @needs_browser
-def test_pages(browser: WebDriver, here: Here, finished_sweep: FinishedSweep, tmp_path: Path) -> None:
-    """From the index to a table and a sweep: all cells, all figures, nothing from elsewhere."""
-    assert here("report", "--all", "--storage", str(finished_sweep.storage), "--out", str(tmp_path)).returncode == 0
+def test_pages_show_all_cells_and_figures(
+    browser: WebDriver, run_cli: RunCli, finished_sweep: FinishedSweep, tmp_path: Path
+) -> None:
+    """Visit the index, a table and a sweep; pages load nothing from other addresses."""
+    assert (
+        run_cli("report", "--all", "--storage", str(finished_sweep.storage), "--output-dir", str(tmp_path)).returncode
+        == 0
+    )
     browser.get(f"file://{tmp_path}/index.html")
     browser.find_element(By.LINK_TEXT, "Comparison of l_inf-dist nets with existing methods").click()
     cells = [cell.text for cell in browser.find_elements(By.TAG_NAME, "td")]
-    table = comparison_table(load_definition("table1"), pd.DataFrame())
+    table = comparison_table(load_definition("table1", read_mapping), pd.DataFrame())
     expected = [row.cell(column).text for row in table.rows for column in table.columns]
     assert [cell.replace("\N{SCRIPT SMALL L}\N{INFINITY}", "l_inf") for cell in cells] == expected
     browser.save_screenshot(str(SCREENSHOTS / "table1.png"))
     browser.back()
     browser.find_element(By.PARTIAL_LINK_TEXT, "Sweep three").click()
-    shows(browser, "Each row again", "linflab train digits_eps0.1_linf_dist_net")
+    wait_for_words(browser, "reproduce", "linflab train digits_eps0.1_linf_dist_net")
     images = browser.find_elements(By.TAG_NAME, "img")
     assert len(images) == 2 and all(image.get_property("naturalWidth") for image in images)
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
@@ -83,8 +89,8 @@ def test_pages(browser: WebDriver, here: Here, finished_sweep: FinishedSweep, tm
 
 
 @needs_browser
-def test_mlflow_ui(browser: WebDriver, finished_sweep: FinishedSweep) -> None:
-    """`linflab ui`: the sweep with its table as description, a trial with metrics and figures, found by clicking."""
+def test_mlflow_ui_shows_a_sweep_and_its_trials(browser: WebDriver, finished_sweep: FinishedSweep) -> None:
+    """Click through `linflab ui`: a sweep with its table as description, and a trial with metrics and figures."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,51 +100,56 @@ def test_mlflow_ui(browser: WebDriver, finished_sweep: FinishedSweep) -> None:
     try:
         assert ui.stdout is not None
         address = next(line for line in ui.stdout if "digits eps 0.1: http" in line).split(": ")[1].strip()
-        WebDriverWait(browser, 120, ignored_exceptions=[Exception]).until(lambda driver: _open(driver, address))
-        shows(browser, "three", "matching runs")
+        WebDriverWait(browser, 120, ignored_exceptions=[Exception]).until(lambda driver: _open_page(driver, address))
+        wait_for_words(browser, "three", "matching runs")
         browser.find_element(By.LINK_TEXT, "three").click()
-        text = shows(browser, "Sweep three: digits, eps = 0.1", "Child runs", "three-1", "three-2", "three-3")
+        text = wait_for_words(browser, "Sweep three: digits, eps = 0.1", "Child runs", "three-1", "three-2", "three-3")
         assert re.search(r"Val\.\s+certified", text)
         browser.save_screenshot(str(SCREENSHOTS / "mlflow_sweep.png"))
         browser.find_element(By.PARTIAL_LINK_TEXT, "three-2").click()
-        shows(browser, "Parent run", "test/certified_accuracy", "p_schedule.start")
+        wait_for_words(browser, "Parent run", "test/certified_accuracy", "p_schedule.start")
         browser.save_screenshot(str(SCREENSHOTS / "mlflow_trial.png"))
-        browser.find_element(By.LINK_TEXT, "three").click()  # its parent
-        shows(browser, "Child runs")
+        browser.find_element(By.LINK_TEXT, "three").click()  # the parent run
+        wait_for_words(browser, "Child runs")
     finally:
         os.killpg(ui.pid, signal.SIGTERM)
         ui.wait(30)
 
 
-def _open(driver: WebDriver, address: str) -> bool:
+def _open_page(driver: WebDriver, address: str) -> bool:
     driver.get(address)
     return "MLflow" in driver.title
 
 
-def compiled(folder: Path, name: str) -> str:
-    """Runs pdflatex, which must find nothing wrong; returns what it says."""
+def compile_latex(folder: Path, name: str) -> str:
+    """Run pdflatex, check that it reports no problem, and return its output."""
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", f"{name}.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
-    for words in ("Float too large", "Overfull"):  # what is beyond the page is lost
+    for words in ("Float too large", "Overfull"):  # content beyond the page is lost
         assert words not in done.stdout
     assert (folder / f"{name}.pdf").stat().st_size > 10_000
     return done.stdout
 
 
 @needs_latex
-def test_latex_compiles_as_it_is_and_in_a_paper(tmp_path: Path, here: Here, finished_sweep: FinishedSweep) -> None:
+def test_latex_compiles_standalone_and_in_a_paper(
+    tmp_path: Path, run_cli: RunCli, finished_sweep: FinishedSweep
+) -> None:
     strange = "\\[a_b] 100% & ~$x^2$ #{} <é> ± |* \N{SCRIPT SMALL L}∞ → β 是\n\n"
-    odd = [run(1, 0.78, 0.77), run(2, 0.7, 0.75, method=strange)]
+    odd = [make_run(1, 0.78, 0.77), make_run(2, 0.7, 0.75, method=strange)]
     write_table(comparison_table(TABLE, pd.DataFrame(odd)), tmp_path, "odd")
-    by_width = TABLE.model_copy(update={"measured": Measured(by=("model.width",))})
-    many = pd.DataFrame([run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(200)])
+    by_width = TABLE.model_copy(update={"measured": MeasuredRows(group_by=("model.width",))})
+    many = pd.DataFrame([make_run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(200)])
     write_table(comparison_table(by_width, many), tmp_path, "many")
-    assert here("report", "--all", "--storage", str(finished_sweep.storage), "--out", str(tmp_path)).returncode == 0
-    names = [*table_names(), "odd", "many", "sweep-three"]
+    assert (
+        run_cli("report", "--all", "--storage", str(finished_sweep.storage), "--output-dir", str(tmp_path)).returncode
+        == 0
+    )
+    names = [*list_tables(), "odd", "many", "sweep-three"]
     for name in names:
-        compiled(tmp_path, name)
+        compile_latex(tmp_path, name)
     inputs = "\n".join(rf"\input{{{name}}}" for name in names)
     head = "\\documentclass{article}\n\\usepackage{booktabs,graphicx}\n\\begin{document}\nText.\n"
     (tmp_path / "paper.tex").write_text(f"{head}{inputs}\nMore.\n\\end{{document}}\n")
-    compiled(tmp_path, "paper")
+    compile_latex(tmp_path, "paper")

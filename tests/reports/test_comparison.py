@@ -1,26 +1,32 @@
-"""Comparison tables: quoted rows as printed, measured rows chosen on validation, and what is said of both."""
+"""Comparison tables: quoted rows as printed, measured rows selected on validation, and their notes."""
 
-import csv
-import html
 import io
 import re
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import example, given
-from hypothesis import strategies as st
-from markdown_it import MarkdownIt
-from rich.console import Console
 
-from linflab.reports import schema
-from linflab.reports.comparison import Measured, TableDefinition, comparison_table, load_definition, table_of
-from linflab.reports.papers import table_names
+from linflab.reports import labels, schema
+from linflab.reports.comparison import (
+    MeasuredRows,
+    TableDefinition,
+    _footnote_marks,
+    comparison_table,
+    load_definition,
+    table_for_names,
+)
+from linflab.reports.papers import list_tables
 from linflab.reports.rendering import print_table, to_csv, to_html, to_latex, to_markdown
-from linflab.reports.tables import Table, eps_text
+from linflab.reports.tables import format_eps
+from linflab.reports.terminal import PlainConsole
+from linflab.search_spaces.strict_yaml import read_mapping
+from tests.conftest import assert_rejected, has_words
+from tests.reports.runs import TABLE, make_run, select_measured
 
-# The tables of Zhang et al., ICML 2021, typed in from the paper: what a table must show, cell by cell.
+# The tables of Zhang et al., ICML 2021, transcribed from the paper: the expected cells.
 PAPER = {
     "table1": """
 MNIST (eps = 0.3)
@@ -30,7 +36,7 @@ IBP (Gowal et al., 2018)|114M|97.88|93.22|91.79
 CROWN-IBP (Zhang et al., 2020b)|114M|98.18|93.95|92.98
 l_inf-dist Net|82.7M|98.54|94.71|92.64
 l_inf-dist Net+MLP|85.3M|98.56|95.28|93.09
-Fashion MNIST (eps = 0.1)
+Fashion-MNIST (eps = 0.1)
 CAP (Wong & Kolter, 2018)|0.41M|78.27|68.37|65.47
 IBP (Gowal et al., 2018)|114M|84.12|80.58|77.67
 CROWN-IBP (Zhang et al., 2020b)|114M|84.31|80.22|78.01
@@ -66,8 +72,8 @@ l_inf-dist Net+MLP|19.7
 
 
 @pytest.mark.parametrize("name", list(PAPER))
-def test_the_paper_is_quoted_cell_by_cell(name: str) -> None:
-    table = comparison_table(load_definition(name), pd.DataFrame())
+def test_paper_is_quoted_cell_by_cell(name: str) -> None:
+    table = comparison_table(load_definition(name, read_mapping), pd.DataFrame())
     shown = []
     for row in table.rows:
         if row.group not in shown:
@@ -77,161 +83,134 @@ def test_the_paper_is_quoted_cell_by_cell(name: str) -> None:
     assert any("arxiv.org/abs/2102.05363" in note for note in table.notes)
 
 
-def test_every_shipped_table_comes_without_any_record() -> None:
-    assert set(table_names()) == {"measured", "table1", "table2", "table4", "successors"}
-    for name in table_names():
-        table = comparison_table(load_definition(name), pd.DataFrame())
+def test_every_shipped_table_has_rows_without_any_run() -> None:
+    since_2022 = {f"certified_training_{dataset}" for dataset in ("mnist", "cifar10", "tiny_imagenet")}
+    assert set(list_tables()) == {"measured", "table1", "table2", "table4", "successors", *since_2022}
+    for name in list_tables():
+        table = comparison_table(load_definition(name, read_mapping), pd.DataFrame())
         assert table.rows and all(row.source for row in table.rows)
         notes = " ".join(table.notes)
-        assert ("second hand" in notes) == (name in ("successors", "measured"))
-        assert "no run with test scores is on record" in notes
+        assert ("secondary" in notes) == (name in {"successors", "measured", *since_2022})
 
 
-def run(number: int, validation: float | None, certified: float | None, **other: object) -> dict[str, object]:
-    """A run as `read_runs` has it."""
-    return {
-        "run_id": f"{number:032x}", "status": "FINISHED", "started": number, "dataset": "fashion_mnist", "eps": "0.1",
-        "method": "l_inf-dist Net", "seed": "0", "model.width": "64", "training.include_validation": "False",
-        schema.EPOCHS: "25", schema.METHOD: "l_inf-dist Net", schema.COMMAND: f"linflab train r seed={number}",
-        schema.HARDWARE: "2 CPU cores", schema.CERTIFIER: "lipschitz", schema.ATTACK: "PGD (20 steps)",
-        schema.BEST_VALIDATION_CERTIFIED: validation, schema.TEST_CERTIFIED: certified, schema.TEST_CLEAN: 0.85,
-        schema.TEST_ROBUST: 0.79, schema.TEST_BROKEN: 0, schema.FLOPS: 1.2e6, schema.TRAIN_SECONDS: 3600.0,
-        schema.TEST_CERTIFIED_EXACT: None, "compute.workers": "1", "compute.cpus_per_worker": "2", **other,
-    }  # fmt: skip
-
-
-TABLE = TableDefinition.model_validate(
-    {"title": "t", "groups": [{"dataset": "fashion_mnist", "eps": 0.1}], "quoted": ["zhang2021_table1"]}
-)
-
-
-def measured(table: Table) -> list:
-    return [row for row in table.rows if row.kind == "measured"]
-
-
-def test_rows_are_chosen_on_validation_with_mean_and_deviation_over_seeds() -> None:
-    runs = [run(k, 0.77 + k / 1000, 0.76 + k / 100, seed=str(k)) for k in range(3)]
-    runs += [run(10, 0.80, 0.70, **{"model.width": "96"})]  # one seed: better, but settings with more seeds are there
-    runs += [run(20 + k, 0.76, 0.99, seed=str(k), **{"model.width": "32"}) for k in range(3)]  # best on test only
+def test_rows_are_selected_on_validation_and_averaged_over_seeds() -> None:
+    runs = [make_run(k, 0.77 + k / 1000, 0.76 + k / 100, seed=str(k)) for k in range(3)]
+    runs += [make_run(10, 0.80, 0.70, **{"model.width": "96"})]  # better, but other settings have more seeds
+    runs += [make_run(20 + k, 0.76, 0.99, seed=str(k), **{"model.width": "32"}) for k in range(3)]  # best on test only
     table = comparison_table(TABLE, pd.DataFrame(runs))
-    (row,) = measured(table)
+    (row,) = select_measured(table)
     assert row.cell("Certified").text == "77.00 ± 1.00" and row.cell("Certified").emphasis == ""
-    assert row.cell("FLOPs").text == "1.2M" and row.mark == "a"
-    for words in (
-        "3 runs (seeds 0, 1, 2)",
-        "on validation (77.10) among 2 of 3 on record, those with at least 3 seeds",
-        "certifier lipschitz",
-        "PGD (20 steps)",
-        "2 CPU cores",
-        "1 worker of 2 CPUs",
-        "1.00 hours each",
-        "25 epochs",
-    ):
-        assert words in row.note, words
+    assert row.cell("FLOPs").text == "1.2M" and row.footnote_mark == "a"
+    seeds, choice = "0, 1, 2", ("77.10", "2 of 3", "3 seeds")
+    for part in (seeds, *choice, "lipschitz", "PGD (20 steps)", "2 CPU cores", "1.00 hours", "25 epochs"):
+        assert has_words(row.footnote, part), part
     assert row.command.splitlines() == [f"linflab train r seed={k}" for k in range(3)]
     assert row.runs == tuple(f"{k:032x}" for k in range(3))
-    few = TABLE.model_copy(update={"measured": TABLE.measured.model_copy(update={"seeds": 1})})  # type: ignore[union-attr]
-    (row,) = measured(comparison_table(few, pd.DataFrame(runs)))
-    assert row.cell("Certified").text == "70.00" and "1 run (seed 0)" in row.note
+    one_seed = TABLE.model_copy(update={"measured": TABLE.measured.model_copy(update={"min_seeds": 1})})  # type: ignore[union-attr]
+    (row,) = select_measured(comparison_table(one_seed, pd.DataFrame(runs)))
+    assert row.cell("Certified").text == "70.00" and row.runs == (f"{10:032x}",)
 
 
-@pytest.mark.parametrize("attack, alike", [("PGD (20 steps)", True), ("PGD (100 steps)", False)])
-def test_rows_that_were_not_attacked_alike_are_said_to_be_so(attack: str, alike: bool) -> None:
-    runs = [run(1, 0.78, 0.77), run(2, 0.78, 0.76, method="IBP", **{schema.ATTACK: attack})]
+@pytest.mark.parametrize("attack, is_equal", [("PGD (20 steps)", True), ("PGD (100 steps)", False)])
+def test_rows_with_different_attacks_get_a_note(attack: str, is_equal: bool) -> None:
+    runs = [make_run(1, 0.78, 0.77), make_run(2, 0.78, 0.76, method="IBP", **{schema.ATTACK: attack})]
     table = comparison_table(TABLE, pd.DataFrame(runs))
-    assert len(measured(table)) == 2
-    assert ("not all measured rows were attacked alike" in " ".join(table.notes)) == (not alike)
+    assert len(select_measured(table)) == 2
+    equal = comparison_table(TABLE, pd.DataFrame([runs[0], {**runs[1], schema.ATTACK: "PGD (20 steps)"}]))
+    assert (len(table.notes) == len(equal.notes)) == is_equal
 
 
-def test_the_same_seed_again_counts_once_and_a_final_training_takes_the_row() -> None:
-    runs = [run(2, 0.78, 0.77), run(1, 0.78, 0.10)]  # the latest comes first
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
+def test_repeated_seed_counts_once_and_final_run_takes_the_row() -> None:
+    runs = [make_run(2, 0.78, 0.77), make_run(1, 0.78, 0.10)]  # newest first
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
     assert row.cell("Certified").text == "77.00"
-    runs += [run(3, None, 0.78, **{"training.include_validation": "True"})]
-    runs += [run(4, None, 0.99, **{"training.include_validation": "True", "model.width": "8"})]  # settings not chosen
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
-    assert row.cell("Certified").text == "78.00" and "then trained on training and validation images" in row.note
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs[2:3])))
-    assert row.cell("Certified").text == "78.00" and "not chosen by validation" in row.note
+    runs += [make_run(3, None, 0.78, **{"training.include_validation": "True"})]
+    # These settings are not selected.
+    runs += [make_run(4, None, 0.99, **{"training.include_validation": "True", "model.width": "8"})]
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert row.cell("Certified").text == "78.00" and row.runs == (f"{3:032x}",)
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs[2:3])))
+    assert row.cell("Certified").text == "78.00" and "validation (" not in row.footnote  # not selected on validation
 
 
-def test_of_equal_settings_the_quickest_to_train_take_the_row() -> None:
+def test_fastest_configuration_takes_the_row_on_a_tie() -> None:
     runs = [
-        run(4, 0.78, 0.99, **{"model.width": "96", schema.TRAIN_SECONDS: 400.0}),
-        run(3, 0.78, 0.77, **{schema.TRAIN_SECONDS: 200.0}),
-        run(2, 0.70, 0.98, **{"model.width": "8", schema.TRAIN_SECONDS: 100.0}),
-        run(1, 0.78, 0.77, **{schema.TRAIN_SECONDS: 210.0}),  # again the same
+        make_run(4, 0.78, 0.99, **{"model.width": "96", schema.TRAIN_SECONDS: 400.0}),
+        make_run(3, 0.78, 0.77, **{schema.TRAIN_SECONDS: 200.0}),
+        make_run(2, 0.70, 0.98, **{"model.width": "8", schema.TRAIN_SECONDS: 100.0}),
+        make_run(1, 0.78, 0.77, **{schema.TRAIN_SECONDS: 210.0}),  # the same configuration and seed
     ]
     for order in (runs, [runs[1], runs[2], runs[0], runs[3]]):
-        (row,) = measured(comparison_table(TABLE, pd.DataFrame(order)))
+        (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(order)))
         assert row.cell("Certified").text == "77.00"
-        assert "(78.00) among 3 on record (2 came to it; the quickest of them to train was taken)" in row.note
+        assert row.runs == (f"{3:032x}",) and has_words(row.footnote, "78.00") and has_words(row.footnote, "3")
 
 
-def test_what_repeats_a_run_says_its_commit() -> None:
-    """Recipes change. It is no part of what is copied."""
-    runs = [run(k, 0.78, 0.77, seed=str(k)) for k in range(3)]
+def test_reproduce_commands_name_the_commit() -> None:
+    """Recipes change between commits. The commit is not part of the command to copy."""
+    runs = [make_run(k, 0.78, 0.77, seed=str(k)) for k in range(3)]
     runs[0][schema.COMMIT], runs[1][schema.COMMIT] = "0123456789abcdef", "0123456789abcdef-dirty"
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
     assert row.command.splitlines() == [f"linflab train r seed={k}" for k in range(3)]
-    assert [commit for _, commit in row.again] == ["012345678", "012345678-dirty", ""]
+    assert [commit for _, commit in row.reproduce_commands] == ["012345678", "012345678-dirty", ""]
     table = comparison_table(TABLE, pd.DataFrame(runs))
     assert "- (a): `linflab train r seed=1` (linflab 012345678-dirty)\n" in to_markdown(table)
     assert "<code>linflab train r seed=0</code> (linflab 012345678)</li>" in to_html(table)
 
 
-def test_a_note_says_the_objective_and_whether_there_was_a_choice() -> None:
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, **{"objective.kind": "hinge"})])))
-    assert "objective hinge; the only settings on record (certified on validation: 78.00); certifier" in row.note
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77)])))
-    assert "objective" not in row.note
+def test_footnote_of_one_configuration_has_its_val_accuracy() -> None:
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame([make_run(1, 0.78, 0.77)])))
+    assert has_words(row.footnote, "78.00") and not has_words(row.footnote, "of 1")
 
 
 def test_means_that_differ_by_rounding_are_equal() -> None:
     first, second = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
     assert sum(first) != sum(second)
-    runs = [run(seed, value, 0.9, seed=str(seed)) for seed, value in enumerate(first)]
+    runs = [make_run(seed, value, 0.9, seed=str(seed)) for seed, value in enumerate(first)]
     wide = {"model.width": "96", schema.TRAIN_SECONDS: 1.0}
-    runs += [run(10 + seed, value, 0.5, seed=str(seed), **wide) for seed, value in enumerate(second)]
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame(runs)))
-    assert row.cell("Certified").text == "50.00 ± 0.00" and "(2 came to it" in row.note
+    runs += [make_run(10 + seed, value, 0.5, seed=str(seed), **wide) for seed, value in enumerate(second)]
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert row.cell("Certified").text == "50.00 ± 0.00"
 
 
-def test_runs_without_scores_are_left_out_and_counted() -> None:
+def test_runs_without_test_results_are_excluded_and_counted() -> None:
     runs = [
-        run(1, 0.78, 0.77),
-        run(2, None, None, status="FAILED"),
-        run(3, 0.99, None, status="RUNNING"),
-        run(4, 0.99, None),
-        run(5, 0.99, 0.99, eps="0.2"),
-        {"run_id": "6", "status": "RUNNING", "started": 6, schema.KIND: "trial"},  # nothing but made
+        make_run(1, 0.78, 0.77),
+        make_run(2, None, None, status="FAILED"),
+        make_run(3, 0.99, None, status="RUNNING"),
+        make_run(4, 0.99, None),
+        make_run(5, 0.99, 0.99, eps="0.2"),
+        {"run_id": "6", "status": "RUNNING", "start_time": 6, schema.KIND: "trial"},  # created, but nothing logged
     ]
     table = comparison_table(TABLE, pd.DataFrame(runs))
-    (row,) = measured(table)
+    (row,) = select_measured(table)
     assert row.cell("Certified").text == "77.00"
     notes = " ".join(table.notes)
-    assert "1 runs that have failed" in notes and "1 runs that are running" in notes
-    assert "1 that were not scored on the test set" in notes
+    assert notes.count(" 1 ") == 3  # failed, running, and not evaluated on the test set
 
 
-def test_a_missing_metric_is_a_dash() -> None:
-    (row,) = measured(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, **{schema.TEST_ROBUST: None})])))
+def test_missing_metric_is_a_dash() -> None:
+    (row,) = select_measured(
+        comparison_table(TABLE, pd.DataFrame([make_run(1, 0.78, 0.77, **{schema.TEST_ROBUST: None})]))
+    )
     assert row.cell("Robust").text == "-" and row.cell("Certified").text == "77.00"
-    table = comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, **{schema.FLOPS: None})]))
+    table = comparison_table(TABLE, pd.DataFrame([make_run(1, 0.78, 0.77, **{schema.FLOPS: None})]))
     for text in (to_markdown(table), to_latex(table), to_html(table), to_csv(table)):
         assert "nan" not in text.lower()
 
 
-def test_best_of_group_and_of_kind() -> None:
-    runs = [run(1, 0.78, 0.80), run(2, 0.7, 0.75, method="other"), run(3, 0.7, 0.65, method="third")]
+def test_best_cells_of_group_and_origin_are_emphasized() -> None:
+    runs = [make_run(1, 0.78, 0.80), make_run(2, 0.7, 0.75, method="other"), make_run(3, 0.7, 0.65, method="third")]
     table = comparison_table(TABLE, pd.DataFrame(runs))
     by_method = {
-        row.cell("Method").text: row.cell("Certified").emphasis for row in table.rows if row.kind == "measured"
+        row.cell("Method").text: row.cell("Certified").emphasis for row in table.rows if row.origin == "measured"
     }
     assert by_method == {"l_inf-dist Net": "best", "other": "", "third": ""}
-    quoted = {row.cell("Certified").text: row.cell("Certified").emphasis for row in table.rows if row.kind == "quoted"}
+    quoted = {
+        row.cell("Certified").text: row.cell("Certified").emphasis for row in table.rows if row.origin == "quoted"
+    }
     assert quoted == {"65.47": "", "77.67": "", "78.01": "", "77.48": "", "79.23": "best of kind"}
-    clean = {row.cell("Test").text: row.cell("Test").emphasis for row in table.rows if row.kind == "quoted"}
+    clean = {row.cell("Clean").text: row.cell("Clean").emphasis for row in table.rows if row.origin == "quoted"}
     assert clean["87.91"] == "best"  # twice
     assert (
         "**80.00**" in to_markdown(table) and r"\textbf{80.00}" in to_latex(table) and "<b>80.00</b>" in to_html(table)
@@ -239,149 +218,168 @@ def test_best_of_group_and_of_kind() -> None:
     assert "<u>79.23</u>" in to_markdown(table) and r"\underline{79.23}" in to_latex(table)
 
 
-def test_the_fastest_epoch_is_the_best() -> None:
-    table = comparison_table(load_definition("table4"), pd.DataFrame())
+def test_fastest_epoch_is_the_best() -> None:
+    table = comparison_table(load_definition("table4", read_mapping), pd.DataFrame())
     assert {row.cell("Method").text for row in table.rows if row.cell(table.columns[1]).emphasis} == {"IBP"}
 
 
-def test_a_table_of_ones_own(tmp_path: Path) -> None:
+def test_table_is_read_from_a_users_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "title: Widths\ncolumns: [Method, Model, Epochs, Certified, Runs, Hours, CPUs]\n"
         "groups: [{dataset: fashion_mnist, eps: 25.5/255}]\n"
-        "measured: {by: [method, model.width], where: {training.epochs: 25}}\n"
+        "measured: {group_by: [method, model.width], filters: {training.epochs: 25}}\n"
     )
-    runs = [run(k, 0.7, 0.7, **{"model.width": str(32 * k)}) for k in (1, 2)] + [
-        run(3, 0.9, 0.9, **{schema.EPOCHS: "50"})
+    runs = [make_run(k, 0.7, 0.7, **{"model.width": str(32 * k)}) for k in (1, 2)] + [
+        make_run(3, 0.9, 0.9, **{schema.EPOCHS: "50"})
     ]
-    table = comparison_table(load_definition(str(file)), pd.DataFrame(runs))
+    table = comparison_table(load_definition(str(file), read_mapping), pd.DataFrame(runs))
     assert [row.cell("Method").text for row in table.rows] == ["l_inf-dist Net (width=32)", "l_inf-dist Net (width=64)"]
     shown = [table.rows[0].cell(name).text for name in table.columns[1:]]
     assert shown == ["width=32", "25", "70.00", "1", "1.00", "2"]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "part"),
     [
-        ("{", "is no YAML"),
-        ("- 1", "must have title and groups"),
-        ("title: t", "groups: field required"),
+        ("{", "line 1"),
+        ("- 1", "mapping"),
+        ("title: t", "groups"),
         ("title: t\ngroups: []", "groups=[]"),
-        ("title: t\ngroups: [{dataset: mnist, eps: 3}]", "eps=3: must be a radius"),
-        ("title: t\ngroups: [{dataset: mnist, eps: 1/0}]", "eps=1/0: must be a radius"),
-        ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nquoted: [me]", "quoted=me: there is no such source"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 3}]", "eps=3"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 1/0}]", "eps=1/0"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nquoted: [me]", "quoted=me"),
         ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\ncolumns: [Tset]", "columns.0=Tset"),
         ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nmeasured: {seed: 3}", "measured.seed=3"),
     ],
 )
-def test_wrong_definitions(content: str, says: str, tmp_path: Path) -> None:
+def test_invalid_definitions_are_rejected(content: str, part: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"table=.*mine\.yaml: ") as caught:
-        load_definition(str(file))
-    assert says in str(caught.value)
-    with pytest.raises(ValueError, match="neither a file nor one of the shipped tables, measured, successors, table1"):
-        load_definition("table9")
+    with pytest.raises(ValueError, match="table=") as caught:
+        load_definition(str(file), read_mapping)
+    assert_rejected(caught, f"table={file}", part)
 
 
-def test_runs_and_sweeps_by_name() -> None:
-    job = {schema.SWEEP: "mine", schema.SEARCHED: "model.width"}
-    runs = [run(1, 0.7, 0.6), *(run(k, 0.6 + k / 100, 0.5, seed="0", **{**job, schema.TRIAL: str(k)}) for k in (2, 3))]
-    runs += [run(4, 0.5, 0.7, seed="1", **{**job, schema.TRIAL: "3-seed1"})]
+def test_unknown_table_error_names_shipped_tables() -> None:
+    with pytest.raises(ValueError, match="table=table9") as caught:
+        load_definition("table9", read_mapping)
+    assert_rejected(caught, *list_tables())
+
+
+def test_runs_and_sweeps_are_found_by_name() -> None:
+    sweep_tags = {schema.SWEEP: "mine", schema.SEARCHED_SETTINGS: "model.width"}
+    runs = [
+        make_run(1, 0.7, 0.6),
+        *(make_run(k, 0.6 + k / 100, 0.5, seed="0", **{**sweep_tags, schema.TRIAL: str(k)}) for k in (2, 3)),
+    ]
+    runs += [make_run(4, 0.5, 0.7, seed="1", **{**sweep_tags, schema.TRIAL: "3-seed1"})]
     frame = pd.DataFrame(runs)
-    table = table_of(frame, ["mine", f"{1:032x}"], quoted=True)
-    best, single = measured(table)
-    assert best.cell("Certified").text == "60.00 ± 14.14" and "its trial 3" in best.note
-    assert single.cell("Certified").text == "60.00" and "as asked for" in single.note
+    frame[schema.NAME] = ["wide", "narrow", "narrow", "0"]
+    table = table_for_names(frame, ["mine", f"{1:032x}"], quoted=True)
+    best, single = select_measured(table)
+    for name in ("wide", "0"):  # a name takes precedence over the prefix of an id
+        (by_name,) = select_measured(table_for_names(frame, [name], quoted=False))
+        assert by_name.cell("Certified").text == {"wide": "60.00", "0": "70.00"}[name]
+    assert best.cell("Certified").text == "60.00 ± 14.14" and has_words(best.footnote, "trial 3")
+    assert single.cell("Certified").text == "60.00" and single.runs == (f"{1:032x}",)
     assert len(table.rows) == 2 + 5
-    for wrong, says in (
-        ("nobody", "is no such run or sweep; `linflab runs` lists .*; sweeps: mine"),
-        ("0", "several runs"),
+    for wrong, parts in (
+        ("nobody", ["`linflab runs`", "mine"]),
+        ("00", []),
+        ("narrow", ["2"]),
     ):
-        with pytest.raises(LookupError, match=says):
-            table_of(frame, [wrong], quoted=False)
-    with pytest.raises(LookupError, match="no test scores"):
-        table_of(pd.DataFrame([run(7, 0.1, None)]), [f"{7:032x}"], quoted=False)
+        with pytest.raises(LookupError) as caught:
+            table_for_names(frame, [wrong], quoted=False)
+        assert_rejected(caught, wrong, *parts)
+    with pytest.raises(LookupError, match=f"{7:032x}"):
+        table_for_names(pd.DataFrame([make_run(7, 0.1, None)]), [f"{7:032x}"], quoted=False)
 
 
-def test_the_table_in_the_readme_and_settings_that_nobody_has() -> None:
+def test_readme_table_is_valid_and_unused_settings_get_notes() -> None:
     text = Path("README.md").read_text().split("```yaml\ntitle:")[1].split("```")[0]
     definition = TableDefinition.model_validate(yaml.safe_load(f"title:{text}"))
-    hybrid = {"method": "Net+MLP", "model.width": None, "model.net.width": "64"}
-    for runs in ([], [run(1, 0.7, 0.7), run(2, 0.7, 0.7, **hybrid)]):
+    hybrid = {"method": "Net+MLP", "model.width": None, "model.backbone.width": "64"}
+    for runs in ([], [make_run(1, 0.7, 0.7), make_run(2, 0.7, 0.7, **hybrid)]):
         table = comparison_table(definition, pd.DataFrame(runs))
-        methods = [row.cell("Method").text for row in measured(table)]
+        methods = [row.cell("Method").text for row in select_measured(table)]
         assert methods == ["Net+MLP", "l_inf-dist Net (width=64)"][: len(runs)]
         assert "nan" not in to_markdown(table)
-    typo = Measured(by=("method", "model.widht"), where={"training.epoch": 25})
-    table = comparison_table(TABLE.model_copy(update={"measured": typo}), pd.DataFrame([run(1, 0.7, 0.7)]))
-    assert not measured(table)
+    typo = MeasuredRows(group_by=("method", "model.widht"), filters={"training.epoch": 25})
+    table = comparison_table(TABLE.model_copy(update={"measured": typo}), pd.DataFrame([make_run(1, 0.7, 0.7)]))
+    assert not select_measured(table)
     for path in ("model.widht", "training.epoch"):
-        assert f"No run of Fashion MNIST (eps = 0.1) has a setting {path}." in table.notes
+        assert any(has_words(note, path) and "Fashion-MNIST (eps = 0.1)" in note for note in table.notes)
     for by in ([], ["method", "method"], ["seed"], ["method", "compute.workers"]):
-        with pytest.raises(ValueError, match="by="):
-            Measured(by=by)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="group_by="):
+            MeasuredRows(group_by=by)  # type: ignore[arg-type]
 
 
-def test_rows_by_size_however_many() -> None:
-    many = pd.DataFrame([run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(1, 801)])
-    table = comparison_table(TABLE.model_copy(update={"measured": Measured(by=("model.width",))}), many)
-    assert [row.cell("Method").text for row in measured(table)][9] == "l_inf-dist Net (width=10)"
-    assert len({row.mark for row in measured(table)}) == 800
+def test_many_rows_by_width_have_different_marks() -> None:
+    many = pd.DataFrame([make_run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(1, 31)])
+    table = comparison_table(TABLE.model_copy(update={"measured": MeasuredRows(group_by=("model.width",))}), many)
+    assert [row.cell("Method").text for row in select_measured(table)][9] == "l_inf-dist Net (width=10)"
+    assert len({row.footnote_mark for row in select_measured(table)}) == 30
+    assert len(set(islice(_footnote_marks(), 800))) == 800
 
 
-NASTY = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
-
-
-@given(NASTY)
-@example("a\\|b")
-@example("a\nb")
-@example("[x](y) `z` _u_ **v** <b> &lt;")
-def test_no_text_breaks_a_format(method: str) -> None:
-    """Whatever a method is called: as many cells in every row, in every format."""
-    table = comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77, method=method or "m")]))
-    rows = list(csv.reader(io.StringIO(to_csv(table), newline="")))
-    assert {len(row) for row in rows} == {len(rows[0])}
-    shown = " ".join((method or "m").split())
-    assert rows[-1][0] == shown
-    rendered = MarkdownIt("commonmark").enable("table").render(to_markdown(table))
-    assert rendered.count("<td") == 5 * (len(table.rows) + 1)  # and the heading of the group
-    names = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", rendered)]
-    assert f"{shown} <sup>a</sup>".strip() in names
-    body = [line.replace(r"\&", "") for line in to_latex(table).split("\n") if line.endswith(r" \\")]
-    assert {line.count("&") for line in body if "multicolumn" not in line} == {4}
-    assert to_html(table).count("<td") == 5 * len(table.rows)
-
-
-def test_the_terminal_shows_what_is_measured() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    print_table(comparison_table(TABLE, pd.DataFrame([run(1, 0.78, 0.77)])), console)
+def test_terminal_shows_measured_rows() -> None:
+    console = PlainConsole(io.StringIO(), width=80)
+    print_table(comparison_table(TABLE, pd.DataFrame([make_run(1, 0.78, 0.77)])), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "l_inf-dist Net [a]" in text and "[a] measured: 1 run (seed 0)" in text
-    assert "Fashion MNIST (eps = 0.1)" in text and max(map(len, text.splitlines())) <= 80
+    assert "l_inf-dist Net [a]" in text and "\n[a] " in text
+    assert "Fashion-MNIST (eps = 0.1)" in text and max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 130])
-def test_no_number_is_cut_on_a_narrow_terminal(width: int) -> None:
-    """What there is no room for is named."""
-    columns = ("Method", "Model", "Epochs", "FLOPs", "Test", "Robust", "Certified", "Hours", "CPUs", "Runs")
-    runs = [run(k, 0.78 + k / 100, 0.77 + k / 100, seed=str(k), **{schema.TRAIN_SECONDS: 500.0 * k}) for k in range(3)]
+def test_narrow_terminal_shows_every_number(width: int) -> None:
+    """A line names the columns that do not fit."""
+    columns = ("Method", "Model", "Epochs", "FLOPs", "Clean", "Robust", "Certified", "Hours", "CPUs", "Runs")
+    runs = [
+        make_run(k, 0.78 + k / 100, 0.77 + k / 100, seed=str(k), **{schema.TRAIN_SECONDS: 500.0 * k}) for k in range(3)
+    ]
     table = comparison_table(TABLE.model_copy(update={"columns": columns}), pd.DataFrame(runs))
-    console = Console(file=io.StringIO(), width=width)
+    console = PlainConsole(io.StringIO(), width=width)
     print_table(table, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     shown = text.partition("Accuracies in percent.")[0]
-    assert max(map(len, text.splitlines())) <= max(width, 60)  # the least that methods and accuracies take
+    assert max(map(len, text.splitlines())) <= max(width, 60)  # minimum for methods and accuracies
     assert all(part in shown for part in ("l_inf-dist", "Net+MLP", "Fashion", "[a]", "Certified"))
     for row in table.rows:
-        assert all(row.cell(column).text in shown for column in ("Test", "Robust", "Certified"))
-    left_out = re.search(r"too narrow for ([^;]*);", " ".join(shown.split()))
+        assert all(row.cell(column).text in shown for column in ("Clean", "Robust", "Certified"))
+    omitted = re.search(r"too narrow for ([^;]*);", " ".join(shown.split()))
     header = shown.split("─")[0]
-    assert all((column in header) != (column in (left_out[1].split(", ") if left_out else [])) for column in columns)
-    assert (width < 130) <= bool(left_out)
+    assert all((column in header) != (column in (omitted[1].split(", ") if omitted else [])) for column in columns)
+    assert (width < 130) <= bool(omitted)
 
 
-def test_radii_as_papers_write_them() -> None:
-    assert [eps_text(eps) for eps in (0.1, 0.3, 8 / 255, 2 / 255, 0.2, 0.031)] == [
+def test_eps_is_formatted_as_in_papers() -> None:
+    assert [format_eps(eps) for eps in (0.1, 0.3, 8 / 255, 2 / 255, 0.2, 0.031)] == [
         "0.1", "0.3", "8/255", "2/255", "0.2", "0.031",
     ]  # fmt: skip
+
+
+def test_runs_file_of_an_unknown_user_is_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "title: Mine\ncolumns: [Method]\nruns_file: ~nobodyxx/a.jsonl\nmeasured: {}\n"
+        "groups: [{dataset: digits, eps: 0.1}]\n"
+    )
+    with pytest.raises(ValueError, match="runs_file=~nobodyxx"):
+        load_definition(str(file), read_mapping)
+
+
+def test_runs_of_earlier_versions_lack_settings() -> None:
+    """Such runs have the behavior of the defaults; compute settings without effect do not distinguish runs."""
+    defaults = {"compute.tensor_cores": "False", "optimizer.algorithm": "adamw", "optimizer.milestones": "[]"}
+    runs = [
+        make_run(1, 0.70, 0.70, seed="0"),
+        make_run(2, 0.70, 0.72, seed="1", **defaults, **{"compute.workers": "2"}),
+        make_run(3, 0.69, 0.90, seed="2", **defaults | {"compute.tensor_cores": "True"}),
+        make_run(4, 0.68, 0.90, seed="2", **defaults | {"optimizer.algorithm": "radam"}),
+    ]
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert row.cell("Certified").text.startswith("71.00")  # two seeds of the best configuration
+    settings = [{"model.width": "8"}, {"model.width": "9", **defaults}]
+    assert labels.distinguish(["a", "a"], settings) == ["a (width=8)", "a (width=9)"]
+    assert labels.distinguish(["a", "a"], [{}, {"optimizer.algorithm": "radam"}]) == ["a", "a (algorithm=radam)"]

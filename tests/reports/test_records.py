@@ -1,4 +1,4 @@
-"""The records as DataFrames: the same from the database and from a server, whatever state the store is in."""
+"""Runs as DataFrames: equal from a database and a server; empty and broken stores; values of filters."""
 
 import socket
 import sqlite3
@@ -14,7 +14,9 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from linflab.reports import schema
-from linflab.reports.records import parameters, read_history, read_runs, read_sweeps, read_trials
+from linflab.reports.literature import parse_eps, parse_number
+from linflab.reports.records import list_runs, param_columns, read_metric_history, read_runs, read_sweeps, read_trials
+from tests.conftest import time_limit
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +39,31 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_runs_by_tags(store: Path) -> None:
+def test_runs_are_selected_by_tags(store: Path) -> None:
     runs = read_runs(f"sqlite:///{store}", {schema.KIND: "trial"})
-    assert runs[schema.TRIAL].tolist() == ["2", "1", "0"]  # the latest first
+    assert runs[schema.TRIAL].tolist() == ["2", "1", "0"]  # newest first
     assert runs["status"].tolist() == ["FAILED", "FINISHED", "RUNNING"]
     assert runs["model.width"].tolist() == ["2", "1", "0"] and runs[schema.TRAIN_LOSS].tolist() == [1, 1, 1]
     assert runs[schema.BEST_VALIDATION_CERTIFIED].isna().tolist() == [True, False, False]
-    assert parameters(runs) == ["model.width"]
-    assert read_runs(f"sqlite:///{store}", {schema.KIND: "trial", schema.TRIAL: "1"})["started"].tolist() == [1001]
+    assert param_columns(runs) == ["model.width"]
+    assert read_runs(f"sqlite:///{store}", {schema.KIND: "trial", schema.TRIAL: "1"})["start_time"].tolist() == [1001]
     assert read_runs(f"sqlite:///{store}", {schema.KIND: "no"}).empty
 
 
-def test_sweeps(store: Path) -> None:
+def test_sweeps_are_summarized(store: Path) -> None:
     (sweep,) = read_sweeps(f"sqlite:///{store}").to_dict("records")
-    assert sweep["sweep"] == "it's" and sweep["state"] == "killed" and sweep["budget"] == "3 trials"
-    assert (sweep["finished"], sweep["failed"], sweep["best"]) == (1, 1, 0.7)
+    assert sweep["sweep"] == "it's" and sweep["status"] == "killed" and sweep["budget"] == "3 trials"
+    assert (sweep["finished"], sweep["failed"], sweep["best_val_certified"]) == (1, 1, 0.7)
 
 
-def test_history(store: Path) -> None:
+def test_metric_history_is_read_by_step(store: Path) -> None:
     client = MlflowClient(f"sqlite:///{store}")
     run_id = read_runs(f"sqlite:///{store}", {schema.TRIAL: "1"})["run_id"][0]
-    assert read_history(client, run_id) == {schema.TRAIN_LOSS: {1: 0.5, 2: 1.0}}
+    assert read_metric_history(client, run_id) == {schema.TRAIN_LOSS: {1: 0.5, 2: 1.0}}
 
 
 @pytest.mark.slow
-def test_a_server_says_the_same_as_the_database(store: Path) -> None:
+def test_server_and_database_return_equal_runs(store: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,11 +87,11 @@ def test_a_server_says_the_same_as_the_database(store: Path) -> None:
         server.wait()
 
 
-def test_stores_that_are_empty_or_broken(tmp_path: Path) -> None:
+def test_empty_stores_are_read_and_broken_ones_rejected(tmp_path: Path) -> None:
     empty = tmp_path / "empty.db"
     sqlite3.connect(empty).close()
     assert read_runs(f"sqlite:///{empty}", {}).empty and read_sweeps(f"sqlite:///{empty}").empty
-    with pytest.raises(LookupError, match="there are: none yet"):
+    with pytest.raises(LookupError, match="sweep=s"):
         read_trials(f"sqlite:///{empty}", "s")
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"SQLite format 3\0" + bytes(2000))
@@ -100,3 +102,37 @@ def test_stores_that_are_empty_or_broken(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE runs (id INTEGER)")
     with pytest.raises(SQLAlchemyError):
         read_runs(f"sqlite:///{other}", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("0.25", 0.25), ("8/255", 8 / 255), (" 1 / 4 ", 0.25), ("-1e3", -1000.0), ("0/5", 0.0)]
+)
+def test_numbers_are_decimals_or_fractions(text: str, number: float) -> None:
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "1e400", "1e99999999", "-1e400", "1/1e400", "1e300/1e-300", "1/0", "1/", "/2", "1/2/3", "nan", "inf"],
+)
+def test_non_finite_numbers_are_rejected_at_once(text: str) -> None:
+    with time_limit(5), pytest.raises(ValueError, match=r"^.*$"):
+        parse_number(text)
+    with time_limit(5), pytest.raises(ValueError, match="eps="):
+        parse_eps(text)
+
+
+def test_runs_are_found_by_values_as_written_in_yaml(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    run = client.create_run("0", tags={schema.KIND: "trial"}).info.run_id
+    logged = {"eps": 8 / 255, "flag": False, "other": True, "none": None, "word": "false", "large": "1e400"}
+    for name, value in logged.items():
+        client.log_param(run, name, value)
+    for pair in ("eps=8/255", "flag=false", "flag=False", "other=true", "none=null", "word=false", "large=1e400"):
+        name, _, value = pair.partition("=")
+        assert list_runs(uri, {name: value})["run"].tolist() == [run], pair
+    for pair in ("flag=true", "other=false", "none=false", "eps=1e400", "eps=1e99999999", "eps=nan"):
+        name, _, value = pair.partition("=")
+        with time_limit(20):
+            assert list_runs(uri, {name: value}).empty, pair

@@ -1,4 +1,4 @@
-"""Tables from records: order, missing values, and the formats they are written in."""
+"""Sweep tables: order, missing values and output formats."""
 
 import io
 import json
@@ -8,14 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
-from rich.console import Console
 
 from linflab.reports import schema
-from linflab.reports.importance import importances
+from linflab.reports.importance import param_importances
 from linflab.reports.records import read_trials, sweep_names
 from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
-from linflab.reports.sweep_tables import front, sweep_table
+from linflab.reports.sweep_tables import pareto_front, sweep_table
 from linflab.reports.tables import Table
+from linflab.reports.terminal import PlainConsole
+from tests.conftest import has_words
 
 SETTINGS = {
     "dataset": "digits",
@@ -25,14 +26,14 @@ SETTINGS = {
 }
 
 
-def record(client: MlflowClient, number: int, validation: float | None, width: int = 64, clean: float = 0.9) -> None:
+def log_trial(client: MlflowClient, number: int, validation: float | None, width: int = 64, clean: float = 0.9) -> None:
     tags = {
         schema.KIND: "trial",
         schema.SWEEP: "s",
         schema.TRIAL: str(number),
         schema.METHOD: "l_inf-dist Net",
         schema.COMMAND: f"linflab train r model.width={width}",
-        schema.SEARCHED: "model.width,p_schedule.start",
+        schema.SEARCHED_SETTINGS: "model.width,p_schedule.start",
         schema.HARDWARE: "2 CPU cores",
         schema.CERTIFIER: "lipschitz",
         schema.ATTACK: "PGD (20 steps of 0.25 eps, 1 restart)",
@@ -49,8 +50,8 @@ def record(client: MlflowClient, number: int, validation: float | None, width: i
         schema.BEST_VALIDATION_CLEAN: clean,
         schema.TEST_CLEAN: 0.95,
         schema.TEST_ROBUST: 0.9,
-        schema.TEST_CERTIFIED: 1 - validation,  # the wrong way round: the order must not look at it
-        schema.TEST_BROKEN: 0,
+        schema.TEST_CERTIFIED: 1 - validation,  # reversed order, which must not affect the ranking
+        schema.TEST_VIOLATIONS: 0,
         schema.FLOPS: 82_700_000,
         schema.TRAIN_SECONDS: 1000,
     }
@@ -66,10 +67,10 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     client.create_run("0", tags={schema.KIND: "sweep", schema.SWEEP: "s"})
     client.create_run("0", tags={schema.KIND: "sweep", schema.SWEEP: "empty"})
     client.create_run("0", tags={schema.KIND: "trial", schema.SWEEP: "other", schema.TRIAL: "1"})
-    record(client, 1, 0.5, width=32)
-    record(client, 2, None, width=48)
-    record(client, 3, 0.8, width=64, clean=0.85)
-    record(client, 4, 0.8, width=96, clean=0.95)
+    log_trial(client, 1, 0.5, width=32)
+    log_trial(client, 2, None, width=48)
+    log_trial(client, 3, 0.8, width=64, clean=0.85)
+    log_trial(client, 4, 0.8, width=96, clean=0.95)
     return uri
 
 
@@ -78,27 +79,27 @@ def table(tracking_uri: str) -> Table:
     return sweep_table("s", read_trials(tracking_uri, "s"))
 
 
-def test_best_by_validation_first_and_failed_last(table: Table) -> None:
+def test_trials_are_ranked_by_validation_with_failed_last(table: Table) -> None:
     assert table.column("#") == ["4", "3", "1", "2"]
     assert table.column("Val. certified")[:3] == [80, 80, 50]
     assert table.column("Certified")[3] is None
     assert table.rows[0].cell("FLOPs").text == "82.7M"
-    assert table.column("Setting")[0] == "width=96, p_start=8.12"
+    assert table.column("Hyperparameters")[0] == "width=96, p_start=8.12"
 
 
-RACE = pd.DataFrame(
+HALVING_TRIALS = pd.DataFrame(
     [
         {
-            schema.TRIAL: name, schema.METHOD: "m", schema.COMMAND: "c", schema.SEARCHED: "a,b",
+            schema.TRIAL: name, schema.METHOD: "m", schema.COMMAND: "c", schema.SEARCHED_SETTINGS: "a,b",
             schema.OBJECTIVES: "clean,certified", schema.HARDWARE: "h", "status": "FINISHED", "dataset": "digits",
             "eps": "0.1", "compute.workers": "1", "compute.cpus_per_worker": "1", schema.EPOCHS: epochs,
-            schema.BEST_VALIDATION_CLEAN: clean, schema.BEST_VALIDATION_CERTIFIED: certified, schema.TEST_BROKEN: 0,
+            schema.BEST_VALIDATION_CLEAN: clean, schema.BEST_VALIDATION_CERTIFIED: certified, schema.TEST_VIOLATIONS: 0,
             schema.TEST_CLEAN: clean, schema.TEST_ROBUST: 0.5, schema.TEST_CERTIFIED: certified, schema.FLOPS: 1e6,
             schema.TRAIN_SECONDS: 1, "a": str(number / 10), "b": "x",
-            schema.JOB: json.dumps({"number": number, "point": {"a": number / 10, "b": "x"}, "round": round_,
-                                    "repeat": repeat}),
+            schema.TRIAL_SPEC: json.dumps({"number": number, "params": {"a": number / 10, "b": "x"}, "rung": rung,
+                                    "seed_index": seed_index}),
         }
-        for name, number, round_, repeat, epochs, clean, certified in (
+        for name, number, rung, seed_index, epochs, clean, certified in (
             *((str(number), number, 1, 0, "3", 0.5 + number / 100, 0.4) for number in range(1, 10)),
             ("9.2", 9, 2, 0, "9", 0.7, 0.60), ("8.2", 8, 2, 0, "9", 0.8, 0.50), ("7.2", 7, 2, 0, "9", 0.7, 0.55),
             ("8.2-seed1", 8, 2, 1, "9", 0.9, 0.48), ("8.2-seed2", 8, 2, 2, "9", 0.7, 0.46),
@@ -107,65 +108,59 @@ RACE = pd.DataFrame(
 )  # fmt: skip
 
 
-def test_a_race_with_two_objectives_and_repetitions() -> None:
-    """By clean accuracy, in full before shortened, repetitions last; and what the notes count."""
-    table = sweep_table("s", RACE)
+def test_halving_table_ranks_rungs_and_seed_replicates() -> None:
+    """Rank by clean accuracy, full trainings before shortened ones, replicates last; check what notes count."""
+    table = sweep_table("s", HALVING_TRIALS)
     names = table.column("#")
     assert names[:3] == ["8.2", "9.2", "7.2"] and names[3:12] == [str(number) for number in range(9, 0, -1)]
     assert names[12:] == ["8.2-seed1", "8.2-seed2"] and table.column("Epochs")[2:4] == ["9", "3"]
     assert table.column("Val. clean")[0] == 80
-    assert front(RACE, ("clean", "certified"))[schema.TRIAL].tolist() == ["9.2", "8.2"]
+    assert pareto_front(HALVING_TRIALS, ("clean", "certified"))[schema.TRIAL].tolist() == ["9.2", "8.2"]
     notes = "\n".join(table.notes)
-    assert "#8 with 3 seeds" in notes and "Val. certified 48.00 ± 2.00, Test 80.00 ± 10.00" in notes
-    assert "none of them worse than another in all: #8.2, #9.2." in notes
+    for part in ("#8", "3 seeds", "Val. certified 48.00 ± 2.00", "Clean 80.00 ± 10.00", "#8.2, #9.2"):
+        assert has_words(notes, part), part
 
 
-def test_importances_find_the_setting_that_matters() -> None:
-    chance = random.Random(0)
-    points = [{"a": chance.random(), "b": chance.choice(["x", "y"]), "c": chance.random()} for _ in range(40)]
+def test_importances_identify_the_relevant_setting() -> None:
+    rng = random.Random(0)
+    points = [{"a": rng.random(), "b": rng.choice(["x", "y"]), "c": rng.random()} for _ in range(40)]
     trials = pd.DataFrame(
         {
-            schema.JOB: [
-                json.dumps({"number": k, "point": point, "round": 1, "repeat": 0}) for k, point in enumerate(points)
+            schema.TRIAL_SPEC: [
+                json.dumps({"number": k, "params": point, "rung": 1, "seed_index": 0}) for k, point in enumerate(points)
             ],
             "m": [point["a"] ** 2 + 0.2 * (point["b"] == "x") for point in points],
         }
     )
-    shares = importances(trials, "m")
-    assert list(shares)[:2] == ["a", "b"] and shares["a"] > 0.6 and shares["c"] < 0.1
-    assert importances(trials.head(5), "m") == {} and importances(trials.assign(m=1.0), "m") == {}
+    importances = param_importances(trials, "m")
+    assert list(importances)[:2] == ["a", "b"] and importances["a"] > 0.6 and importances["c"] < 0.1
+    assert param_importances(trials.head(5), "m") == {} and param_importances(trials.assign(m=1.0), "m") == {}
 
 
-def test_notes_say_what_the_numbers_are(table: Table) -> None:
+def test_notes_describe_the_evaluation(table: Table) -> None:
     notes = "\n".join(table.notes)
-    for words in (
-        "validation",
-        "certifier lipschitz",
-        "20 steps",
-        "2 CPU cores",
-        "3000 seconds",
-        "Trial 2 has no result (failed): TrainingError: the loss became nan [/gloo/pair.cc:53]",
-    ):
-        assert words in notes
+    failure = "(failed): TrainingError: the loss became nan [/gloo/pair.cc:53]"
+    for part in ("lipschitz", "20 steps", "2 CPU cores", "0.83 hours", "Trial 2", failure):
+        assert has_words(notes, part), part
 
 
-def test_sweep_without_trials_and_unknown_sweep(tracking_uri: str) -> None:
+def test_empty_sweep_is_read_and_unknown_sweep_is_rejected(tracking_uri: str) -> None:
     assert read_trials(tracking_uri, "empty").empty
     assert set(sweep_names(MlflowClient(tracking_uri))) == {"s", "empty"}
     with pytest.raises(LookupError, match="sweep=it's"):
         read_trials(tracking_uri, "it's")
 
 
-def test_markdown(table: Table) -> None:
+def test_markdown_has_cells_and_commands(table: Table) -> None:
     lines = to_markdown(table).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert cells[0] == ["#", "Method", "Setting", "FLOPs", "Val. certified", "Test", "Robust", "Certified"]
+    assert cells[0] == ["#", "Method", "Hyperparameters", "FLOPs", "Val. certified", "Clean", "Robust", "Certified"]
     assert cells[2] == ["4", "l_inf-dist Net", "width=96, p_start=8.12", "82.7M", "80.00", "95.00", "90.00", "20.00"]
     assert cells[5][3:] == ["-"] * 5
     assert "- #4: `linflab train r model.width=96`" in lines
 
 
-def test_latex(table: Table) -> None:
+def test_latex_has_rules_and_escaped_cells(table: Table) -> None:
     text = to_latex(table)
     for words in (r"\toprule", r"\midrule", r"\bottomrule", r"$\ell_\infty$-dist Net", r"\# &", r"p\_start=8.12"):
         assert words in text
@@ -173,7 +168,7 @@ def test_latex(table: Table) -> None:
     assert len(body) == 5 and all(line.count("&") == 7 for line in body)
 
 
-def test_csv(table: Table) -> None:
+def test_csv_has_commands_and_empty_cells(table: Table) -> None:
     rows = pd.read_csv(io.StringIO(to_csv(table)))
     assert rows["#"].tolist() == [4, 3, 1, 2]
     assert rows["Command"].tolist()[0] == "linflab train r model.width=96"
@@ -181,7 +176,7 @@ def test_csv(table: Table) -> None:
 
 
 def test_terminal_fits_in_80_columns(table: Table) -> None:
-    console = Console(file=io.StringIO(), width=80)
+    console = PlainConsole(io.StringIO(), width=80)
     print_table(table, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= 80
@@ -189,15 +184,15 @@ def test_terminal_fits_in_80_columns(table: Table) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_no_column_is_cut_off_on_a_narrow_terminal(width: int) -> None:
-    console = Console(file=io.StringIO(), width=width)
-    print_table(sweep_table("s", RACE), console)
+def test_narrow_terminal_shows_all_columns(width: int) -> None:
+    console = PlainConsole(io.StringIO(), width=width)
+    print_table(sweep_table("s", HALVING_TRIALS), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "8.2-seed1" in text and text.count("48.00") >= 1 and max(map(len, text.splitlines())) <= width
     assert "Robust" in text and "Certified" in text.split("─")[0]
 
 
-def test_files(table: Table, tmp_path: Path) -> None:
+def test_table_is_written_in_four_formats(table: Table, tmp_path: Path) -> None:
     paths = write_table(table, tmp_path / "reports", "s")
     assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["s.csv", "s.html", "s.md", "s.tex"]
     assert [path.suffix for path in paths] == [".md", ".tex", ".html", ".csv"]

@@ -1,26 +1,36 @@
-// SortNet's neuron: sum_k c_k (k-th largest of |x_i - w_i|), k up to a few. Included by kernels.cpp.
+// SortNet's neuron: sum_k c_k (k-th largest of |x_i - w_i|) for k up to MOST_TERMS.
 //
-// A cell is what one lane of a group of vectors holds: GROUP terms, N apart. A first pass keeps the largest of every cell.
-// The cells are dealt out to LISTS lists; their largest terms are terms at different inputs, so the K-th largest of these
-// is at most the K-th largest of all terms. What is not below it is in few cells, which are looked at again.
+// A cell is one lane of a group of vectors: GROUP terms at a distance of N. A first pass computes the maximum of every
+// cell. The cells are distributed over lists. The maxima of lists are terms at different inputs, so their K-th largest
+// is at most the K-th largest of all terms. Terms not below it are in few cells, which a second pass reads again.
 #pragma once
+
+#include "backward.h"
+#include "threads.h"
+#include "tiles.h"
+#include "vector.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
 
 namespace {
 
 constexpr int MOST_TERMS = 16;
-constexpr int MOST_FOUND = 32;  // cells and terms of a pair that are held; where ties make them more, see `in_order`
+constexpr int MOST_FOUND = 32;  // cells and terms stored per pair; if ties cause more, see `in_order`
 
 struct Order {
-    int terms;                          // that count, at most as many as there are inputs
+    int terms;                          // number of terms in the sum, at most the number of inputs
     float coefficient[MOST_TERMS] = {};
 
     Order(const float* coefficients, int terms) : terms(terms) { std::copy(coefficients, coefficients + terms, coefficient); }
 
-    // Lists, of N cells at a time: more of them give a better bound, and take longer to put in order.
+    // Number of vectors of lists. More lists improve the bound, but take longer to sort.
     int lists() const { return (terms <= 12 ? 16 : 32) / N; }
 };
 
-// What is put in order, of the samples and outputs of a tile: |x - w| ...
+// Term to sort: |x - w|.
 struct Distance {
     const float* x;
 
@@ -36,7 +46,7 @@ struct Distance {
     float operator()(int64_t at, float w) const { return std::fabs(x[at] - w); }
 };
 
-// ... or the largest it is in a box ...
+// Term to sort: the maximum of |x - w| over a box.
 struct Farthest {
     const float *lower, *upper;
 
@@ -55,7 +65,7 @@ struct Farthest {
     float operator()(int64_t at, float w) const { return std::max(std::fabs(lower[at] - w), std::fabs(upper[at] - w)); }
 };
 
-// ... or the smallest.
+// Term to sort: the minimum of |x - w| over a box.
 struct Nearest {
     const float *lower, *upper;
 
@@ -72,9 +82,9 @@ struct Nearest {
     float operator()(int64_t at, float w) const { return std::max(std::max(lower[at] - w, w - upper[at]), 0.0f); }
 };
 
-// By lane, how many of the numbers are a or larger; n is rounded up to a multiple of 4.
+// Returns by lane how many of the numbers are at least a; n is rounded up to a multiple of 4.
 inline Vec at_least_as_large(const float* numbers, int n, Vec a) {
-    Vec count[4];  // several, since a sum waits for the one before
+    Vec count[4];  // several, since additions depend on each other
     for (auto& c : count) c = Vec::all(0.0f);
     for (int j = 0; j < n; j += 4)
         for (int k = 0; k < 4; ++k)
@@ -82,7 +92,7 @@ inline Vec at_least_as_large(const float* numbers, int n, Vec a) {
     return (count[0] + count[1]) + (count[2] + count[3]);
 }
 
-// The K-th largest of n numbers, n a multiple of N: the largest that K numbers at least do not stay below.
+// Returns the K-th largest of n numbers, the largest that at least K numbers reach; n is a multiple of N.
 inline float kth_largest(const float* numbers, int n, int k) {
     Vec best = Vec::all(0.0f);
     for (int i = 0; i < n; i += N) {
@@ -95,20 +105,20 @@ inline float kth_largest(const float* numbers, int n, int k) {
 
 inline uint32_t first_lanes(int64_t n) { return n >= N ? (1u << N) - 1 : n > 0 ? (1u << n) - 1 : 0; }
 
-// Terms of a pair, K at least, with the K largest among them; `where`: their positions, floats as they are up to 2^24.
+// At least K terms of a pair, including the K largest. `where` holds positions as floats, which are exact up to 2^24.
 struct Candidates {
     float values[MOST_FOUND + N], where[MOST_FOUND + N];
     int count;
 };
 
-// The K largest terms by looking at one after another: for pairs with many equal ones.
+// Finds the K largest terms sequentially, for pairs with many equal terms.
 template <class Term>
 void in_order(Term term, const float* w, int64_t n, int terms, Candidates& found) {
     found.count = 0;
     float least = -1.0f;
     for (int64_t i = 0; i < n; ++i) {
         const float value = term(i, w[i]);
-        if (!(value > least)) continue;  // among equal terms, the first is the larger one
+        if (!(value > least)) continue;  // the first of equal terms ranks higher
         int place = std::min(found.count, terms - 1);
         for (; place > 0 && found.values[place - 1] < value; --place) {
             found.values[place] = found.values[place - 1];
@@ -128,7 +138,7 @@ void sort_tile(Term term, const float* w, int64_t n, const Order& order, float* 
     const int64_t groups = (n + GROUP * N - 1) / (GROUP * N);
     const int lists = order.lists();
     float *maxima = scratch, *largest_of_list = scratch + groups * PAIRS * N;
-    int32_t cells[MOST_FOUND + 64 + N];  // where they begin
+    int32_t cells[MOST_FOUND + 64 + N];  // first positions
     const Vec one = hidden_one();
     for (int list = 0; list < lists; ++list) {
         Vec most[PAIRS];
@@ -208,14 +218,13 @@ void sort_tile(Term term, const float* w, int64_t n, const Order& order, float* 
             found.count = MOST_FOUND + 1;
         }
         if (found.count > MOST_FOUND) in_order(of_pair, w_row, n, order.terms, found);
-        Vec::all(-1.0f).store(found.values + found.count);  // behind all terms
+        Vec::all(-1.0f).store(found.values + found.count);  // smaller than all terms
         use(pair, found);
     }
 }
 
-// Calls f(s, rank, lanes) for N candidates at a time, from s on: ROUNDER plus how many candidates are larger, in the
-// lanes that hold one; in others it means nothing. Of equal candidates the first is larger: the first input where
-// POSITIONS are known, else the first candidate.
+// Calls f(s, rank, lanes) for each N candidates from s on. `rank` is ROUNDER plus the number of larger candidates,
+// valid only in `lanes`. Of equal candidates the first ranks higher: the first input if POSITIONS, else candidate.
 template <bool POSITIONS, class F>
 inline void with_ranks(const Candidates& found, F f) {
     constexpr int VECTORS = (MOST_FOUND + N - 1) / N;
@@ -244,13 +253,13 @@ inline void with_ranks(const Candidates& found, F f) {
     }
 }
 
-// Floats that sort_tile needs.
+// Returns the number of floats that sort_tile needs.
 int64_t sort_scratch(int64_t inputs, int pairs) {
     const int64_t groups = inputs / (GROUP * N) + 1;
     return pairs * (groups * N + 32);
 }
 
-constexpr int SORT_RO = 2;  // outputs of a tile, of RB samples
+constexpr int SORT_RO = 2;  // outputs of a tile; it has RB samples
 
 template <class Term>
 void sort_block(Term term, const float* w, float* y, Shape s, const Order& order, int64_t b0, int64_t b1, int64_t o0,
@@ -292,9 +301,9 @@ void sort_bounds(const float* lower, const float* upper, const float* w, float* 
         for (const float* x : {lower, upper}) add_poison(x, w, y, s);
 }
 
-constexpr int64_t SLOPES = 1 << 21;  // that are kept between the two gradients
+constexpr int64_t SLOPES = 1 << 21;  // slopes stored between the two gradients
 
-// Slopes of a block of outputs are kept between the two gradients: K for every pair, by output.
+// Computes the gradients. The K slopes of each pair of a block of outputs are stored by output between both gradients.
 void sort_backward(const Gradients& q, const Order& order, int threads) {
     const Shape s = q.s;
     if (s.terms() == 0) return;
@@ -322,7 +331,7 @@ void sort_backward(const Gradients& q, const Order& order, int threads) {
                         });
                         Slope* out = slopes_of(b, of);
                         for (int k = 0; k < terms; ++k) {
-                            const int32_t i = k < found.count ? at[k] : 0;  // there are fewer where some are no numbers
+                            const int32_t i = k < found.count ? at[k] : 0;  // fewer if some are NaN
                             const float d = x[i] - w[i];
                             out[k] = {i, grad_y * order.coefficient[k] * (float)((d > 0) - (d < 0))};
                             q.grad_x[b * n + i] += out[k].slope;

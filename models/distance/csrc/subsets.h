@@ -1,17 +1,30 @@
-// The l_p distance where each group of samples uses a subset of the inputs. Included by kernels.cpp.
+// Masked l_p distance: each group of samples uses a subset of the inputs.
 //
-// What a group uses is packed: of its samples once, of the weights as many rows as stay in level 2, for one group after
-// another. The kernels of kernels.cpp run on that as they are; rows are padded by zeros, whose differences are zero.
+// The inputs of a group are packed: samples once, and weights in blocks of rows that stay in L2, for each group in
+// turn. The kernels of forward.h and backward.h run on packed rows. Rows are zero-padded, so differences there are 0.
 #pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "powers.h"
+#include "threads.h"
+#include "tiles.h"
+#include "vector.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
-constexpr int64_t PACKED_FLOATS = 1 << 15;  // of weights that are packed together: they and what they come from stay in level 2
+constexpr int64_t PACKED_FLOATS = 1 << 15;  // weights packed together: they and their originals stay in L2
 
 struct Subsets {
     Shape s;
     int64_t group, groups, vectors;
-    std::vector<uint32_t> masks;              // of each group, of each vector of inputs
+    std::vector<uint32_t> masks;              // per group and vector of inputs
     std::vector<std::vector<int32_t>> where;  // the inputs that each group uses
 
     Subsets(Shape s, const bool* kept, int64_t group)
@@ -27,7 +40,7 @@ struct Subsets {
 
     int64_t first(int64_t g) const { return g * group; }
     int64_t samples(int64_t g) const { return std::min(group, s.samples - first(g)); }
-    // How many of the inputs from begin, a multiple of N, to end a group uses, rounded up to whole vectors.
+    // Returns how many inputs from begin (a multiple of N) to end a group uses, rounded up to whole vectors.
     int64_t padded(int64_t g, int64_t begin, int64_t end) const {
         int64_t count = 0;
         for (int64_t i = begin; i < end; i += N) count += __builtin_popcount(masks[g * vectors + i / N]);
@@ -39,7 +52,7 @@ struct Subsets {
         return terms;
     }
 
-    // Calls f(mask, i, n, count) for the vectors of a row, n inputs from i on, of which `count` are packed before them.
+    // Calls f(mask, i, n, count) for each vector of a row: n inputs from i on, after `count` packed inputs.
     template <class F>
     void each(int64_t g, int64_t begin, int64_t end, F f) const {
         int64_t count = 0, i = begin;
@@ -51,7 +64,7 @@ struct Subsets {
         if (i < end) f(*mask, i, (int)(end - i), count);
     }
 
-    // Packs rows, each `stride` numbers long; writes two vectors beyond the last.
+    // Packs rows with step `stride`; writes up to two vectors beyond the last.
     template <class Before>
     void pack(int64_t g, int64_t begin, int64_t end, const float* from, int64_t rows, float* to, int64_t stride,
               Before before) const {
@@ -65,7 +78,7 @@ struct Subsets {
         }
     }
 
-    // Adds packed rows to those that they come from.
+    // Adds packed rows to the rows that they come from.
     void add(int64_t g, int64_t begin, int64_t end, const float* from, int64_t stride, int64_t rows, float* to) const {
         for (int64_t r = 0; r < rows; ++r, from += stride, to += s.inputs)
             each(g, begin, end, [&](uint32_t mask, int64_t i, auto n, int64_t count) {
@@ -82,7 +95,7 @@ struct Subsets {
 
 inline Vec unchanged(Vec v) { return v; }
 
-// Memory for the next so many numbers, kept from one use to the next: fresh pages are slow.
+// Memory that is reused, since fresh pages are slow.
 class Room {
     int64_t size = 0;
     Buffer<> buffer{0};
@@ -97,9 +110,9 @@ class Room {
     }
 };
 
-// Samples of the groups from g0 to g1, packed.
+// Packed samples of the groups from g0 to g1.
 struct PackedSamples {
-    std::vector<int64_t> stride, place;  // of each group; `place` ends with the size of all
+    std::vector<int64_t> stride, place;  // per group; the last element of `place` is the total size
     int64_t most = 0;                    // the largest stride
     float* x;
 
@@ -119,8 +132,8 @@ struct PackedSamples {
     }
 };
 
-// Calls work(shape, first sample, first output, g, x, w), with x and w packed, for all groups that use any input and blocks
-// of outputs, on threads that share the outputs. A block of weights is read once from memory and stays near for all groups.
+// Calls work(shape, first sample, first output, g, x, w) with packed x and w, for blocks of outputs and all groups that
+// use any input. Threads divide the outputs. Each block of weights is read once from memory and cached for all groups.
 template <class Work>
 void over_subsets(const Subsets& sets, const float* x, const float* w, int threads, Work work) {
     const Shape s = sets.s;
@@ -151,7 +164,7 @@ void forward_on_subsets(const float* x, const float* w, float* y, const Subsets&
         return std::all_of(poison.begin(), poison.end(), [](float a) { return a == 0; });
     };
     const bool clean = finite(x, s.samples) && finite(w, s.outputs);
-    const auto with = [&](auto block) {  // block(x, w, y, shape) gives the distances of what is packed
+    const auto with = [&](auto block) {  // block(x, w, y, shape) computes packed distances
         over_subsets(sets, x, w, threads, [&](Shape of, int64_t b0, int64_t o0, int64_t, const float* xs, const float* ws) {
             Buffer<> ys(of.samples * of.outputs);
             block(xs, ws, ys.data(), of);
@@ -188,7 +201,52 @@ void forward_on_subsets(const float* x, const float* w, float* y, const Subsets&
         });
 }
 
-// p = inf. Slopes are kept between the two gradients, by sample.
+// Finds the first input with |d| = y for every pair of a tile, without branches, which would be unpredictable.
+template <int TB, int TO>
+void find_largest(const Gradients& q, int64_t b, int64_t o, Slope (&found)[TB * TO]) {
+    constexpr int PAIRS = TB * TO;
+    const int64_t n = q.s.inputs, step = 2 * N;
+    const float *x = q.x + b * n, *w = q.w + o * n;
+    const auto at = [&](int pair) { return (b + pair / TO) * q.s.outputs + o + pair % TO; };
+    const Vec one = hidden_one();
+    Vec sought[PAIRS], group[PAIRS];  // by lane: the first group that contains y
+#pragma GCC unroll 8
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        const float y = q.y[at(pair)];
+        sought[pair] = Vec::all(y > 0 ? y : -1.0f);
+        group[pair] = Vec::all(-1.0f);
+    }
+    for (int64_t g = (n - 1) / step; g >= 0; --g) {
+        Vec most[PAIRS];
+        largest_of_group<2, TB, TO>(x, w, n, g * step, n, one, most);
+#pragma GCC unroll 8
+        for (int pair = 0; pair < PAIRS; ++pair)
+            group[pair] = Vec::where_same(most[pair], sought[pair], Vec::all((float)g), group[pair]);
+    }
+    float groups[PAIRS][N];
+#pragma GCC unroll 8
+    for (int pair = 0; pair < PAIRS; ++pair) group[pair].store(groups[pair]);
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        const float y = q.y[at(pair)];
+        uint32_t lanes = Vec::at_least(Vec::load(groups[pair]), Vec::all(0.0f));
+        uint32_t first = lanes ? -1 : 0;  // twice its position, plus 1 if d is negative
+        found[pair].slope = lanes ? q.grad_y[at(pair)] : 0.0f;  // 0 if y is 0 or NaN
+        for (; lanes; lanes &= lanes - 1) {  // one iteration, except for ties
+            const int lane = __builtin_ctz(lanes);
+            const int64_t base = (int64_t)groups[pair][lane] * step + lane;
+            for (int v = 0; v < 2; ++v) {
+                const int64_t i = std::min(base + v * N, n - 1);
+                const float d = x[pair / TO * n + i] - w[pair % TO * n + i];
+                const uint32_t missed = 0u - (std::fabs(d) != y);
+                first = std::min(first, (uint32_t)(2 * i + std::signbit(d)) | missed);
+            }
+        }
+        found[pair].input = (int32_t)(first >> 1);
+        found[pair].slope *= (float)(1 - 2 * (int32_t)(first & 1));
+    }
+}
+
+// Computes the gradients at p = inf. Slopes are stored by sample for grad_x.
 void largest_gradients_on_subsets(const Gradients& q, const Subsets& sets, int threads) {
     const Shape s = q.s;
     std::vector<Slope> slopes(s.samples * s.outputs);
@@ -215,7 +273,8 @@ void largest_gradients_on_subsets(const Gradients& q, const Subsets& sets, int t
     });
 }
 
-// The gradients on inputs from begin to end: work(packed, first sample, first output, outputs) adds to the packed ones.
+// Computes the gradients for inputs from begin to end; work(packed, first sample, first output, outputs) adds to packed
+// gradients.
 template <class Before, class Work>
 void packed_gradients(const Gradients& q, const Subsets& sets, int64_t begin, int64_t end, int64_t block, Room (&rooms)[4],
                       Before before, Work work) {
@@ -245,15 +304,16 @@ void packed_gradients(const Gradients& q, const Subsets& sets, int64_t begin, in
     }
 }
 
-// See InputsAlike.
+// Gradients at finite p if groups use subsets of the inputs, see InputsAlike.
 struct InputsOfSubsets {
+    static constexpr bool fused = false;
     const Gradients& q;
     const Subsets& sets;
     Threads threads;
 
     template <class Slope>
     void all(Slope slope) const {
-        // longer than for all inputs, since the last vector of what is packed is half empty
+        // Chunks are longer than for all inputs, since the last packed vector is half empty on average.
         const double share = sets.terms() / q.s.terms();
         const int64_t longest = std::max<int64_t>(1, (int64_t)(3 * CHUNK / share));
         const int64_t chunk = N * std::max<int64_t>(1, std::min(longest, sets.vectors / threads.useful));

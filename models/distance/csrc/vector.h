@@ -1,15 +1,16 @@
-// A vector of floats, as wide as the instruction set that this file is compiled for, with the operations that the
-// kernels need. All are exact or rounded once, except where a comment says otherwise. Some operations come in two forms,
-// for cores that add and multiply on different execution units:
+// Vector of floats with the width of the target instruction set, and the operations that the kernels need. Results are
+// exact or rounded once, unless a comment states otherwise. Some operations exist in two forms, for cores that add and
+// multiply on different execution units:
 //
 //   max_abs(a, b)        max(|a|, |b|)
-//   max_positive(a, b)   max(a, b) where one of them at least is not negative: floats in that order are integers in it
+//   max_positive(a, b)   max(a, b) if at least one is not negative, since such floats are ordered like their bits
 //   minus(a, b, one)     a - b as the fused a one - b, where `one` holds 1
-//   where_same(a, b, yes, no)   lanes of yes where a and b are the same number, else of no
-//   store_packed(mask, a, p)    the lanes of a in the mask, one after another; writes a whole vector, whatever comes after
-//   load_packed(mask, p)        the reverse: numbers one after another into the lanes in the mask, 0 elsewhere; reads a
-//                               whole vector
+//   where_same(a, b, yes, no)   lanes of yes where a equals b, else lanes of no
+//   store_packed(mask, a, p)    stores the lanes of a in the mask contiguously; overwrites a whole vector
+//   load_packed(mask, p)        loads contiguous numbers into the lanes in the mask, 0 elsewhere; reads a whole vector
 //   lookup(table, shifted)      table[k] for shifted = k + ROUNDER, 0 <= k < 16
+//   load_integers(p, n), store_integers(p, n)   as load and store, converted from and to integers
+//   zip(a, b)            replaces a, b by the halves of a0 b0 a1 b1 ...
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Added to a float of less than 2^22 and taken off again it rounds to whole numbers; in between, the sum's low bits are
-// that whole number.
+// Adding and subtracting it rounds a float below 2^22 to an integer. The low bits of the sum are that integer.
 constexpr float ROUNDER = 0x1.8p23f;
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -36,6 +36,12 @@ struct Vec {
     static Vec all(float a) { return {_mm512_set1_ps(a)}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store(float* p, int n) const { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+    static Vec load_integers(const int32_t* p, int n) {
+        return {_mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p))};
+    }
+    void store_integers(int32_t* p, int n) const {
+        _mm512_mask_storeu_epi32(p, (__mmask16)((1u << n) - 1), _mm512_cvtps_epi32(v));
+    }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -52,12 +58,18 @@ struct Vec {
     static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
         return {_mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(integers(a), integers(b)), no.v, yes.v)};
     }
+    static void zip(Vec& a, Vec& b) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512 first = _mm512_permutex2var_ps(a.v, low, b.v);
+        b.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b.v);
+        a.v = first;
+    }
     static Vec keep(uint32_t mask, Vec a) { return {_mm512_maskz_mov_ps((__mmask16)mask, a.v)}; }
-    // both through a register: into and from memory these instructions take Zen 4 many times as long
+    // Both use a register: on Zen 4 the memory forms of these instructions take many times as long.
     static void store_packed(uint32_t mask, Vec a, float* p) { Vec{_mm512_maskz_compress_ps((__mmask16)mask, a.v)}.store(p); }
     static Vec load_packed(uint32_t mask, const float* p) {
         __m512 packed = _mm512_loadu_ps(p);
-        asm("" : "+v"(packed));  // lest the compiler join load and expansion
+        asm("" : "+v"(packed));  // prevents the compiler from merging load and expansion
         return {_mm512_maskz_expand_ps((__mmask16)mask, packed)};
     }
     static Vec lookup(const float* table, Vec shifted) {
@@ -69,13 +81,13 @@ struct Vec {
             _mm512_ternarylogic_epi32(bits, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
     }
     static Vec exponent(Vec a, Vec& mantissa) {  // a = mantissa 2^exponent, mantissa in [0.75, 1.5)
-        // subtracting the bits of 0.75 makes the exponent field count from there
+        // After subtracting the bits of 0.75, the exponent field counts from 0.75.
         const __m512i bits = _mm512_castps_si512(a.v);
         const __m512i count = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3F400000)), 23);
         mantissa = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(count, 23)))};
         return {_mm512_cvtepi32_ps(count)};
     }
-    static Vec scale(Vec a, Vec shifted) {  // a 2^k for shifted = k + ROUNDER, where the result is a normal number
+    static Vec scale(Vec a, Vec shifted) {  // a 2^k for shifted = k + ROUNDER, if the result is normal
         return {_mm512_castsi512_ps(
             _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
     }
@@ -85,7 +97,7 @@ struct Vec {
 #include <immintrin.h>
 #define LINFLAB_ISA "avx2"
 
-struct Packing {  // for every mask, a byte for each lane: which one to take
+struct Packing {  // for every mask, the source lane of each lane in a byte
     uint64_t packed[256] = {}, unpacked[256] = {};
 
     Packing() {
@@ -113,6 +125,10 @@ struct Vec {
     static Vec all(float a) { return {_mm256_set1_ps(a)}; }
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+    static Vec load_integers(const int32_t* p, int n) {
+        return {_mm256_cvtepi32_ps(_mm256_maskload_epi32(p, first(n)))};
+    }
+    void store_integers(int32_t* p, int n) const { _mm256_maskstore_epi32(p, first(n), _mm256_cvtps_epi32(v)); }
     friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -128,6 +144,11 @@ struct Vec {
     static uint32_t at_least(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
     static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
         return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(integers(a), integers(b))))};
+    }
+    static void zip(Vec& a, Vec& b) {
+        const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+        a.v = _mm256_permute2f128_ps(low, high, 0x20);
+        b.v = _mm256_permute2f128_ps(low, high, 0x31);
     }
     static Vec keep(uint32_t mask, Vec a) {
         const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -145,7 +166,7 @@ struct Vec {
         const __m256i k = integers(shifted);
         return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), k),
                                  _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), k),
-                                 _mm256_castsi256_ps(_mm256_slli_epi32(k, 28)))};  // bit 3 of k, where signs are
+                                 _mm256_castsi256_ps(_mm256_slli_epi32(k, 28)))};  // moves bit 3 of k to the sign bit
     }
     static Vec with_sign(Vec magnitude, Vec sign) {
         const __m256 bits = _mm256_set1_ps(-0.0f);
@@ -166,7 +187,7 @@ struct Vec {
 #else
 #define LINFLAB_ISA "portable"
 
-struct Vec {  // short loops, which compilers turn into whatever vectors the machine has
+struct Vec {  // short loops, which compilers vectorize for the target
     static constexpr int size = 8;
     float v[8];
 
@@ -181,6 +202,10 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
     static Vec all(float a) { return map([=](int) { return a; }); }
     void store(float* p) const { std::memcpy(p, v, sizeof v); }
     void store(float* p, int n) const { std::memcpy(p, v, n * sizeof(float)); }
+    static Vec load_integers(const int32_t* p, int n) { return map([=](int k) { return k < n ? (float)p[k] : 0.0f; }); }
+    void store_integers(int32_t* p, int n) const {
+        for (int k = 0; k < n; ++k) p[k] = (int32_t)v[k];
+    }
     friend Vec operator+(Vec a, Vec b) { return map([&](int k) { return a.v[k] + b.v[k]; }); }
     friend Vec operator-(Vec a, Vec b) { return map([&](int k) { return a.v[k] - b.v[k]; }); }
     friend Vec operator*(Vec a, Vec b) { return map([&](int k) { return a.v[k] * b.v[k]; }); }
@@ -200,6 +225,11 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
     }
     static Vec where_same(Vec a, Vec b, Vec yes, Vec no) {
         return map([&](int k) { return a.v[k] == b.v[k] ? yes.v[k] : no.v[k]; });
+    }
+    static void zip(Vec& a, Vec& b) {
+        const Vec first = map([&](int k) { return k % 2 ? b.v[k / 2] : a.v[k / 2]; });
+        b = map([&](int k) { return k % 2 ? b.v[4 + k / 2] : a.v[4 + k / 2]; });
+        a = first;
     }
     static Vec keep(uint32_t mask, Vec a) { return map([&](int k) { return mask >> k & 1 ? a.v[k] : 0.0f; }); }
     static void store_packed(uint32_t mask, Vec a, float* p) {
@@ -234,7 +264,7 @@ struct Vec {  // short loops, which compilers turn into whatever vectors the mac
 };
 #endif
 
-// Sum and maximum of the lanes, pairwise and always in the same order.
+// Sum and maximum of the lanes, pairwise and in a fixed order.
 #if defined(__AVX2__) && defined(__FMA__)
 template <class F>
 inline float fold(__m256 a, F f) {

@@ -1,65 +1,71 @@
-"""Projected gradient descent, with steps of one length (Madry et al., ICLR 2018)."""
+"""Projected gradient descent with a fixed step size (Madry et al., ICLR 2018)."""
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from linflab.models.robustness.attacks.ball import Ball
-from linflab.models.robustness.objectives import margin
+from linflab.models.robustness.attacks.base import Attack
+from linflab.models.robustness.attacks.linf_ball import LinfBall
+from linflab.models.robustness.margins import margin
 
-Loss = Literal["cross_entropy", "margin"]
+AttackLoss = Literal["cross_entropy", "margin"]
 
 
 def pgd(
     network: Callable[[Tensor], Tensor],
-    around: Ball,
+    ball: LinfBall,
     labels: Tensor,
-    loss: Loss,
+    loss: AttackLoss,
     steps: int,
     step: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Ascend a loss by the signs of its gradients from a random point: which images (B) lost their class on the way.
+    """Ascend a loss by gradient signs from a random point; return which images (B,) were misclassified.
 
     Args:
-        network: in evaluation mode.
-        around: where to look.
-        labels: (B), the right classes.
-        loss: the cross entropy, or the margin max_j z_j - z_y.
-        steps: how many; the network is seen at one point more.
-        step: how far every pixel moves in a step.
-        generator: of the start.
+        network: Network in evaluation mode, or a function from images to logits (B, K).
+        ball: Perturbation sets of images (B, C, H, W) or (B, D).
+        labels: (B,) true classes.
+        loss: `cross_entropy`, or `margin` for max_{j != y} z_j - z_y.
+        steps: Number of steps; the network is evaluated at `steps + 1` points.
+        step: Step size of each pixel, for pixel values in [0, 1].
+        generator: CPU generator for the random start.
     """
-    point, broken = around.random_point(generator), torch.zeros_like(labels, dtype=torch.bool)
+    point, misclassified = ball.sample_uniform(generator), torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(steps):
-        point, logits = _ascended(network, around, point, labels, loss, step)
-        broken |= ~(margin(logits, labels) > 0)  # NaN too
-        if bool(broken.all()):
-            return broken
+        point, logits = _ascent_step(network, ball, point, labels, loss, step)
+        misclassified |= ~(margin(logits, labels) > 0)  # true for NaN
+        if bool(misclassified.all()):
+            return misclassified
     with torch.no_grad():
-        return broken | ~(margin(network(point), labels) > 0)
+        return misclassified | ~(margin(network(point), labels) > 0)
 
 
-def adversarial_images(
-    network: Callable[[Tensor], Tensor], around: Ball, labels: Tensor, start: Tensor, steps: int, step: float
+def pgd_examples(
+    network: Callable[[Tensor], Tensor], ball: LinfBall, labels: Tensor, start: Tensor, step_sizes: Sequence[float]
 ) -> Tensor:
-    """Where an ascent of the cross entropy ends: images (B, C, H, W) to train on.
+    """Return the images (B, C, H, W) at the end of an ascent of the cross entropy, to train on.
 
-    Args: as of `pgd`, with the point to start from.
+    Args:
+        network: Function from images to logits (B, K).
+        ball: Perturbation sets of images (B, C, H, W).
+        labels: (B,) true classes.
+        start: (B, C, H, W) points of the ball to start from.
+        step_sizes: Step size of each step, for pixel values in [0, 1].
     """
     point = start
-    for _ in range(steps):
-        point, _ = _ascended(network, around, point, labels, "cross_entropy", step)
+    for step in step_sizes:
+        point, _ = _ascent_step(network, ball, point, labels, "cross_entropy", step)
     return point
 
 
-def _ascended(
-    network: Callable[[Tensor], Tensor], around: Ball, point: Tensor, labels: Tensor, loss: Loss, step: float
+def _ascent_step(
+    network: Callable[[Tensor], Tensor], ball: LinfBall, point: Tensor, labels: Tensor, loss: AttackLoss, step: float
 ) -> tuple[Tensor, Tensor]:
-    """The point a step further, and the logits at this one."""
+    """Return the point after one step, and the logits at the given point."""
     point = point.detach().requires_grad_()
     logits = network(point)
     if loss == "cross_entropy":
@@ -67,4 +73,33 @@ def _ascended(
     else:
         gain = -margin(logits, labels).sum()
     (gradient,) = torch.autograd.grad(gain, point)
-    return around.nearest(point.detach() + step * gradient.sign()), logits.detach()
+    return ball.project(point.detach() + step * gradient.sign()), logits.detach()
+
+
+class PGD(Attack):
+    """PGD by the network's own gradients; runs alternate between the cross entropy and the margin."""
+
+    kind: ClassVar[str] = "pgd"
+    follows_surrogate: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Return the attack with its settings, as text for table notes."""
+        return f"PGD ({self.steps} of {self.config.rel_step_size:g} eps, {self.restarts})"
+
+    def run(
+        self, network: nn.Module, ball: LinfBall, labels: Tensor, eps: float, generator: torch.Generator, number: int
+    ) -> Tensor:
+        """Return which images (B,) are misclassified at any visited point; odd runs ascend the margin."""
+        loss: AttackLoss = "margin" if number % 2 else "cross_entropy"
+        return pgd(network, ball, labels, loss, self.config.steps, self.config.rel_step_size * eps, generator)
+
+
+class SurrogatePGD(PGD):
+    """PGD by the surrogate gradients of distance layers."""
+
+    kind: ClassVar[str] = "surrogate_pgd"
+    follows_surrogate: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Return the attack with its settings, as text for table notes."""
+        return super().describe().replace("PGD", f"PGD by gradients at p = {self.config.surrogate_p:g}", 1)

@@ -1,52 +1,98 @@
-"""Square Attack: random search, without gradients, and so not misled by them.
+"""Square Attack: random search without gradients, which gradient masking does not mislead.
 
 Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV
 2020, for the l_inf norm.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from linflab.models.robustness.attacks.ball import Ball
-from linflab.models.robustness.objectives import margin
+from linflab.models.robustness.attacks.base import Attack
+from linflab.models.robustness.attacks.linf_ball import LinfBall
+from linflab.models.robustness.margins import margin
 
-FIRST_SHARE = 0.8  # of the image's area, for the first squares
-HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries; for other numbers in proportion
+P_INIT = 0.8  # area of the first squares, as a fraction of the image
+P_HALVING_QUERIES = (
+    10,
+    50,
+    200,
+    500,
+    1000,
+    2000,
+    4000,
+    6000,
+    8000,
+)  # for 10,000 queries; scaled for other numbers
 
 
 @torch.no_grad()
-def square(network: nn.Module, around: Ball, labels: Tensor, queries: int, generator: torch.Generator) -> Tensor:
-    """Move squares of pixels to an end of the ball, and keep what lowers the margin: which images (B) lost their class.
+def square_attack(
+    network: nn.Module, ball: LinfBall, labels: Tensor, queries: int, generator: torch.Generator
+) -> Tensor:
+    """Move random squares to the ends of the ball, and return which images (B,) were misclassified.
+
+    A move is kept if it lowers the margin.
 
     Args:
-        network: in evaluation mode.
-        around: where to look.
-        labels: (B), the right classes.
-        queries: how often the network sees each image.
-        generator: of squares and directions.
+        network: Network in evaluation mode.
+        ball: Perturbation sets of images (B, C, H, W) or (B, D).
+        labels: (B,) true classes.
+        queries: Number of network evaluations per image.
+        generator: CPU generator for squares and directions.
     """
-    batch, channels, height, width = around.centre.shape
-    device = labels.device
+    flat = ball.center.dim() == 2  # segments of a pixel row take the place of squares
+    sizes = (1, 1, ball.center.shape[1]) if flat else ball.center.shape[1:]
+    maps = LinfBall(*(images.reshape(-1, *sizes) for images in ball))
+    batch, (channels, height, width), device = len(labels), sizes, labels.device
+
+    def margins(x: Tensor, labels: Tensor) -> Tensor:
+        return margin(network(x.reshape(-1, *ball.center.shape[1:])), labels)
 
     def ends(up: Tensor) -> Tensor:
-        return torch.where(up.to(device), around.high, around.low)
+        return torch.where(up.to(device), maps.upper, maps.lower)
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(batch, *shape, generator=generator)
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(batch, *shape, generator=generator, device=generator.device)
 
-    best_x = ends(drawn(channels, 1, width) < 0.5)  # stripes
-    best = margin(network(best_x), labels)
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    first = draw(channels, 1, width)
+    best_x = ends(first < 0.5)  # the search starts with vertical stripes
+    best = margins(best_x, labels)
+    rows, columns = torch.arange(height, device=first.device)[:, None], torch.arange(width, device=first.device)
     for query in range(1, queries):
-        alive = (best > 0).nonzero()[:, 0]
-        if not len(alive):
+        remaining = (best > 0).nonzero()[:, 0]
+        if not len(remaining):
             break
-        share = FIRST_SHARE / 2 ** sum(query * 10_000 > at * queries for at in HALVED_AT)
+        share = P_INIT / 2 ** sum(query * 10_000 > threshold * queries for threshold in P_HALVING_QUERIES)
         side = min(max(1, round((share * height * width) ** 0.5)), height, width)
-        top, left = ((drawn(1, 1, 1) * (size - side + 1)).long() for size in (height, width))
-        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
-        x = torch.where(inside.to(device), ends(drawn(channels, 1, 1) < 0.5), best_x)[alive]
-        found = margin(network(x), labels[alive])
-        better = ~(found >= best[alive])  # NaN too
-        best_x[alive[better]], best[alive[better]] = x[better], found[better]
+        length = max(1, round(share * width)) if flat else side
+        top, left = ((draw(1, 1, 1) * (size - part + 1)).long() for size, part in ((height, side), (width, length)))
+        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + length)
+        x = torch.where(inside.to(device), ends(draw(channels, 1, 1) < 0.5), best_x)[remaining]
+        new_margins = margins(x, labels[remaining])
+        better = ~(new_margins >= best[remaining])  # true for NaN
+        best_x[remaining[better]], best[remaining[better]] = x[better], new_margins[better]
     return ~(best > 0)
+
+
+class Square(Attack):
+    """Square Attack, in a single run."""
+
+    kind: ClassVar[str] = "square"
+    follows_surrogate: ClassVar[bool] = False
+    effort: ClassVar[str] = "queries"
+
+    def describe(self) -> str:
+        """Return the attack with its settings, as text for table notes."""
+        return f"Square ({self.config.queries} queries)"
+
+    def count_runs(self, classes: int) -> int:
+        """Return 1: the attack has no restarts."""
+        return 1
+
+    def run(
+        self, network: nn.Module, ball: LinfBall, labels: Tensor, eps: float, generator: torch.Generator, number: int
+    ) -> Tensor:
+        """Return which images (B,) the search misclassified."""
+        return square_attack(network, ball, labels, self.config.queries, generator)

@@ -1,124 +1,91 @@
-"""Which attacks run, and what withstands all of them. What they fail to break is not proven robust, only not broken."""
+"""Suites of attacks, and robust accuracy under attack, an upper bound on true robust accuracy."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from linflab.models.robustness.attacks.apgd import apgd
-from linflab.models.robustness.attacks.ball import Ball, ball
-from linflab.models.robustness.attacks.pgd import pgd
-from linflab.models.robustness.attacks.square import square
-from linflab.models.robustness.attacks.surrogate import dense_gradients
-from linflab.models.robustness.objectives import margin, wrong_class_margins
+from linflab.models.networks.layers import LpDistance, LpDistanceConv2d
+from linflab.models.robustness.attacks.base import Attack, AttackConfig, AttackMethod
+from linflab.models.robustness.attacks.linf_ball import linf_ball
+from linflab.models.robustness.attacks.surrogate import surrogate_gradients
+from linflab.models.robustness.inputs import check_batch, check_eps, check_logits, compute_logits
+from linflab.models.robustness.margins import margin
 
-Attack = Literal["pgd", "surrogate_pgd", "apgd", "targeted_apgd", "square"]
-ATTACKS: tuple[Attack, ...] = get_args(Attack)
+DISTANCE_NET_ATTACKS = ("pgd", "surrogate_pgd")
+OTHER_NET_ATTACKS = ("pgd", "targeted_apgd")
 
 
-class AttackConfig(BaseModel):
-    """Which attacks run and how long. The tables of Zhang et al. use PGD of 20 steps of eps/4 (2021), of 100 (2022)."""
+class AutoAttack(AttackMethod):
+    """AutoAttack "standard" (Croce and Hein, ICML 2020): four attacks with the published settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kinds: tuple[Attack, ...] = Field(
-        ("pgd", "surrogate_pgd"), min_length=1, description="each attacks what those before it have not broken"
-    )
-    steps: int = Field(20, ge=1, description="gradient steps of each restart")
-    restarts: int = Field(1, ge=1, description="random starts; an image counts as broken when one of them breaks it")
-    step_size: float = Field(0.25, gt=0, allow_inf_nan=False, description="length of PGD's steps, as a share of eps")
-    surrogate_p: float = Field(
-        32, ge=1, allow_inf_nan=False, description="p of the distances whose gradients all but pgd and square follow"
-    )
-    targets: int = Field(9, ge=1, description="classes that targeted_apgd tries one by one, the closest first")
-    queries: int = Field(1000, ge=1, description="points that square looks at")
-
-    @field_validator("kinds")
-    @classmethod
-    def _each_once(cls, kinds: tuple[Attack, ...]) -> tuple[Attack, ...]:
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"{', '.join(kinds)}: each can be named once")
-        return kinds
+    kind: ClassVar[str] = "autoattack"
 
     def describe(self) -> str:
-        """What runs, in words."""
-        starts = f"{self.restarts} restart{'s' * (self.restarts > 1)}"
-        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
-        ways = {
-            "pgd": f"PGD ({steps} of {self.step_size:g} eps, {starts})",
-            "surrogate_pgd": f"PGD by gradients at p = {self.surrogate_p:g} ({steps} of "
-            f"{self.step_size:g} eps, {starts})",
-            "apgd": f"APGD on the margin ({steps}, {starts})",
-            "targeted_apgd": f"targeted APGD (up to {self.targets} classes, {steps}, {starts})",
-            "square": f"Square ({self.queries} queries)",
-        }
-        return "; ".join(ways[kind] for kind in self.kinds)
+        """Return the suite with its settings, as text for table notes."""
+        return (
+            "AutoAttack standard (APGD on the cross entropy, targeted APGD on the DLR loss, targeted FAB: 100 steps, "
+            "9 classes; Square: 5000 queries)"
+        )
+
+    def attacks(self) -> list[Attack]:
+        """Return the four attacks with the published settings."""
+        parts = ("apgd_ce", "targeted_apgd_dlr", "fab", "square")
+        published = {"methods": parts, "steps": 100, "restarts": 1, "target_classes": 9, "queries": 5000}
+        return AttackConfig(surrogate_p=self.config.surrogate_p, **published).attacks()
 
 
-def withstands(
+def default_attacks(network: nn.Module) -> tuple[str, ...]:
+    """Return the kinds of the default attacks on a network.
+
+    They are cheap, and give at most half a percentage point more robust accuracy than AutoAttack standard. Gradients of
+    distance layers reach only one input of each neuron, so distance nets need surrogate gradients, which suffice for
+    them. Other networks need targeted attacks.
+    """
+    distances = any(isinstance(module, LpDistance | LpDistanceConv2d) for module in network.modules())
+    return DISTANCE_NET_ATTACKS if distances else OTHER_NET_ATTACKS
+
+
+def robust_under_attack(
     network: nn.Module, images: Tensor, labels: Tensor, eps: float, config: AttackConfig, generator: torch.Generator
 ) -> Tensor:
-    """Which images keep their right class under all attacks, within eps and [0, 1], at p = inf in evaluation mode.
+    """Return which images stay correctly classified under all attacks within the ball, at p = inf.
 
     Args:
-        network: in evaluation mode.
-        images: (B, C, H, W) in pixels of [0, 1].
-        labels: (B), the right classes.
-        eps: radius of the l_inf ball, in pixels.
-        config: which attacks, and how long they run.
-        generator: what chance decides comes from it, on the CPU.
+        network: Network in evaluation mode.
+        images: (B, C, H, W) or flat (B, D), pixel values in [0, 1]; an empty batch gives an empty result.
+        labels: (B,) true classes, of any integer dtype.
+        eps: Radius of the l_inf ball, intersected with [0, 1], for pixel values in [0, 1].
+        config: Attacks and their settings.
+        generator: CPU generator for all random draws.
 
     Returns:
-        (B) bool: True where the right class won at every point visited, the image itself included; a tie is no win.
+        (B,) bool: True if every visited point, including the image itself, is classified correctly. A tie is an error.
 
     Raises:
-        ValueError: the network is in training mode, where outputs depend on the batch.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If the network is in training mode, or shapes, pixel values, labels or eps are invalid.
     """
-    if any(module.training for module in network.modules()):
-        raise ValueError("attacks need the network in evaluation mode: call network.eval() first")
-    with torch.no_grad():
-        robust = margin(network(images), labels) > 0
-    for kind in config.kinds:
-        with nullcontext() if kind in ("pgd", "square") else dense_gradients(network, config.surrogate_p):
-            for attack in _starts(kind, network, eps, config, generator):
-                alive = robust.nonzero()[:, 0]
-                if len(alive):
-                    robust[alive[attack(ball(images[alive], eps), labels[alive])]] = False
+    labels, eps = check_batch(network, images, labels), check_eps(eps)
+    images = images.detach()
+    if not len(images):
+        return torch.zeros(0, dtype=torch.bool, device=images.device)
+    # A point that is misclassified only in half precision is not an adversarial example of the network.
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.no_grad():
+            logits = compute_logits(network, images)
+            check_logits(logits, labels)
+            robust = margin(logits, labels) > 0
+        if config.methods is None:
+            config = config.model_copy(update={"methods": default_attacks(network)})
+        for attack in config.attacks():
+            surrogate = surrogate_gradients(network, attack.config.surrogate_p)
+            with surrogate if attack.follows_surrogate else nullcontext():
+                for number in range(attack.count_runs(logits.shape[1])):
+                    remaining = robust.nonzero()[:, 0]
+                    if len(remaining):
+                        ball = linf_ball(images[remaining], eps)
+                        is_successful = attack.run(network, ball, labels[remaining], eps, generator, number)
+                        robust[remaining[is_successful]] = False
     return robust
-
-
-def _starts(
-    kind: Attack, network: nn.Module, eps: float, config: AttackConfig, generator: torch.Generator
-) -> list[Callable[[Ball, Tensor], Tensor]]:
-    """An attack from each of its starts: from a ball and its labels to what is broken."""
-    if kind == "square":
-        return [lambda around, labels: square(network, around, labels, config.queries, generator)]
-
-    def pgd_from(start: int) -> Callable[[Ball, Tensor], Tensor]:
-        loss: Literal["cross_entropy", "margin"] = "margin" if start % 2 else "cross_entropy"
-        step = config.step_size * eps
-        return lambda around, labels: pgd(network, around, labels, loss, config.steps, step, generator)
-
-    def apgd_to(rank: int | None) -> Callable[[Ball, Tensor], Tensor]:
-        def attack(around: Ball, labels: Tensor) -> Tensor:
-            targets = None
-            if rank is not None:
-                with torch.no_grad():
-                    ahead = wrong_class_margins(network(around.centre), labels)
-                if rank >= ahead.shape[1] - 1:  # there are no more wrong classes
-                    return torch.zeros_like(labels, dtype=torch.bool)
-                targets = ahead.argsort(dim=1, descending=True)[:, rank]
-            return apgd(network, around, labels, targets, config.steps, eps, generator)
-
-        return attack
-
-    if kind in ("pgd", "surrogate_pgd"):
-        return [pgd_from(start) for start in range(config.restarts)]
-    return [
-        apgd_to(rank)
-        for rank in (range(config.targets) if kind == "targeted_apgd" else [None])
-        for _ in range(config.restarts)
-    ]

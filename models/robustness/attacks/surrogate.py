@@ -1,8 +1,9 @@
-"""Dense gradients for networks of l_inf distances, whose own say little: they reach one input of each neuron.
+"""Surrogate gradients at finite p for l_inf-distance layers, against gradient masking.
 
-A network that looks robust because its gradients are sparse is not. The surrogate computes what the network computes,
-and has the gradient that every distance ||x - w|| would have at a finite p, at the same inputs. Attacks through it see
-the logits that they have to beat, without the shift that a network evaluated at finite p has.
+The gradient of an l_inf distance reaches only one input of each neuron. A network that looks robust because its
+gradients are sparse may not be robust. The surrogate keeps the outputs of the network, and gives every distance the
+gradient of ||x - w||_p at a finite p. Attacks therefore see the true logits, without the shift of a network evaluated
+at finite p.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ from linflab.models.networks.layers import LpDistance, LpDistanceConv2d
 
 
 @contextmanager
-def dense_gradients(network: nn.Module, p: float) -> Iterator[None]:
-    """Give distance layers, SortNet's too, the gradients of ||x - w||_p; what they compute stays as it is.
+def surrogate_gradients(network: nn.Module, p: float) -> Iterator[None]:
+    """Give distance layers, including SortNet's, the gradients of ||x - w||_p inside a context.
 
-    No-op for networks without distance layers.
+    Outputs do not change. Networks without distance layers are not affected.
 
     Args:
-        network: in evaluation mode.
-        p: of the gradients, finite.
+        network: Network in evaluation mode.
+        p: Finite exponent of the surrogate gradients.
     """
 
     def smooth(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

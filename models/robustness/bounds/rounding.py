@@ -1,131 +1,99 @@
-"""What rounding does to a network as it is computed: error bounds that hold in any order of summation.
+"""Floating-point error bounds that hold in any order of summation.
 
-The model of arithmetic is IEEE 754 with rounding to nearest: a + b, a - b, a b, a / b and a fused a b + c are the exact
-result times 1 + d with |d| <= u, the unit roundoff; a sum of n products, in any order and fused or not, is off by at
-most gamma(n) times the sum of the products' magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms",
-Lemma 8.4), where nothing underflows. TINY is more than a difference or a product loses where it does, or where results
-below the normal floats are flushed to zero. Matrix products in TF32 and convolutions by transforms do not keep to this
-model; `exact_products` turns them off.
+The model of arithmetic is IEEE 754 with rounding to nearest. Each of a + b, a - b, a b, a / b and a fused a b + c is
+the exact result times 1 + d with |d| <= u, the unit roundoff. A sum of n products, in any order and fused or not, has
+an error of at most gamma(n) times the sum of the products' magnitudes, if nothing underflows. Source: Higham, "Accuracy
+and Stability of Numerical Algorithms", Lemma 8.4. UNDERFLOW_SLACK exceeds the error of a difference or product that
+underflows, or whose result below the normal floats is flushed to zero.
+
+TF32 matrix products and transform-based convolutions violate this model; `strict_float32` disables them for every
+certifier.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from linflab.models.networks.layers import DistanceLayer, SortDistance
-from linflab.models.networks.linf_dist import LinfDistNet
-
-TINY = 2.0**-120
+UNDERFLOW_SLACK = 2.0**-120
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u: half the distance from 1 to the next larger number."""
+    """Return the unit roundoff u: half the distance from 1 to the next larger number."""
     return torch.finfo(dtype).eps / 2
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Compute matrix products and convolutions as sums of products of floats: no TF32, bfloat16 or fast transforms.
+def strict_float32() -> Iterator[None]:
+    """Compute matrix products and convolutions as plain sums of products of floats inside a context.
 
-    oneDNN's convolutions, the usual ones on CPUs, are such sums; cuDNN and NNPACK may choose others, and are not used.
+    TF32, bfloat16 and fast transforms are off. Convolutions on CPUs usually run in oneDNN, which computes such sums.
+    cuDNN and NNPACK may choose other algorithms, so they are disabled. Autocast is off in each thread that enters the
+    context. The other settings belong to torch and are process-wide: the first thread that enters sets them, and the
+    last one that leaves restores them.
+
+    Certifiers enter this context themselves. Use it for any other computation that must have the same rounding, such as
+    an attack on certified images.
     """
-    backends: Any = torch.backends
-    before, cudnn = [(operations, operations.fp32_precision) for operations in _products()], backends.cudnn.enabled
-    with (
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        backends.nnpack.flags(enabled=False),
-    ):
-        backends.cudnn.enabled = False
-        for operations in _products():
-            operations.fp32_precision = "ieee"
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        _SETTINGS.enter()
         try:
             yield
         finally:
-            for operations, precision in before:
+            _SETTINGS.leave()
+
+
+class _Settings:
+    """Torch's settings for sums of products, saved when the first of several threads enters."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def enter(self) -> None:
+        backends: Any = torch.backends
+        with self.lock:
+            self.inside += 1
+            if self.inside > 1:
+                return
+            self.precisions = [(operations, operations.fp32_precision) for operations in self._float32_backends()]
+            self.cudnn, (self.nnpack,) = backends.cudnn.enabled, backends.nnpack.set_flags(False)
+            backends.cudnn.enabled = False
+            for operations, _ in self.precisions:
+                operations.fp32_precision = "ieee"
+
+    def leave(self) -> None:
+        backends: Any = torch.backends
+        with self.lock:
+            self.inside -= 1
+            if self.inside:
+                return
+            for operations, precision in self.precisions:
                 operations.fp32_precision = precision
-            backends.cudnn.enabled = cudnn
+            backends.cudnn.enabled = self.cudnn
+            backends.nnpack.set_flags(self.nnpack)
+
+    @staticmethod
+    def _float32_backends() -> list[Any]:
+        """Return the torch backends that hold the precision of matrix products and convolutions."""
+        backends: Any = torch.backends
+        return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul]
 
 
-def check_arithmetic(network: nn.Module, inputs: Tensor) -> None:
-    """That matrix products and convolutions of a network on inputs, and of its bounds, keep to the model of arithmetic.
-
-    Raises:
-        ValueError: torch may compute them otherwise.
-    """
-    tensors = [inputs, *network.parameters(), *network.buffers()]
-    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-        raise ValueError(f"sound bounds are for networks and images in float32, or both in float64, not {kinds}")
-    precisions = {operations.fp32_precision for operations in _products()} - {"none", "ieee"}
-    wrong = [f"they may be in {precision}" for precision in sorted(precisions)]
-    device = inputs.device.type
-    if torch.is_autocast_enabled(device):
-        wrong.append("autocast is on")
-    if any(isinstance(module, nn.Conv2d | nn.AvgPool2d) for module in network.modules()):
-        if device == "cuda" and torch.backends.cudnn.enabled:
-            wrong.append("cuDNN may use fast algorithms")
-        if device == "cpu" and torch._C._get_nnpack_enabled():
-            wrong.append("NNPACK may use fast algorithms")
-    if wrong:
-        raise ValueError(
-            f"sound bounds need matrix products and convolutions as sums of float32 products: {', '.join(wrong)}; "
-            "wrap the call in exact_products()"
-        )
-
-
-def _products() -> list[Any]:
-    """Where torch keeps the precision of matrix products and convolutions."""
-    backends: Any = torch.backends
-    return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul]
+_SETTINGS = _Settings()
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
-    """The relative error of a sum of so many products, with respect to the sum of their magnitudes."""
+    """Return the error of a sum of products, relative to the sum of their magnitudes (Higham's gamma)."""
     error = terms * unit_roundoff(dtype)
     return error / (1 - error) if error < 1 else math.inf
 
 
-def upper_float(values: float | Tensor, like: Tensor) -> Tensor:
-    """The smallest numbers of the dtype of `like` that are not below these, given as a float or in float64."""
+def round_up(values: float | Tensor, like: Tensor) -> Tensor:
+    """Return the smallest numbers of the dtype of `like` that are not below float or float64 values."""
     exact = torch.as_tensor(values, dtype=torch.float64, device=like.device)
     nearest = exact.to(like.dtype)
     return torch.where(nearest.double() >= exact, nearest, torch.nextafter(nearest, torch.full_like(nearest, math.inf)))
-
-
-def logit_error(network: LinfDistNet) -> float:
-    """E: no logit of a net, computed in evaluation mode at p = inf for an image in [0, 1], is off by more than E.
-
-    Errors of a layer's inputs pass on as they are, as each layer is 1-Lipschitz. Added to them are those of its own
-    roundings, which are relative to magnitudes that are bounded by the largest inputs and weights: a distance is one
-    rounded difference |x_i - w_i|, a mean shift one more difference. SortNet's sum adds gamma of its terms.
-
-    The bound does not depend on the image. In the final sum a fifth is added for what is left out: squares of u, and
-    the roundings of this sum itself; what underflow adds is far less than that.
-    """
-    u = unit_roundoff(network.bias.dtype)
-    normalize = network.features.normalize
-    mean, std = normalize.mean.double(), normalize.std.item()
-    size = torch.maximum(mean.abs(), (1 - mean).abs()).max().item() / std  # of a layer's inputs
-    error = 2 * u * size
-    for k, layer in enumerate([*network.features.distances, network.last]):
-        assert isinstance(layer, DistanceLayer)
-        distance = size + layer.weight.abs().max().item()
-        error += u * distance
-        if isinstance(layer, SortDistance):
-            error += gamma(layer.terms + 1, network.bias.dtype) * distance
-        shift = network.bias if k == len(network.features.shifts) else network.features.shifts[k].running_mean
-        assert isinstance(shift, Tensor)
-        size = distance + shift.abs().max().item()
-        error += u * size
-    return 1.2 * error
-
-
-def lipschitz_excess(network: nn.Module) -> float:
-    """By what factor the coefficients of SortNet's layers, which are rounded, may exceed a sum of 1 in all."""
-    layers = [layer for layer in network.modules() if isinstance(layer, SortDistance)]
-    return math.prod(1 + gamma(layer.terms + 1, layer.weight.dtype) for layer in layers)

@@ -1,60 +1,89 @@
-"""Logits and worst cases for training: differentiable, in training mode, and of a distance net at any p.
+"""Differentiable worst-case logit bounds over the eps-ball, for certified training.
 
-The features of a distance net move by at most eps times their Lipschitz constant; a net's logits likewise, and a
-hybrid's head is bounded by intervals over that box of features. At p = inf the margins are proven, at finite p they
-are what Zhang et al. (2021, Section 5) minimise on the way there. Certificates use `interval`, which is tighter.
+Distance nets are bounded at any p. Their logits change by at most eps times their Lipschitz constant. So do the
+features of hybrids, whose head is bounded by IBP over the box of features. At p = inf the bounds are certified. At
+finite p they are what Zhang et al. (2021, Section 5) minimize during training. Certificates use `ibp`, which is
+tighter.
 
-Other networks are traced once, and bounded over the box of images, cut to [0, 1]. Batch normalisation is by the
-statistics of the batch without perturbation, as in evaluation it is by the running ones.
+Other networks are traced, and bounded over the box of images, intersected with [0, 1]. In training mode, batch
+normalization uses the statistics of the batch; in evaluation mode, the running statistics. Dropout drops the same
+values of an image and of its box.
 """
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.networks.hybrid import LinfDistHybrid
-from linflab.models.networks.layers import WorkersBatchNorm
-from linflab.models.networks.linf_dist import LinfDistNet, Subsets
-from linflab.models.robustness.bounds.coefficients import Rows
-from linflab.models.robustness.bounds.crown import Intermediate, LinearBounds
-from linflab.models.robustness.bounds.interval import (
-    Box,
-    has_rule,
-    layer_bounds,
-    linear_margins,
-    margin_range,
-    pixel_box,
-    propagate,
+from linflab.models.networks.layers import SyncedBatchNorm
+from linflab.models.networks.linf_dist import DistanceNet, InputMasks
+from linflab.models.networks.running_statistics import hold_batch_means
+from linflab.models.robustness.bounds.batch_norm import normalization_of
+from linflab.models.robustness.bounds.boxes import Box, ball_box
+from linflab.models.robustness.bounds.ibp import (
+    check_trace,
+    final_layer_logit_differences,
+    logit_difference_ranges,
+    propagate_bounds,
 )
-from linflab.models.robustness.bounds.lines import Relaxation, has_lines
-from linflab.models.robustness.bounds.tracing import Scaling, Step, Trace, trace
-from linflab.models.robustness.objectives import Bound, WorstCase, cross_entropies, wrong_class_margins
+from linflab.models.robustness.bounds.linear_bounds import IntermediateMethod, LinearBounds
+from linflab.models.robustness.bounds.loss_fusion import fused_cross_entropy
+from linflab.models.robustness.bounds.relaxations import RelaxationKind, has_relaxation
+from linflab.models.robustness.bounds.rules import has_rule, propagate_layer
+from linflab.models.robustness.bounds.steps import MASKS, Masking, ShrunkReLU, Trace, TraceStep, compute_output
+from linflab.models.robustness.bounds.tracing import evaluation_mode, has_only_own_modules, trace
+from linflab.models.robustness.inputs import check_eps, check_image_form, check_label_form
+from linflab.models.robustness.margins import cross_entropy_from_differences, logit_differences
 
-SMALLEST_RADIUS = 1e-6  # of boxes whose widening is looked at
-# which lines hold activations, and what bounds their inputs
-LINEAR: dict[Bound, tuple[Relaxation, Intermediate]] = {
-    "crown_ibp": ("adaptive", "interval"),
-    "crown_ibp_fused": ("adaptive", "interval"),
+BoundMethod = Literal["ibp", "crown_ibp", "crown_ibp_fused", "dual", "hybrid_zonotope"]
+MIN_EPS = 1e-6  # lower limit of eps for warm-up regularization
+# Linear relaxation of activations, and method of the pre-activation bounds.
+LINEAR_METHODS: dict[BoundMethod, tuple[RelaxationKind, IntermediateMethod]] = {
+    "crown_ibp": ("adaptive", "ibp"),
+    "crown_ibp_fused": ("adaptive", "ibp"),
     "dual": ("parallel", "crown"),
     "hybrid_zonotope": ("box", "crown"),
 }
 
 
-class WorstCaseBounds:
-    """What a network in training can come to within eps of its images.
+class WorstCaseOutput(NamedTuple):
+    """Logits of a batch, and their bounds over the eps-ball.
 
-    Args:
-        network: a net of distance layers or a hybrid, whose bound is `interval`; or any whose layers have rules.
-        bound: by what worst cases are bounded.
+    Attributes:
+        logits: (B, K) logits z of the clean images.
+        logit_difference_bounds: (B, K) upper bounds M_j of z_j - z_y, -inf at y.
+        loss_upper_bound: (B,) upper bounds of the cross entropy with loss fusion, else None.
+        regularization: Warm-up regularization, a scalar.
+        point_logits: (B, K) logits of further points, if they were given.
     """
 
-    def __init__(self, network: nn.Module, bound: Bound = "interval") -> None:
-        self.network, self.bound = network, bound
-        self.traced: Trace | None = None
-        if not isinstance(network, LinfDistNet | LinfDistHybrid):
-            training = network.training
-            self.traced = trace(network.eval(), has_rule)
-            network.train(training)
+    logits: Tensor
+    logit_difference_bounds: Tensor
+    loss_upper_bound: Tensor | None = None
+    regularization: Tensor | float = 0.0
+    point_logits: Tensor | None = None
+
+
+class WorstCaseBounds:
+    """Differentiable worst-case logit bounds over the eps-ball, for certified training.
+
+    Args:
+        network: Distance net or hybrid, which require `ibp`; or any network whose layers have rules.
+        bound: Method that bounds the worst case.
+        relu_shrink: Factor of the upper bounds of unstable ReLUs, see `ShrunkReLU`; only for `ibp`.
+    """
+
+    def __init__(self, network: nn.Module, bound: BoundMethod = "ibp", relu_shrink: float = 1.0) -> None:
+        if relu_shrink != 1 and bound != "ibp":
+            raise ValueError(f"relu_shrink={relu_shrink:g}: is not supported by bound={bound}; use bound=ibp")
+        self.network, self.bound, self.relu_shrink = network, bound, relu_shrink
+        self.is_distance_net = isinstance(network, DistanceNet)
+        # User-defined modules may depend on attributes that change between steps, so they are traced in every step.
+        self.is_fixed = has_only_own_modules(network)
+        self.checked_forms: set[Any] = set()
+        self.traces: dict[Any, Trace] = {}
 
     def __call__(
         self,
@@ -62,140 +91,198 @@ class WorstCaseBounds:
         labels: Tensor,
         eps: float,
         p: float,
-        subsets: Subsets | None = None,
-        crown_share: float = 1.0,
-        penalized: bool = False,
-    ) -> WorstCase:
-        """The worst case of a batch.
+        masks: InputMasks | None = None,
+        crown_weight: float = 1.0,
+        with_regularization: bool = False,
+        centers: Tensor | None = None,
+        points: Tensor | None = None,
+    ) -> WorstCaseOutput:
+        """Return the logits of a batch and their worst-case bounds.
+
+        In training mode, the statistics of batch normalization and mean shifts are those of `images`, also for
+        `centers` and `points`. Dropout drops the same values of all of them.
+
+        Pixel values and label values are not checked, since that would stall every step on a GPU.
 
         Args:
-            images: (B, C, H, W) in pixels of [0, 1].
-            labels: (B), the right classes.
-            eps: radius of the l_inf ball, in pixels.
-            p: of the distance layers.
-            subsets: SortNet's, in training.
-            crown_share: of CROWN-IBP's bounds, that by linear bounds; the rest is by intervals. Of loss fusion, it is
-                the bounds of the loss that are mixed (Xu et al. mix those of the sum of exponentials).
-            penalized: with the penalty on loose bounds, at a radius that is not 0. Of several workers each has that of
-                its own part of the batch.
+            images: (B, C, H, W), pixel values in [0, 1].
+            labels: (B,) true classes, of any integer dtype.
+            eps: Radius of the l_inf ball, for pixel values in [0, 1].
+            p: Exponent of the distance layers.
+            masks: Input masks of SortNet in training.
+            crown_weight: Weight of the CROWN bounds in CROWN-IBP; the IBP bounds have the rest of the weight. With loss
+                fusion, it mixes the bounds of the loss (Xu et al. mix the bounds of the sum of exponentials).
+            with_regularization: If True, compute the warm-up regularization, at a radius of at least MIN_EPS. Each
+                data-parallel worker computes it for its own part of the batch.
+            centers: (B, C, H, W) centers of the balls, pixel values in [0, 1]; None: the images.
+            points: (B, C, H, W) further points whose logits to return; None: none.
 
         Raises:
-            TypeError: a layer does in training what there is no rule for; names it.
+            TypeError: If a layer has no rule for its computation in training mode (the message names it), or images or
+                labels have the wrong type.
+            ValueError: If images or labels have an invalid shape, or eps is NaN, negative or above 1.
         """
-        if self.traced is None:
-            return self._of_distances(images, labels, eps, p, subsets)
-        traced, values = self._forward(self.traced, images)
+        check_image_form(images)
+        labels, eps = check_label_form(labels, images), check_eps(eps)
+        if self.is_distance_net:
+            with hold_batch_means(self.network):
+                return self._distance_net_bounds(images, labels, eps, p, masks, centers, points)
+        traced, values = self.trace_batch(images)
         logits = values[traced.output]
-        box = pixel_box(images, max(eps, SMALLEST_RADIUS) if penalized else eps)
-        relaxation, intermediate = LINEAR.get(self.bound, ("adaptive", "interval"))
-        boxes = propagate(traced, box) if penalized or intermediate == "interval" else {}
-        penalty = looseness(traced, boxes) if penalized else 0.0
+        if logits.dim() != 2:
+            shape = tuple(logits.shape)
+            raise TypeError(
+                f"bounds: {type(self.network).__name__} must return logits (B, K), not shape {shape}; use a wrapper"
+            )
+        point_logits = None if points is None else compute_output(traced, points)
+        if self.relu_shrink != 1:
+            traced = shrink_relus(traced, self.relu_shrink)
+        centers = images if centers is None else centers
+        box = ball_box(centers, max(eps, MIN_EPS) if with_regularization else eps)
+        relaxation, intermediate = LINEAR_METHODS.get(self.bound, ("adaptive", "ibp"))
+        boxes = propagate_bounds(traced, box) if with_regularization or intermediate == "ibp" else {}
+        penalty = warmup_regularization(traced, boxes) if with_regularization else 0.0
         if intermediate == "crown":
-            margins = LinearBounds(traced, box, intermediate, relaxation).margins(labels)
-            return WorstCase(logits, margins, penalty=penalty)
-        centre, spread = margin_range(traced, boxes, labels)
-        margins = (centre + spread).scatter(1, labels[:, None], -torch.inf)
-        if self.bound == "interval" or crown_share == 0:
-            return WorstCase(logits, margins, penalty=penalty)
+            differences = LinearBounds(traced, box, intermediate, relaxation).logit_differences(labels)
+            return WorstCaseOutput(logits, differences, None, penalty, point_logits)
+        center, spread = logit_difference_ranges(traced, boxes, labels)
+        differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
+        if self.bound == "ibp" or crown_weight == 0:
+            return WorstCaseOutput(logits, differences, None, penalty, point_logits)
         bounds = LinearBounds(traced, box, intermediate, relaxation, boxes=boxes)
         if self.bound == "crown_ibp":
-            linear = bounds.margins(labels)
-            mixed = linear if crown_share == 1 else crown_share * linear + (1 - crown_share) * margins
-            return WorstCase(logits, mixed, penalty=penalty)
-        fused = fused_cross_entropy(bounds, centre - spread, centre + spread, labels)
-        if crown_share < 1:
-            fused = crown_share * fused + (1 - crown_share) * cross_entropies(margins, labels)
-        return WorstCase(logits, margins, fused, penalty)
+            linear = bounds.logit_differences(labels)
+            mixed_differences = (
+                linear if crown_weight == 1 else crown_weight * linear + (1 - crown_weight) * differences
+            )
+            return WorstCaseOutput(logits, mixed_differences, None, penalty, point_logits)
+        fused = fused_cross_entropy(bounds, center - spread, center + spread, labels)
+        if crown_weight < 1:
+            fused = crown_weight * fused + (1 - crown_weight) * cross_entropy_from_differences(differences, labels)
+        return WorstCaseOutput(logits, differences, fused, penalty, point_logits)
 
-    def _of_distances(self, images: Tensor, labels: Tensor, eps: float, p: float, subsets: Subsets | None) -> WorstCase:
+    def trace_batch(self, images: Tensor) -> tuple[Trace, dict[str, Tensor]]:
+        """Return the trace of a network without distance layers, and all its values for a batch, by name.
+
+        In training mode, random masks and the statistics of the batch are constants of the trace.
+
+        Args:
+            images: (B, C, H, W), pixel values in [0, 1].
+
+        Raises:
+            TypeError: If a layer has no rule for its computation in training mode (the message names it).
+        """
+        return self._forward(self._trace(images), images)
+
+    def _trace(self, images: Tensor) -> Trace:
+        """Return the trace of the network, in its current mode, for the shape of these images."""
+        network, form = self.network, (images.shape[1:], images.dtype, images.device)
+        modes = tuple(module.training for module in network.modules())
+        cached = self.traces.get((form, modes))
+        if cached is not None and self.is_fixed and not cached.has_constants:
+            return cached
+        if form not in self.checked_forms:
+            with evaluation_mode(network):
+                check_trace(trace(network, has_rule, images), network, images[:3].detach())
+            self.checked_forms.add(form)
+        self.traces = {(form, modes): trace(network, has_rule, images)}
+        return self.traces[form, modes]
+
+    def _distance_net_bounds(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        p: float,
+        masks: InputMasks | None,
+        centers: Tensor | None,
+        points: Tensor | None,
+    ) -> WorstCaseOutput:
         network = self.network
-        if isinstance(network, LinfDistNet):
-            logits = network(images, p, subsets)
-            return WorstCase(logits, wrong_class_margins(logits, labels) + 2 * eps * network.lipschitz_constant)
-        assert isinstance(network, LinfDistHybrid)
-        features = network.features(images, p, subsets)
+        lipschitz_constant = getattr(network, "lipschitz_constant", None)
+        if lipschitz_constant is not None:
+            logits = network(images, p, masks)
+            center_logits = logits if centers is None else network(centers, p, masks)
+            point_logits = None if points is None else network(points, p, masks)
+            differences = logit_differences(center_logits, labels) + 2 * eps * lipschitz_constant
+            return WorstCaseOutput(logits, differences, point_logits=point_logits)
+        if not isinstance(network, LinfDistHybrid):
+            raise TypeError(
+                f"bounds: {type(network).__name__} has distance layers but no lipschitz_constant, and is not a "
+                "LinfDistHybrid; define lipschitz_constant or use a LinfDistHybrid"
+            )
+        features = network.features(images, p, masks)
+        center_features = features if centers is None else network.features(centers, p, masks)
+        point_logits = None if points is None else network(points, p, masks)
         radius = torch.full_like(features[:1], eps * network.features.lipschitz_constant)
-        box = Box(features - radius, features + radius)
+        box = Box(center_features - radius, center_features + radius)
         for layer in network.head[:-1]:
-            box = layer_bounds(layer, box)
-        return WorstCase(network.head(features), linear_margins(network.last, box, labels))
+            box = propagate_layer(layer, box)
+        differences = final_layer_logit_differences(network.last, box, labels)
+        return WorstCaseOutput(network.head(features), differences, point_logits=point_logits)
 
     @staticmethod
     def _forward(traced: Trace, images: Tensor) -> tuple[Trace, dict[str, Tensor]]:
-        """The values of images, and the steps with the batch's statistics in place of batch normalisation."""
-        values, steps = {traced.input: images}, list[Step]()
+        """Return the values of images, and the trace with random masks and batch statistics as constants."""
+        values, steps = {traced.input: images}, list[TraceStep]()
         for step in traced.steps:
             layer = step.layer
-            if (
-                layer.training
-                and isinstance(layer, nn.Dropout | _BatchNorm)
-                and not isinstance(layer, WorkersBatchNorm)
-            ):
-                raise TypeError(f"bounds: there is no rule for {type(layer).__name__} in training")
-            if isinstance(layer, WorkersBatchNorm):
-                mean, variance = layer.statistics(values[step.inputs[0]])
-                scale = layer.weight * torch.rsqrt(variance + layer.eps)
-                layer = Scaling(scale, layer.bias - mean * scale)
+            x = values[step.inputs[0]]
+            if isinstance(layer, _BatchNorm) and (layer.training or isinstance(layer, SyncedBatchNorm)):
+                layer = normalization_of(layer, x)
+            elif isinstance(layer, MASKS) and layer.training:
+                layer = Masking(layer(torch.ones_like(x)))
             values[step.output] = layer(*(values[name] for name in step.inputs))
             steps.append(step._replace(layer=layer))
         return traced._replace(steps=steps), values
 
 
-def fused_cross_entropy(bounds: LinearBounds, lower: Tensor, upper: Tensor, labels: Tensor) -> Tensor:
-    """Upper bounds (B) of the cross entropy log sum_j exp m_j, with m_j = z_j - z_y, bounded as one function.
+def shrink_relus(traced: Trace, factor: float) -> Trace:
+    """Return a trace whose ReLUs are `ShrunkReLU`s with this factor."""
+    return traced._replace(
+        steps=[
+            step._replace(layer=ShrunkReLU(factor)) if isinstance(step.layer, nn.ReLU) else step
+            for step in traced.steps
+        ]
+    )
 
-    Each exp m_j is below its chord over the range of m_j, and the sum of all chords is one linear function of the
-    logits: one pass back in place of one for every class. Source: Xu et al., "Automatic Perturbation Analysis",
-    NeurIPS 2020 (loss fusion).
+
+def warmup_regularization(traced: Trace, boxes: dict[str, Box], tolerance: float = 0.5) -> Tensor:
+    """Return the warm-up regularization: bound tightness from layer to layer, and ReLU balance.
+
+    For m layers of activations, let c and d be centers and radii of their pre-activation boxes, and t = tolerance:
+
+        1/(t m) sum relu(t - mean d_0 / mean d) + 1/(t m) sum relu(t - min(a, 1/a)) + relu(t - min(v, 1/v))
+
+    d_0 are the radii of the network's inputs. a is the sum of c over always active ReLUs, divided by that of -c over
+    never active ReLUs. v is the same ratio for the sums of squares of c minus its mean. The terms of a and v are
+    omitted for layers without always active or without never active ReLUs. Source: Shi et al., "Fast Certified Robust
+    Training with Short Warmup", NeurIPS 2021.
 
     Args:
-        bounds: of the network.
-        lower, upper: (B, K), ranges of the m_j; where j = y they are not looked at.
-        labels: (B), the right classes.
-    """
-    index = labels[:, None]
-    largest = upper.scatter(1, index, 0.0).amax(dim=1, keepdim=True).detach()  # taken out of all exponents
-    top, width = (upper - largest).exp(), upper - lower
-    # (1 - exp(-w)) / w without cancellation
-    slope = top * torch.where(width > 0, -torch.expm1(-width) / torch.where(width > 0, width, 1.0), 1.0)
-    slope = slope.scatter(1, index, 0.0)
-    constant = (top - slope * upper).scatter(1, index, 0.0).sum(dim=1) + (-largest[:, 0]).exp()
-    weights = (-slope).scatter(1, index, slope.sum(dim=1, keepdim=True))  # of minus the sum of slope_j (z_j - z_y)
-    total = constant - bounds.lower(bounds.output, Rows(weights[:, None]))[:, 0]
-    return largest[:, 0] + total.clamp_min(torch.finfo(total.dtype).tiny).log()
-
-
-def looseness(traced: Trace, boxes: dict[str, Box], tolerance: float = 0.5) -> Tensor:
-    """A penalty on bounds that widen from layer to layer, and on layers where most ReLUs are on one side of 0.
-
-    With m layers of activations, c and d centres and radii of the boxes of their inputs, and t = tolerance,
-
-        1/(t m) sum relu(t - mean d_0 / mean d) + 1/(t m) sum relu(t - min(a, 1/a)) + relu(t - min(v, 1/v)),
-
-    where d_0 are the radii of the network's inputs, a is the sum of c over ReLUs that are always active over that of -c
-    over those that never are, and v is the same ratio for the sums of squares of c minus its mean. Where either kind is
-    missing, the second part is left out. Source: Shi et al., "Fast Certified Robust Training with Short Warmup",
-    NeurIPS 2021.
+        traced: Steps of the network.
+        boxes: IBP boxes of all its values, by name.
+        tolerance: The threshold t.
     """
 
     def imbalance(active: Tensor, inactive: Tensor) -> Tensor:
-        both = (active > 0) & (inactive > 0)
-        one, other = torch.where(both, active, 1.0), torch.where(both, inactive, 1.0)
+        has_both = (active > 0) & (inactive > 0)
+        one, other = torch.where(has_both, active, 1.0), torch.where(has_both, inactive, 1.0)
         return torch.relu(tolerance - torch.minimum(one / other, other / one))
 
     total, layers = boxes[traced.input].lower.new_zeros(()), 0
     first = ((boxes[traced.input].upper - boxes[traced.input].lower) / 2).mean()
     for step in traced.steps:
-        if not has_lines(step.layer):
+        if not has_relaxation(step.layer):
             continue
         layers += 1
         lower, upper = boxes[step.inputs[0]]
-        centre, radius = (lower + upper) / 2, ((upper - lower) / 2).mean()
+        center, radius = (lower + upper) / 2, ((upper - lower) / 2).mean()
         widening = torch.where(radius > 0, first / torch.where(radius > 0, radius, 1.0), tolerance)
         total = total + torch.relu(tolerance - widening)
         if isinstance(step.layer, nn.ReLU):
-            on, off = (lower > 0).to(centre), (upper < 0).to(centre)
-            squares = (centre - centre.mean()).square()
-            total = total + imbalance((centre * on).sum(), -(centre * off).sum())
+            on, off = (lower > 0).to(center), (upper < 0).to(center)
+            squares = (center - center.mean()).square()
+            total = total + imbalance((center * on).sum(), -(center * off).sum())
             total = total + imbalance((squares * on).sum(), (squares * off).sum())
     return total / (tolerance * max(layers, 1))

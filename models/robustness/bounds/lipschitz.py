@@ -1,0 +1,140 @@
+"""Rounding in networks that are Lipschitz by construction: logit error, and excess of the constant.
+
+Sound Lipschitz certificates account for both effects. The computed logits of an image and of a perturbed image have an
+error of at most E each. The weights as computed may have a slightly larger Lipschitz constant than in real arithmetic.
+The bounds hold for all images in [0, 1] and in any order of summation (see `rounding`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linflab.models.networks.group_sort import GroupSortNet
+from linflab.models.networks.layers import DistanceLayer, GroupSort, L1ProjectedLinear, SortDistance
+from linflab.models.networks.linf_dist import LinfDistNet
+from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma, unit_roundoff
+
+ROOM = 1.2  # covers terms in u^2, and rounding of the error bounds
+
+
+class LipschitzRounding(NamedTuple):
+    """Effects of rounding on a Lipschitz certificate.
+
+    Attributes:
+        logit_rounding_error: E, the largest error of a logit, for images in [0, 1], against real arithmetic on the
+            computed weights.
+        excess: Largest ratio of the Lipschitz constant of the computed weights to that of the network.
+    """
+
+    logit_rounding_error: float
+    excess: float
+
+
+def lipschitz_rounding(network: nn.Module) -> LipschitzRounding:
+    """Bound the rounding of a network in evaluation mode at p = inf.
+
+    Raises:
+        TypeError: If no bound is known for the class of the network or of one of its layers, or hooks may change the
+            computation.
+    """
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            location = f" of layer '{name}'" if name else ""
+            raise TypeError(
+                f"sound=True: forward hooks or a replaced forward{location} are not supported, since they may change "
+                "the computation; remove them"
+            )
+    if type(network) is LinfDistNet:
+        return LipschitzRounding(_distance_error(network), _distance_excess(network))
+    if type(network) is GroupSortNet:
+        return _group_sort_rounding(network)
+    raise TypeError(
+        f"sound=True: {type(network).__name__} is not supported by certifier=lipschitz, since its rounding has no "
+        "known bound; use certifier=ibp if its layers have rules, or sound=False for a certificate in real arithmetic"
+    )
+
+
+def _distance_error(network: LinfDistNet) -> float:
+    """Return the error bound E of every logit.
+
+    Each layer is 1-Lipschitz, so it passes on errors of its inputs unchanged. The rounding errors of the layer itself
+    are added. They are relative to magnitudes, which are bounded by the largest inputs and weights. A distance has one
+    rounded difference |x_i - w_i|, and a mean shift has one more. SortNet's sum adds a relative error of gamma for its
+    number of terms. Underflow adds far less than `ROOM` allows.
+    """
+    u = unit_roundoff(network.bias.dtype)
+    normalize = network.features.normalize
+    mean, std = normalize.mean.double(), normalize.std.item()
+    size = torch.maximum(mean.abs(), (1 - mean).abs()).max().item() / std  # largest magnitude of a layer's inputs
+    error = 2 * u * size
+    for k, layer in enumerate([*network.features.distances, network.last]):
+        if not isinstance(layer, DistanceLayer):
+            raise TypeError(
+                f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
+                "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
+            )
+        distance = size + layer.weight.abs().max().item()
+        error += u * distance
+        if isinstance(layer, SortDistance):
+            error += gamma(layer.top_k + 1, network.bias.dtype) * distance
+        shift = network.bias if k == len(network.features.shifts) else network.features.shifts[k].running_mean
+        assert isinstance(shift, Tensor)
+        size = distance + shift.abs().max().item()
+        error += u * size
+    return ROOM * error
+
+
+def _distance_excess(network: LinfDistNet) -> float:
+    """Return the largest factor by which sums of SortNet's rounded coefficients exceed 1."""
+    layers = [layer for layer in network.modules() if isinstance(layer, SortDistance)]
+    return math.prod(1 + gamma(layer.top_k + 1, layer.weight.dtype) for layer in layers)
+
+
+@torch.no_grad()
+def _group_sort_rounding(network: GroupSortNet) -> LipschitzRounding:
+    """Propagate boxes of values, and errors, from layer to layer, in float64.
+
+    A linear layer of computed rows w and biases b computes w x + b. Its error is at most gamma(n + 2) times |w| |x| +
+    |b|, where n counts the nonzero weights of a row: products with 0 and sums with them are exact. An error e of its
+    inputs becomes |w| e. Sorting is exact, and moves an error within its group. The rows are in the l_1 unit ball
+    except for the rounding of their projection. The excess is the product, over the layers, of the largest l_1 norm of
+    a row, where norms below 1 count as 1.
+    """
+    normalize, dtype = network.normalize, network.normalize.std.dtype
+    first = next(layer for layer in network.layers if isinstance(layer, L1ProjectedLinear))
+    mean, std = normalize.mean.double().flatten(), normalize.std.double()
+    per_pixel = first.in_features // len(mean)
+    lower, upper = ((corner / std).repeat_interleave(per_pixel) for corner in (-mean, 1 - mean))
+    error = 2 * unit_roundoff(dtype) * torch.maximum(lower.abs(), upper.abs()) + UNDERFLOW_SLACK
+    excess = 1.0
+    for layer in network.layers:
+        if isinstance(layer, L1ProjectedLinear):
+            rows = layer.projected_weight.double()
+            bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.double()
+            sizes, terms = rows.abs(), (rows != 0).sum(dim=1)
+            largest = torch.maximum(lower.abs(), upper.abs()) + error
+            relative_error = (terms + 2).double() * unit_roundoff(dtype)
+            shares = torch.where(
+                relative_error < 1, relative_error / (1 - relative_error), math.inf
+            )  # gamma(terms + 2)
+            error = sizes @ error + shares * (sizes @ largest + bias.abs()) + (terms + 1) * UNDERFLOW_SLACK
+            center, radius = rows @ ((lower + upper) / 2) + bias, sizes @ ((upper - lower) / 2)
+            lower, upper = center - radius, center + radius
+            norm = sizes.sum(dim=1).max().item() * (1 + gamma(layer.in_features + 8, torch.float64))
+            excess *= max(1.0, norm)
+        elif isinstance(layer, GroupSort):
+            lower, upper = (layer(bound[None])[0] for bound in (lower, upper))
+            error = (
+                error.unflatten(0, (-1, layer.group_size))
+                .amax(dim=1, keepdim=True)
+                .expand(-1, layer.group_size)
+                .flatten()
+            )
+        elif not isinstance(layer, nn.Flatten):
+            raise TypeError(
+                f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
+                "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
+            )
+    return LipschitzRounding(ROOM * error.max().item(), excess)

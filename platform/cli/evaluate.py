@@ -1,0 +1,167 @@
+"""`linflab evaluate`, `certify` and `import-weights`: commands on trained weights."""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linflab.platform.cli.options import DEFAULT_STORAGE, SOUND, AsJson, Overrides, StorageFolder, parse_eps_list
+from linflab.platform.cli.output import console, print_rows
+from linflab.platform.errors import InputError, TrainingError
+
+
+def evaluate(
+    run_or_weights: Annotated[str, typer.Argument(metavar="RUN_OR_WEIGHTS", help="Run id or name, or path of weights")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Evaluation settings to override, such as evaluation.attack.steps=100")
+    ] = None,
+    eps: Annotated[
+        str, typer.Option(help="Comma-separated eps, for pixel values in [0, 1]; default: that of the run")
+    ] = "",
+    certifier: Annotated[str, typer.Option(help="lipschitz, ibp or crown; default: that of the run")] = "",
+    sound: Annotated[bool | None, typer.Option("--sound/--real-arithmetic", help=SOUND)] = None,
+    attacks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated attacks: autoattack, pgd, surrogate_pgd, apgd, apgd_ce, apgd_dlr, targeted_apgd, "
+            "targeted_apgd_dlr, fab, square; or none; default: those of the run"
+        ),
+    ] = "",
+    radii_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the certified radius of every image, the curve over eps and a histogram"),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Ray workers that share the images; 0 runs without Ray")
+    ] = 0,
+    storage_dir: StorageFolder = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate trained weights on the whole test set: clean, robust and certified accuracy at each eps.
+
+    An image counts as robust if every attack that ran fails on it.
+    """
+    bounds = parse_eps_list(eps)
+    settings = [*(overrides or [])]
+    settings += [f"evaluation.certifier={certifier}"] if certifier else []
+    if sound is not None or not any(setting.startswith("evaluation.sound=") for setting in settings):
+        settings += [f"evaluation.sound={sound is not False}".lower()]
+    from linflab.models.robustness.attacks import AttackMethod
+
+    kinds = [kind.strip() for kind in attacks.split(",")] if attacks else []
+    if kinds and kinds != ["none"] and not set(kinds) <= set(AttackMethod.registry):
+        raise InputError(
+            f"attacks={attacks}: must be none or a comma-separated list; use {', '.join(AttackMethod.registry)}"
+        )
+    if kinds == ["none"] and any(setting.startswith("evaluation.attack.") for setting in settings):
+        raise InputError("attacks=none: is not supported with settings of evaluation.attack; leave one of them out")
+    settings += [f"evaluation.attack.methods=[{','.join(kinds)}]"] if kinds not in ([], ["none"]) else []
+    if radii_dir is not None:
+        try:
+            radii_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=radii_dir):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"radii-dir={radii_dir}: cannot be created or written to ({error.strerror}); use another directory"
+            ) from None
+    from linflab.platform.cli.progress import ProgressLine
+    from linflab.platform.results.evaluate import evaluate_weights, log_evaluation, save_evaluation, to_dict
+    from linflab.platform.results.load import find_weights
+
+    path, storage, run = find_weights(run_or_weights, storage_dir)
+    with ProgressLine(console, "stage=evaluation", "images") as line:
+        result = evaluate_weights(
+            path,
+            settings,
+            bounds,
+            kinds != ["none"],
+            radii_dir is not None,
+            workers,
+            lambda report: line.update(report.done, report.total),
+        )
+    if as_json:
+        typer.echo(json.dumps(to_dict(result)))
+    else:
+        accuracies = ["clean", "robust", "certified"]
+        rows = [dataclasses.asdict(row) for row in result.results]
+        cells = [
+            {"eps": f"{row['eps']:.4g}"}
+            | {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in accuracies}
+            for row in rows
+        ]
+        print_rows(cells, ["eps", *accuracies], as_json=False)
+        console.print(f"\nIn percent. {result.notes}")
+    sys.stdout.flush()  # show results before logging, which may fail
+    problems: list[str] = []
+    if storage is not None and storage.is_writable:
+        try:
+            log_evaluation(storage, run, result)
+        except TrainingError as error:
+            problems.append(str(error))
+    elif storage is not None:
+        sys.stderr.write(f"linflab: results are not logged: {storage.root} is not writable\n")
+    if radii_dir is not None:
+        try:
+            files = save_evaluation(radii_dir, result)
+        except OSError as error:
+            files = []
+            problems.append(f"radii-dir={radii_dir}: files cannot be written ({error}); use another directory")
+        for file in [] if as_json else files:
+            console.print(f"  {file}")
+    num_violations = sum(row.certificate_violations or 0 for row in result.results)
+    if num_violations:
+        hint = "" if result.sound else "; rerun with --sound to account for float32 rounding"
+        problems.append(
+            f"certificate violation: attacks succeeded on {num_violations} images certified by {result.certifier}{hint}"
+        )
+    if problems:
+        raise TrainingError("; ".join(problems))
+
+
+def certify(
+    run_or_weights: Annotated[str, typer.Argument(metavar="RUN_OR_WEIGHTS", help="Run id or name, or path of weights")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Image files, .npy arrays (C, H, W) or (N, C, H, W) of the network's size, or directories"),
+    ],
+    certifier: Annotated[
+        str, typer.Option(help="lipschitz, ibp or crown; auto selects one by the kind of network")
+    ] = "auto",
+    sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
+    storage_dir: StorageFolder = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Classify your own images, and certify the radius within which each prediction is constant.
+
+    Radii are for pixel values in [0, 1]. Arrays have uint8 values from 0 to 255, or floats in [0, 1]. EXIF rotation is
+    applied; images with transparency, several frames or more than 8 bits per channel are rejected.
+    """
+    from linflab.platform.results.certify import certify_images
+    from linflab.platform.results.load import find_weights
+
+    path, _, _ = find_weights(run_or_weights, storage_dir)
+    rows = [dataclasses.asdict(one) for one in certify_images(path, images, certifier, sound)]
+    if not as_json:  # round down to stay certified
+        rows = [{**row, "radius": f"{math.floor(1e4 * row['radius']) / 1e4:.4f}"} for row in rows]
+    print_rows(rows, ["image", "prediction", "radius", "certifier"], as_json)
+
+
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="Published weights of an l_inf-dist net or SortNet")],
+    recipe: Annotated[str, typer.Option(help="Recipe of the same network, or path of a YAML file")],
+    output: Annotated[Path, typer.Option(help="Weights file to write")],
+    overrides: Overrides = None,
+) -> None:
+    """Convert published weights of l_inf-dist nets and SortNet for `linflab evaluate`."""
+    from linflab.platform.config.overrides import load_config
+    from linflab.platform.training.published_weights import import_weights as convert
+
+    experiment = load_config(recipe, overrides or [])
+    count = convert(file, experiment, output)
+    console.print(f"Converted {count} tensors of {file} to {output}, for the network of {recipe}.")

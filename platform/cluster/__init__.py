@@ -1,0 +1,1 @@
+"""Ray clusters: connections and jobs from your machine, and services on the nodes."""

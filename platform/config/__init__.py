@@ -1,0 +1,1 @@
+"""Recipes, overrides, settings and schedules."""

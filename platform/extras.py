@@ -1,0 +1,37 @@
+"""Error messages for missing packages of the extras in pyproject.toml."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Top-level modules that linflab imports, by the extra that installs them.
+EXTRAS = {
+    "platform": {
+        "PIL", "matplotlib", "mlflow", "optuna", "pandas", "psutil", "requests", "rich", "scipy", "sklearn",
+        "sqlalchemy", "tabulate", "torchvision", "typer",
+    },
+    "cluster": {"cmaes", "grpc", "ray"},
+}  # fmt: skip
+
+
+def missing_extra(error: ImportError) -> str | None:
+    """Return a message with the command that installs the missing package; None if no extra installs it."""
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if isinstance(error, ModuleNotFoundError) and module in modules:
+            return f"{module}: not installed; run `pip install 'linflab[{extra}]'`"
+    return None
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Add the install command to import errors of missing extras, as a context manager or a decorator.
+
+    Raises:
+        ModuleNotFoundError: If an extra is missing; the message has the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (line := missing_extra(error)) is None:
+            raise
+        raise ModuleNotFoundError(line, name=error.name) from None

@@ -1,0 +1,1 @@
+"""Evaluation, certification and reports of trained networks."""

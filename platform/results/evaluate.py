@@ -1,0 +1,243 @@
+"""Evaluation of trained weights on the whole test set, at one or several eps."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.exceptions import MlflowException
+
+from linflab.platform.config.overrides import build_config, parse_override
+from linflab.platform.data.datasets import load_dataset
+from linflab.platform.errors import InputError, TrainingError
+from linflab.platform.tracking.mlflow import client_of
+from linflab.platform.tracking.runs import Run
+from linflab.platform.tracking.storage import Storage
+from linflab.platform.training.evaluation import (
+    BatchResult,
+    EvaluationSpec,
+    ImageScores,
+    ScoringReport,
+    aggregate_results,
+    batch_indices,
+    evaluate,
+    evaluation_spec,
+    sort_by_position,
+)
+from linflab.platform.training.weights import load_weights
+from linflab.platform.trial import select_device
+from linflab.reports import schema
+from linflab.reports.outputs import write_columns, write_text_atomic
+
+
+@dataclass(frozen=True)
+class EpsResult:
+    """Accuracies at one eps; see `linflab.platform.training.evaluation.Accuracies`."""
+
+    eps: float
+    clean: float
+    certified: float
+    certified_real: float | None
+    robust: float | None
+    certificate_violations: int | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Results of an evaluation, with its certifier, attacks and config.
+
+    Attributes:
+        results: Accuracies, one entry per eps.
+        certifier: Name of the certifier.
+        sound: Whether certificates account for float32 rounding.
+        attacks: Names of the attacks; empty if none ran.
+        notes: Description of the evaluation for readers.
+        experiment: Settings by dotted path.
+        images: Results per test image; None unless certified radii were computed.
+    """
+
+    results: list[EpsResult]
+    certifier: str
+    sound: bool
+    attacks: tuple[str, ...]
+    notes: str
+    experiment: dict[str, object]
+    images: ImageScores | None = None
+
+    @property
+    def certificate(self) -> str:
+        """Name of the certifier and its arithmetic, such as `lipschitz-sound`."""
+        return EvaluationSpec((), self.certifier, self.sound).certificate
+
+
+def evaluate_weights(
+    path: Path,
+    overrides: Sequence[str],
+    eps: Sequence[float],
+    with_attacks: bool,
+    radii: bool,
+    workers: int,
+    on_report: Callable[[ScoringReport], None] = lambda report: None,
+) -> EvaluationResult:
+    """Evaluate weights on the whole test set of their dataset.
+
+    Args:
+        path: Weights file.
+        overrides: Overrides of settings in the section `evaluation`, such as `evaluation.sound=true`.
+        eps: Perturbation radii, for pixel values in [0, 1]. If empty, the eps of the config is used.
+        with_attacks: Whether to run the config's attacks.
+        radii: Whether to compute the certified radius of every image.
+        workers: Number of Ray workers that share the images; 0 evaluates in this process.
+        on_report: Called with the number of evaluated images, at the start and after each batch.
+
+    Raises:
+        InputError: If the weights or the dataset are not readable, an override is not valid, or the certifier does not
+            support the network.
+    """
+    weights = load_weights(path)
+    experiment, network = weights.experiment, weights.network
+    changes = dict(map(parse_override, overrides))
+    for name, value in changes.items():
+        if not name.startswith("evaluation."):
+            raise InputError(
+                f"{name}={value}: is fixed by training; override only settings in the section `evaluation`"
+            )
+    experiment = build_config(experiment.model_dump(mode="json"), changes)
+    spec = evaluation_spec(experiment, network, with_attacks)
+    eps_values = tuple(dict.fromkeys(eps)) or spec.eps
+    spec = dataclasses.replace(spec, eps=eps_values, radii=radii, rounding_cost=True)
+    dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    info, network_form = dataset.info, (weights.image_shape, weights.info.classes)
+    if (info.input_shape, info.classes) != network_form:
+        raise InputError(
+            f"dataset={experiment.dataset}: must have images of shape {network_form[0]} and {network_form[1]} classes, "
+            f"like the training data of the network, not {info.input_shape} and {info.classes}; use the dataset of the "
+            "training run"
+        )
+    batch_size = experiment.evaluation.batch_size
+    batch_results: list[BatchResult] = []
+
+    def on_batch(part: BatchResult) -> None:
+        batch_results.append(part)
+        on_report(ScoringReport(sum(len(part.positions) for part in batch_results), len(dataset.test)))
+
+    on_report(ScoringReport(0, len(dataset.test)))
+    if workers:
+        from linflab.platform.distributed.train import evaluate_distributed  # imports Ray
+
+        positions = batch_indices(dataset.test, batch_size)
+        for part in evaluate_distributed(experiment, network, spec, positions, workers):
+            on_batch(part)
+    else:
+        torch.set_num_threads(min(experiment.compute.cpus_per_worker, os.cpu_count() or 1))
+        # Without a CUDA device, weights of a run that used CUDA are evaluated on the CPU.
+        device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        test = dataset.to(device).test
+        evaluate(network.to(device), test, spec, batch_size, on_batch)
+    rows = [
+        EpsResult(radius, *dataclasses.astuple(one))
+        for radius, one in zip(spec.eps, aggregate_results(batch_results, spec), strict=True)
+    ]
+    attack = spec.attack
+    proof = (
+        "accounting for float32 rounding"
+        if spec.sound
+        else "in real arithmetic, so float32 rounding may violate certificates"
+    )
+    notes = f"Evaluated on {len(dataset.test)} test images. Certified by {spec.certifier}, {proof}."
+    if spec.sound:
+        num_lost = [round(((row.certified_real or 0.0) - row.certified) * len(dataset.test)) for row in rows]
+        costs = ", ".join(f"{count} at eps={row.eps:g}" for count, row in zip(num_lost, rows, strict=True))
+        notes += f" Certificates lost by accounting for rounding: {costs if any(num_lost) else 'none'}."
+    notes += "" if attack is None else f" Robust accuracy under {attack.describe()}."
+    return EvaluationResult(
+        rows,
+        spec.certifier,
+        spec.sound,
+        () if attack is None else attack.methods or (),
+        notes,
+        experiment.to_flat_dict(),
+        sort_by_position(batch_results, spec.eps) if radii else None,
+    )
+
+
+def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None:
+    """Log an evaluation to its run, as metrics and as files with all results.
+
+    The name of a metric contains the eps, and the certifier or the attacks. The evaluations of a run are numbered from
+    1. The number of an evaluation is the name of the directory of its files, and the step of its metrics.
+
+    Args:
+        storage: Storage of the run.
+        run: Run id.
+        result: Results to log.
+
+    Raises:
+        TrainingError: If the run is not writable, for example because it was deleted.
+    """
+    attacks, metrics = "-".join(result.attacks), {}
+    for row in result.results:
+        metrics[f"{schema.TEST_CERTIFIED}/{result.certificate}/eps-{row.eps!r}"] = row.certified
+        if row.robust is not None:
+            metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}"] = row.robust
+    client = client_of(storage)
+    try:
+        folders = (schema.EVALUATIONS_DIR, schema.EARLIER_EVALUATIONS_DIR)
+        number = 1 + sum(len(client.list_artifacts(run, folder)) for folder in folders)
+        Run(client, run).log_metrics(metrics, step=number)
+        with tempfile.TemporaryDirectory() as folder:
+            save_evaluation(Path(folder), result)
+            client.log_artifacts(run, folder, f"{schema.EVALUATIONS_DIR}/{number}")
+    except (MlflowException, OSError) as error:  # the run was deleted, or the disk is full
+        raise TrainingError(
+            f"run={run}: the evaluation could not be logged ({' '.join(str(error).split())}); fix the cause and "
+            "evaluate again"
+        ) from None
+
+
+def save_evaluation(folder: Path, result: EvaluationResult) -> list[Path]:
+    """Write an evaluation to a directory: JSON with all settings, and image results as CSV and figures.
+
+    `radii.csv` has a row for each test image, with its number, certified radius, label and prediction. A further column
+    for each eps has 1 if the image is robust under the attacks that ran, and 0 otherwise. `radii.csv` and the figures
+    are written only if certified radii were computed.
+
+    Args:
+        folder: Directory, created if missing.
+        result: Results to write.
+
+    Returns:
+        Paths of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "evaluation.json"]
+    write_text_atomic(paths[0], json.dumps(to_dict(result), indent=1))
+    if result.images is not None:
+        from linflab.reports.figures import certified_accuracy_curve, radius_histogram, save_figure
+
+        paths.append(folder / schema.RADII_FILE)
+        radii = result.images.radii
+        write_columns(paths[1], result.images.columns())
+        data, certificate = str(result.experiment["dataset"]), result.certificate
+        for name, figure in (
+            ("certified_accuracy", certified_accuracy_curve(radii, data, certificate, robust=_robust(result))),
+            ("radius_histogram", radius_histogram(radii, data, certificate)),
+        ):
+            paths += save_figure(figure, folder, name)
+    return paths
+
+
+def _robust(result: EvaluationResult) -> dict[float, float]:
+    return {row.eps: row.robust for row in result.results if row.robust is not None}
+
+
+def to_dict(result: EvaluationResult) -> dict[str, Any]:
+    """Return results as JSON data, with one list per column of `radii.csv` if radii were computed."""
+    plain = dataclasses.asdict(dataclasses.replace(result, images=None))
+    del plain["images"]
+    return plain | ({} if result.images is None else {"images": result.images.columns()})

@@ -1,0 +1,71 @@
+"""Lookup of weights by run id or path."""
+
+import stat
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+
+from linflab.platform.errors import InputError
+from linflab.platform.files import exists
+from linflab.platform.tracking.mlflow import client_of, wrap_errors
+from linflab.platform.tracking.storage import Storage
+from linflab.reports import schema
+from linflab.reports.comparison import find_run
+from linflab.reports.records import read_run, read_runs
+
+
+def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage | None, str]:
+    """Find weights by path, run name, or prefix of a run id.
+
+    Args:
+        run_or_weights: Path, name or id.
+        storage_dir: Storage directory.
+
+    Returns:
+        Path of the weights, storage, and full run id. If a path is given, the storage is None and the id is empty.
+
+    Raises:
+        InputError: If there is no such file or run, or the run has no weights.
+    """
+    path = Path(run_or_weights)
+    is_file = exists(path, stat.S_IFREG)
+    if "/" in run_or_weights or run_or_weights.endswith(".pt") or is_file:
+        if not is_file:
+            raise InputError(f"{run_or_weights}: not found, or not a regular file; use the path of a weights file")
+        return path, None, ""
+    storage = Storage.open_existing(storage_dir)
+    run = _run_id(storage, run_or_weights)
+    return download_weights(storage, run), storage, run
+
+
+def _run_id(storage: Storage, run: str) -> str:
+    """Return the id of the only run with this name or id prefix."""
+    with wrap_errors(storage):
+        runs = read_runs(storage.tracking_uri, {schema.KIND: "trial"})
+        if runs.empty:
+            raise InputError(f"{run}: not found; use the path of a weights file, since {storage.root} has no runs")
+        return str(find_run(runs, run)["run_id"].iloc[0])
+
+
+def download_weights(storage: Storage, run: str) -> Path:
+    """Return the path of a run's weights; download them first if an MLflow server stores them.
+
+    Args:
+        storage: Storage of the run.
+        run: Run id.
+
+    Raises:
+        InputError: If there is no such run, or the run has no weights.
+    """
+    client = client_of(storage)
+    try:
+        if schema.ORIGINAL_RUN_ID in read_run(client, run).data.tags:
+            raise InputError(
+                f"run={run}: has no weights, since it was imported from a JSONL file; use the original storage"
+            )
+        return Path(client.download_artifacts(run, schema.WEIGHTS_FILE))
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"run={run}: weights not found in {storage.root} ({reason}); use a run that has finished"
+        ) from None

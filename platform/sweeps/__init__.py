@@ -1,0 +1,1 @@
+"""Sweeps: hyperparameter search with Optuna on Ray Tune."""

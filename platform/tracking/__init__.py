@@ -1,0 +1,1 @@
+"""Tracking store: MLflow runs, artifacts and the storage directory."""

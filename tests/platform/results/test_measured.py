@@ -1,0 +1,84 @@
+"""The table of measured results: made from the shipped runs, which its commands repeat."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.overrides import build_config, load_config
+from linflab.platform.tracking.export import read_exported_runs, to_dataframe
+from linflab.reports import schema
+from linflab.reports.comparison import comparison_table, load_definition
+from linflab.reports.records import param_columns
+from linflab.reports.rendering import to_markdown
+from linflab.reports.tables import Row, Table
+from linflab.search_spaces.strict_yaml import read_mapping
+
+
+@pytest.fixture(scope="module")
+def runs() -> pd.DataFrame:
+    runs_file = load_definition("measured", read_mapping).runs_file
+    assert runs_file is not None
+    return to_dataframe(read_exported_runs(runs_file))
+
+
+@pytest.fixture(scope="module")
+def table(runs: pd.DataFrame) -> Table:
+    return comparison_table(load_definition("measured", read_mapping), runs)
+
+
+def list_measured_rows(table: Table) -> list[Row]:
+    rows = [row for row in table.rows if row.origin == "measured"]
+    assert rows
+    return rows
+
+
+def rebuild_config(recorded: pd.Series) -> ExperimentConfig:
+    """Return the config of a run's parameters; settings added later get their defaults, which were in effect then."""
+    tree: dict[str, Any] = {}
+    for path, text in recorded.items():
+        *sections, name = str(path).split(".")
+        section = tree
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[name] = None if text == "None" else yaml.safe_load(text)
+    return build_config(tree, {})
+
+
+def test_readme_shows_the_table(table: Table) -> None:
+    """`make readme` writes it."""
+    _, shown = Path("README.md").read_text().split("<!-- measured -->\n")
+    assert shown.split("<!-- end -->")[0] == to_markdown(table)
+
+
+def test_commands_repeat_the_recorded_configs(table: Table, runs: pd.DataFrame) -> None:
+    """A recipe with changed training settings no longer belongs to its row.
+
+    Evaluation settings are excluded: the row states them, and defaults may have become stricter since the run.
+    """
+    by_id = runs.set_index("run_id")
+    for row in list_measured_rows(table):
+        commands = row.command.splitlines()
+        assert len(commands) == len(row.runs) > 0
+        for command, run_id in zip(commands, row.runs, strict=True):
+            program, action, recipe, *overrides = shlex.split(command)
+            assert (program, action) == ("linflab", "train")
+            recorded = by_id.loc[run_id, param_columns(runs)].dropna()
+            current, original = load_config(recipe, overrides), rebuild_config(recorded)
+            exclude = {"evaluation": {"attack", "sound"}}
+            assert current.model_dump(exclude=exclude) == original.model_dump(exclude=exclude), command
+
+
+def test_costs_are_reported_for_each_row(table: Table, runs: pd.DataFrame) -> None:
+    """No run of a row took more than an hour on two CPUs, and none has a certificate violation."""
+    by_id = runs.set_index("run_id")
+    for row in list_measured_rows(table):
+        for column in ("Epochs", "Hours", "CPUs", "FLOPs", "Clean", "Robust", "Certified"):
+            assert row.cell(column).value is not None, column
+        for run_id in row.runs:
+            assert by_id.loc[run_id, schema.TRAIN_SECONDS] < 3600 and by_id.loc[run_id, schema.TEST_VIOLATIONS] == 0
+        assert row.cell("CPUs").value <= 2
