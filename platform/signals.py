@@ -193,8 +193,13 @@ def end_process(line: str, status: int) -> None:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report unraisable exceptions like Python, except KeyboardInterrupt from an interruption."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    """Report unraisable exceptions like Python, except those of signal handlers.
+
+    A handler that runs inside a callback, such as a fork hook of `logging`, cannot raise KeyboardInterrupt in the code
+    below. While Ray starts, its own handler is installed, which raises SystemExit. `_listen` ends the process in both
+    cases.
+    """
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
         sys.__unraisablehook__(unraisable)
 
 

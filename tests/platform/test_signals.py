@@ -30,3 +30,28 @@ except KeyboardInterrupt:
 def test_signals_interrupt_a_class_definition(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(name=name)], text=True, capture_output=True, timeout=60)
     assert done.stdout == "interrupted\n", done.stderr
+
+
+IN_FORK_HOOK = """
+import os, signal, sys, time
+from linflab.platform import signals
+
+signals.GRACE_S = 1.0
+signals.watch()
+handler = {handler}
+if handler is not None:
+    signal.signal(signal.SIGTERM, handler)
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+with signals.guarded("resume"):
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("handler", ["None", "lambda number, frame: sys.exit(number)"], ids=["own", "Ray's"])
+def test_signals_in_a_callback_end_the_process(handler: str) -> None:
+    """Python drops exceptions from callbacks; the process ends nevertheless, with its one line."""
+    code = IN_FORK_HOOK.format(handler=handler)
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=25)
+    assert (done.returncode, done.stderr) == (130, "linflab: interrupted; resume\n")

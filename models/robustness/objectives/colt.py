@@ -141,9 +141,9 @@ class COLT(Objective):
     bounds l and u, averaged over the batch. The last stage has none. Its weight c grows from stage to stage.
 
     Zonotopes have estimated widths (see `bounds.zonotope`), so the bounds in training are approximate. Certificates
-    never use them. Differences from the published code: random projections and the starting coefficients of activations
-    are shared by the images of a batch, widths of the first layer are exact, one estimate covers all error terms, and
-    the optimizer keeps its state between stages. Dropout by torch functions, instead of modules, is not applied.
+    never use them. Differences from the published code: random projections are shared by the images of a batch, widths
+    of the first layer are exact, one estimate covers all error terms, and the optimizer keeps its state between stages.
+    Dropout by torch functions, instead of modules, is not applied.
 
     Source: Balunovic & Vechev, "Adversarial Training and Provable Defenses: Bridging the Gap", ICLR 2020, Sections 4 to
     6, with the schedules of the authors' published code. S is from Xiao et al., "Training for Faster Adversarial
@@ -232,9 +232,8 @@ class COLT(Objective):
         names = [name for name in (traced.input, *(step.output for step in first)) if name in zonotope.terms]
         shapes = [zonotope.centers[name].shape[1:] for name in names]
         assert batch.starts is not None
-        own, others = batch.starts.flatten(1), sum(shape.numel() for shape in shapes[1:])
-        shared = torch.rand(others, generator=zonotope.generator, dtype=own.dtype, device=own.device)
-        start = 2 * torch.cat([own, shared.expand(len(own), -1)], dim=1) - 1
+        latent = batch.draw_uniform((sum(shape.numel() for shape in shapes[1:]),))
+        start = 2 * torch.cat([batch.starts.flatten(1), latent], dim=1) - 1
 
         def values_at(coefficients: Tensor) -> Values:
             parts = coefficients.split([shape.numel() for shape in shapes], dim=1)

@@ -549,7 +549,7 @@ def test_interrupted_preparation_leaves_nothing(tmp_path: Path, number: signal.S
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with time_limit(120):
-        while not list(data.glob(".mnist-*/originals/part")):
+        while not list(data.glob(".mnist-*/raw/part")):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
