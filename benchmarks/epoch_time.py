@@ -60,7 +60,10 @@ NEWER_METHODS = ("sabr", "mtl_ibp", "cc_ibp", "exp_ibp", "taps", "staps", "colt"
 MICROBATCHES = {"crown_ibp": 8, "crown_ibp_fused": 2, "taps": 4, "staps": 4, "colt": 4}  # steps per batch
 OVERRIDES = {
     **{name: ["objective.crown_weight_end=1"] for name in ("crown_ibp", "crown_ibp_fused")},
-    **{name: ["model.kind=conv_net", "model.size=large"] for name in NEWER_METHODS},
+    **{
+        name: ["model.kind=conv_net", "model.size=large", "training.recalibrate_batch_norm=false"]
+        for name in NEWER_METHODS
+    },
 }
 LOG = Path(__file__).with_suffix(".csv")
 
