@@ -15,6 +15,7 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "optimizer.milestones": [],
     "optimizer.momentum": 0.9,
     "training.averaging_interval": 10,
+    "training.validation_interval": 1,
     "training.averaging_start": None,
     "training.recalibrate_batch_norm": False,
 }

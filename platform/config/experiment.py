@@ -107,6 +107,9 @@ class TrainingConfig(FrozenConfig):
     epochs: int = Field(ge=1, description="number of passes over the training images")
     batch_size: int = Field(ge=1, description="samples per step, over all workers")
     checkpoint_interval: int = Field(5, ge=1, description="epochs between checkpoints")
+    validation_interval: int = Field(
+        1, ge=1, description="epochs between validations, which select the epoch; the last epoch is always validated"
+    )
     include_validation: bool = Field(
         False, description="also train on the validation images and select the last epoch; for final runs, after tuning"
     )
@@ -122,6 +125,15 @@ class TrainingConfig(FrozenConfig):
         "statistics of batches of clean training images, each normalized by its own, recalibrated for each validation "
         "and for the selected network",
     )
+
+    def is_validated(self, epoch: int) -> bool:
+        """Return True if an epoch, from 1, is followed by a validation."""
+        return epoch == self.epochs or epoch % self.validation_interval == 0
+
+    @property
+    def num_validations(self) -> int:
+        """Number of validations of the whole training."""
+        return -(-self.epochs // self.validation_interval)
 
 
 class EvaluationConfig(FrozenConfig):

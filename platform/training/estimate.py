@@ -47,7 +47,7 @@ class CostEstimate:
     Attributes:
         steps: Step times at evenly spaced points of the schedule.
         training_hours: Time of all steps, in hours.
-        evaluation_hours: Time of validation after every epoch and of the evaluation on the test set, in hours.
+        evaluation_hours: Time of all validations and of the evaluation on the test set, in hours.
         memory: Peak memory in bytes, of the GPU for training on CUDA, otherwise of the process.
         timed_images: Number of images of the largest timed step, over all workers.
         batch_images: Number of images of a training step, over all workers. If `timed_images` is smaller, time and
@@ -82,7 +82,7 @@ def estimate_cost(
     training = trainer.steps * sum(step.seconds for step in steps) / len(steps)
     evaluation = 0.0
     if not experiment.training.include_validation:
-        evaluation = experiment.training.epochs * _validation_seconds(trainer, dataset)
+        evaluation = experiment.training.num_validations * _validation_seconds(trainer, dataset)
     evaluation += _attack_seconds(trainer, dataset)
     # A training run also keeps a copy of the best network so far, and the average of weights.
     copies = 1 if trainer.average is None else 2
@@ -221,7 +221,7 @@ def _seconds_for_images(trainer: Trainer, work: Callable[[int], object], max_ima
 
 
 def _validation_seconds(trainer: Trainer, dataset: Dataset) -> float:
-    """Return the seconds of recalibration and validation after each epoch."""
+    """Return the seconds of one recalibration and validation."""
     experiment, network = trainer.experiment, trainer.network
     size, scoring = experiment.evaluation.batch_size, evaluation_spec(experiment, network, with_attacks=False)
     max_images = min(size, len(dataset.validation))

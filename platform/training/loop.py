@@ -26,9 +26,9 @@ class EpochMetrics:
         epoch: Number of the epoch, from 1.
         at: Scheduled values of the last step.
         train_loss: Mean training loss.
-        validation: Validation accuracies; None if training includes the validation images.
-        best_certified: Best validation certified accuracy so far, which is that of the selected network; None if
-            training includes the validation images.
+        validation: Validation accuracies; None if the epoch is not validated.
+        best_certified: Best validation certified accuracy so far, which is that of the selected network; None if no
+            epoch was validated so far.
         seconds: Duration of training and validation.
     """
 
@@ -85,7 +85,7 @@ def train_epochs(
     save: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Take all remaining steps and evaluate the network after each epoch.
+    """Take all remaining steps, and validate the network every `validation_interval` epochs and after the last one.
 
     Args:
         trainer: Trainer that takes the steps.
@@ -122,8 +122,8 @@ def train_epochs(
         mean_loss = state.losses.mean()
         if trainer.workers > 1:
             dist.all_reduce(mean_loss)
-        validation = best = None
-        if selects_epoch:
+        validation = None
+        if selects_epoch and settings.training.is_validated(state.epoch):
             network = trainer.network_to_evaluate(state.epoch)
             recalibrate(
                 network,
@@ -136,9 +136,9 @@ def train_epochs(
             previous_best = state.best.validation if state.best is not None else None
             if previous_best is None or validation.certified >= previous_best.certified:
                 state.best = _select_network(trainer, state, network, validation)
-            best = validation.certified if previous_best is None else max(validation.certified, previous_best.certified)
         elif state.epoch == epochs:
             state.best = _select_network(trainer, state, trainer.network_to_evaluate(epochs), None)
+        best = state.best.validation.certified if state.best is not None and state.best.validation is not None else None
         seconds = time.perf_counter() - start
         last = trainer.scheduled_values(state.epoch * trainer.steps_per_epoch - 1)
         on_epoch(EpochMetrics(state.epoch, last, mean_loss.item() / trainer.workers, validation, best, seconds))

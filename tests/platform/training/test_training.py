@@ -193,6 +193,26 @@ def test_include_validation_trains_on_validation_images() -> None:
     assert not all(torch.equal(trained.network.state_dict()[name], names[name]) for name in names)
 
 
+def test_validation_interval_changes_the_selection_only() -> None:
+    """Training is the same as with a validation after each epoch; the last epoch is always validated."""
+    data = load_dataset("digits")
+    reports: dict[int, list[EpochMetrics]] = {1: [], 2: []}
+    trained = {
+        interval: fit(
+            load_config(RECIPE, [*QUICK, f"training.validation_interval={interval}"]), data, reports[interval].append
+        )
+        for interval in reports
+    }
+    every, other = reports[1], reports[2]
+    assert [report.epoch for report in other if report.validation is not None] == [2, 3]
+    assert [report.train_loss for report in other] == [report.train_loss for report in every]
+    assert [report.validation for report in other[1:]] == [report.validation for report in every[1:]]
+    assert other[0].best_certified is None
+    best = max(report.validation.certified for report in other if report.validation is not None)
+    assert other[2].best_certified == best and trained[2].epoch in (2, 3)
+    assert trained[2].validation is not None and trained[2].validation.certified == best
+
+
 @pytest.mark.parametrize(("settings", "step"), [(["optimizer.learning_rate=1e30"], r"\d+"), ([], "40")])
 def test_non_finite_loss_is_reported_with_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], step: str
