@@ -145,7 +145,7 @@ def test_sweep_with_random_kills_equals_an_undisturbed_one(tmp_path: Path) -> No
     undisturbed.start(*arguments)
     undisturbed.finish()
     disturbed.start(*arguments)
-    disturb(disturbed, random.Random(1), "many", kills=7, driver_kills=(2, 5))
+    disturb(disturbed, random.Random(1), "many", kills=6, driver_kills=(2, 4))
     disturbed.finish()
     trials = disturbed.trials("many")
     assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 9)}

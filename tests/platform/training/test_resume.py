@@ -161,7 +161,7 @@ def start_training(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "epochs", "times"), [(1, 150, 4), (2, 12, 2)])
+@pytest.mark.parametrize(("workers", "epochs", "times"), [(1, 150, 4), (2, 20, 2)])
 def test_training_with_many_kills_is_deterministic(tmp_path: Path, workers: int, epochs: int, times: int) -> None:
     settings = [f"compute.workers={workers}", f"training.epochs={epochs}", "training.checkpoint_interval=2", "seed=7"]
     settings += ["evaluation.attack.steps=5", "evaluation.attack.restarts=1"]
