@@ -30,12 +30,12 @@ class InputBound(NamedTuple):
     """A bound of one input; strict ones are moved to the next number in float64.
 
     Attributes:
-        index: Index i of the input X_i.
+        variable: Index i of the input X_i.
         bound: The bound.
         is_upper: True for X_i <= bound, False for X_i >= bound.
     """
 
-    index: int
+    variable: int
     bound: float
     is_upper: bool
 

@@ -1,21 +1,11 @@
 """Patterns of ONNX nodes that linflab writes for distance layers, read as these layers."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from linflab.models.distance.derivatives import sort_coefficients
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, SortDistance
-from linflab.platform.exchange.onnx_operators import Node, Operation
-
-
-class KnownValues(Protocol):
-    """Known values of a graph: constants, examples (1, ...) for one input, and nodes by the names of their outputs."""
-
-    constants: dict[str, Tensor]
-    examples: dict[str, Tensor]
-    producers: dict[str, Node]
+from linflab.platform.exchange.onnx_nodes import KnownValues, Node, Operation
 
 
 def match_pattern(node: Node, known: KnownValues) -> Operation | None:

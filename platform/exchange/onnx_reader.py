@@ -5,7 +5,6 @@ data and subgraphs are not read.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from linflab.platform.errors import InputError
-from linflab.platform.exchange.onnx_operators import FOLDED, OPERATORS, Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_nodes import KnownValues, Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_operators import FOLDED, OPERATORS
 from linflab.platform.exchange.onnx_patterns import match_pattern
 from linflab.platform.exchange.s_expressions import shorten_token
 from linflab.platform.extras import naming_extras
@@ -111,27 +111,12 @@ def import_onnx(content: bytes, name: str, with_patterns: bool = True) -> OnnxNe
     return _Importer(model.graph, name, with_patterns).run()
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """Known values of a graph.
-
-    Attributes:
-        constants: Constants by name.
-        examples: Values for one input by name, (1, ...).
-        producers: Nodes by the names of their outputs.
-    """
-
-    constants: dict[str, Tensor]
-    examples: dict[str, Tensor]
-    producers: dict[str, Node]
-
-
 class _Importer:
     """Conversion of one graph, node by node, with the values for one random input."""
 
     def __init__(self, graph: "onnx.GraphProto", name: str, with_patterns: bool) -> None:
         self.graph, self.name, self.with_patterns = graph, name, with_patterns
-        self.known = _Graph({}, {}, {})
+        self.known = KnownValues({}, {}, {})
         self.operations: list[Operation] = []
 
     def run(self) -> OnnxNetwork:

@@ -175,9 +175,9 @@ def _tighten(inequalities: Conjunction, lower: list[float], upper: list[float]) 
         if isinstance(one, OutputInequality):
             outputs.append(one)
         elif one.is_upper:
-            upper[one.index] = min(upper[one.index], one.bound)
+            upper[one.variable] = min(upper[one.variable], one.bound)
         else:
-            lower[one.index] = max(lower[one.index], one.bound)
+            lower[one.variable] = max(lower[one.variable], one.bound)
     return outputs
 
 
