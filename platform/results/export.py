@@ -169,5 +169,5 @@ def _manifest(weights: Weights, storage: Storage | None, run: str) -> dict[str, 
         "selection": tags.get(schema.SELECTION),
         "commit": tags.get(schema.COMMIT),
         "versions": tags.get(schema.VERSIONS),
-        "exported_by": {"commit": git_commit() or None, "versions": package_versions()},
+        "exported_by": {"commit": git_commit() or None, "versions": package_versions("onnx", "safetensors")},
     }
