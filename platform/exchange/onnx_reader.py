@@ -180,8 +180,10 @@ class _Importer:
             constants = [self.known.constants[name] for name in operation.constants]
             results: Any = operation.function(*inputs, *constants)
             results = results if isinstance(results, tuple) else (results,)
-            if any(one.shape[:1] != (1,) for one in results):
-                raise UnsupportedNode("an output without the batch as first dimension")
+            if any(one.shape[:1] != (1,) or not one.numel() for one in results):
+                raise UnsupportedNode("an empty output, or one without the batch as first dimension")
+            if max(one.numel() for one in results) > MAX_ELEMENTS:
+                raise UnsupportedNode(f"more than {MAX_ELEMENTS:,} outputs")
         except UnsupportedNode as error:
             raise InputError(f"{label} with {error} is not supported; use a network without it") from None
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, MemoryError, OverflowError) as error:

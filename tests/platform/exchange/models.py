@@ -22,13 +22,19 @@ def make_model(
         kind: Type of the input.
     """
     graph = helper.make_graph(
-        [helper.make_node(kind, inputs, outputs, **options) for kind, inputs, outputs, options in nodes],
+        [helper.make_node(operator, inputs, outputs, **options) for operator, inputs, outputs, options in nodes],
         "test",
         [helper.make_tensor_value_info("x", kind, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8).SerializeToString()
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("other", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    output = onnx.shape_inference.infer_shapes(model).graph.output[0]
+    if not output.type.tensor_type.HasField("shape"):  # the model is not valid, or its output has any shape
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", "K"])
+    model.graph.output[0].CopyFrom(output)
+    return model.SerializeToString()
 
 
 def format_property(inputs: int, outputs: int, *assertions: str) -> str:
@@ -45,8 +51,3 @@ def box_assertions(lower: Sequence[float], upper: Sequence[float]) -> list[str]:
         for index, (low, high) in enumerate(zip(lower, upper, strict=True))
         for formula in (f"(>= X_{index} {low!r})", f"(<= X_{index} {high!r})")
     ]
-
-
-def load(content: bytes) -> onnx.ModelProto:
-    """Return a parsed model."""
-    return onnx.load_model_from_string(content)
