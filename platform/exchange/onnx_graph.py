@@ -1,6 +1,7 @@
 """ONNX graphs under construction."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,15 +66,13 @@ class GraphBuilder:
         """
         from onnx import TensorProto, helper
 
-        from linflab import __version__
-
         self.nodes.append(helper.make_node("Identity", [output], [OUTPUT], name=OUTPUT))
         inputs = [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, *input_shape])]
         outputs = [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, *output_shape])]
         graph = helper.make_graph(self.nodes, "linflab", inputs, outputs, self.constants)
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
-            producer_name="linflab", producer_version=__version__,
+            producer_name="linflab", producer_version=version("linflab"),
         )  # fmt: skip
 
     @naming_extras()

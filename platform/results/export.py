@@ -75,9 +75,9 @@ def export_network(
     properties: list[dict[str, Any]] = []
     if format == "safetensors":
         files["config.yaml"] = weights.experiment.to_yaml().encode()
-        shape = list(weights.image_shape)
-        metadata = {"format": "pt", "config": weights.experiment.to_yaml(), "input_shape": json.dumps(shape)}
-        files["model.safetensors"] = to_safetensors(weights.network, metadata)
+        # One text, since the order of several is random.
+        metadata = {"config": weights.experiment.to_yaml(), "input_shape": list(weights.image_shape)}
+        files["model.safetensors"] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)})
     else:
         model = build_onnx(weights.network, weights.image_shape).SerializeToString()
         if format == "torchscript":
