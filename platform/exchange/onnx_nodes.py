@@ -1,5 +1,6 @@
 """Nodes of ONNX graphs during import, and the operations that they become."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,8 +11,21 @@ if TYPE_CHECKING:
     import onnx
 
 
+MAX_ELEMENTS = 2**28  # per value, for one input
+
+
 class UnsupportedNode(ValueError):
     """A node that has no traceable form; the message continues "with"."""
+
+
+def check_elements(*sizes: int) -> None:
+    """Check the size of a value, for one input, before it is computed.
+
+    Raises:
+        UnsupportedNode: If the product of the sizes is negative or too large.
+    """
+    if not 0 <= math.prod(sizes) <= MAX_ELEMENTS:
+        raise UnsupportedNode(f"a result of more than {MAX_ELEMENTS:,} numbers")
 
 
 class Operation(NamedTuple):

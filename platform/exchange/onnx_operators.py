@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from linflab.platform.exchange.onnx_nodes import Converter, Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_nodes import Converter, Node, Operation, UnsupportedNode, check_elements
 from linflab.platform.exchange.onnx_shapes import (
     convert_concat,
     convert_flatten,
@@ -77,6 +77,7 @@ def _gemm(node: Node) -> Operation:
 
 def _matmul(node: Node) -> Operation:
     matrix = node.constant(1)
+    check_elements(node.example(0)[..., 0].numel(), matrix.shape[-1] if matrix.dim() > 1 else 1)
     if matrix.dim() == 1:
         return node.operation(lambda x, weight: functional.linear(x, weight).squeeze(-1), matrix[None])
     if matrix.dim() != 2:
@@ -97,6 +98,7 @@ def _broadcast(function: Callable[[Tensor, Tensor], Tensor], between_values: boo
             node.examples[name] if name in node.examples else node.constants[name] for name in node.inputs[:2]
         )
         shape = torch.broadcast_shapes(first.shape, second.shape)
+        check_elements(*shape)
 
         def expand(x: Tensor, rank: int) -> Tensor:
             if rank != len(shape):

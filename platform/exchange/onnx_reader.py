@@ -4,6 +4,7 @@ Operators without rules are rejected by name before anything runs. Files are unt
 data and subgraphs are not read.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from linflab.platform.errors import InputError
-from linflab.platform.exchange.onnx_nodes import KnownValues, Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_nodes import (
+    MAX_ELEMENTS,
+    KnownValues,
+    Node,
+    Operation,
+    UnsupportedNode,
+    check_elements,
+)
 from linflab.platform.exchange.onnx_operators import FOLDED, OPERATORS
 from linflab.platform.exchange.onnx_patterns import match_pattern
 from linflab.platform.exchange.s_expressions import shorten_token
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
     import onnx
 
 MAX_BYTES = 2**31 - 1  # limit of the file format
-MAX_ELEMENTS = 2**28  # per value, for one input
 MAX_OPSET = 26
 
 
@@ -125,12 +132,8 @@ class _Importer:
         Raises:
             InputError: If the graph is not supported.
         """
-        from onnx import TensorProto, numpy_helper
-
         for tensor in self.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                raise InputError(f"{self.name}: external data of {tensor.name!r} is not supported; use one file")
-            self.known.constants[tensor.name] = _to_tensor(numpy_helper.to_array(tensor), self.name, tensor.name)
+            self.known.constants[tensor.name] = self._read_constant(tensor)
         input, shape = self._input()
         example = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
         self.known.examples[input] = example
@@ -144,6 +147,20 @@ class _Importer:
         operations = _drop_unused(self.operations, output)
         return OnnxNetwork(operations, self.known.constants, input, output, shape, output_shape)
 
+    def _read_constant(self, tensor: "onnx.TensorProto") -> Tensor:
+        """Return an initializer."""
+        from onnx import TensorProto, numpy_helper
+
+        label = shorten_token(tensor.name)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise InputError(f"{self.name}: external data of {label!r} is not supported; use one file")
+        try:
+            array = numpy_helper.to_array(tensor)
+        except Exception as error:  # a damaged file can raise almost any exception
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"{self.name}: constant {label!r} is not valid ({reason}); use a valid model") from None
+        return _to_tensor(array, self.name, label)
+
     def _input(self) -> tuple[str, tuple[int, ...]]:
         """Return name and shape (without the batch) of the only input."""
         from onnx import TensorProto
@@ -155,7 +172,7 @@ class _Importer:
         if kind.elem_type != TensorProto.FLOAT:
             raise InputError(f"{self.name}: the input must be in float32; convert the model")
         sizes = [one.dim_value if one.HasField("dim_value") else 0 for one in kind.shape.dim]
-        if len(sizes) < 2 or sizes[0] not in (0, 1, -1) or min(sizes[1:]) < 1 or np.prod(sizes[1:]) > MAX_ELEMENTS:
+        if len(sizes) < 2 or sizes[0] not in (0, 1, -1) or min(sizes[1:]) < 1 or math.prod(sizes[1:]) > MAX_ELEMENTS:
             raise InputError(
                 f"{self.name}: input of shape {sizes} is not supported; use a batch dimension of 1 or of variable size "
                 "first, then fixed sizes"
@@ -182,11 +199,11 @@ class _Importer:
             results = results if isinstance(results, tuple) else (results,)
             if any(one.shape[:1] != (1,) or not one.numel() for one in results):
                 raise UnsupportedNode("an empty output, or one without the batch as first dimension")
-            if max(one.numel() for one in results) > MAX_ELEMENTS:
-                raise UnsupportedNode(f"more than {MAX_ELEMENTS:,} outputs")
         except UnsupportedNode as error:
             raise InputError(f"{label} with {error} is not supported; use a network without it") from None
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, MemoryError, OverflowError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # as above
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{label} is not valid ({reason}); use a valid model") from None
         self.operations.append(operation)
@@ -206,8 +223,9 @@ class _Importer:
             part = sizes[node.attributes.get("start", 0) : node.attributes.get("end")]
             self.known.constants[proto.output[0]] = torch.tensor(part)
             return
-        if proto.op_type == "ConstantOfShape" and int(node.constant(0).prod()) > MAX_ELEMENTS:
-            raise UnsupportedNode("a large result")
+        check_elements(
+            *(node.constant(0).tolist() if proto.op_type == "ConstantOfShape" else _largest_sizes(proto, self.known))
+        )
         names = [name for name in proto.input if name]
         inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in names]
         outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in proto.output]
@@ -218,6 +236,13 @@ class _Importer:
         )
         for name, value in zip(proto.output, results, strict=True):
             self.known.constants[name] = _to_tensor(np.asarray(value), self.name, name)
+
+
+def _largest_sizes(proto: "onnx.NodeProto", known: KnownValues) -> list[int]:
+    """Return sizes whose product is at least the number of results of an elementwise operation of constants."""
+    shapes = [list(known.constants[name].shape) for name in proto.input if name]
+    rank = max(map(len, shapes), default=0)
+    return [max(sizes) for sizes in zip(*([1] * (rank - len(shape)) + shape for shape in shapes), strict=True)]
 
 
 def _drop_unused(operations: Sequence[Operation], output: str) -> list[Operation]:

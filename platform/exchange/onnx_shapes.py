@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from linflab.models.networks.layers import GroupSort
 from linflab.models.robustness.bounds.steps import Rearrangement
-from linflab.platform.exchange.onnx_nodes import Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_nodes import Node, Operation, UnsupportedNode, check_elements
 
 
 def _to_shape(node: Node, shape: Sequence[int]) -> Operation:
@@ -80,6 +80,7 @@ def convert_pad(node: Node) -> Operation:
     mode = node.attributes.get("mode", b"constant").decode()
     if mode != "constant" or value or node.has(3) or len(pads) != 2 * rank or pads[0] or pads[rank]:
         raise UnsupportedNode(f"mode={mode} and value={value}, or axes")
+    check_elements(*(n + a + b for n, a, b in zip(node.example(0).shape, pads[:rank], pads[rank:], strict=True)))
     edges = [edge for axis in range(rank - 1, 0, -1) for edge in (pads[axis], pads[rank + axis])]
     return node.operation(lambda x: functional.pad(x, edges))
 

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.robustness.bounds.steps import Rearrangement
-from linflab.platform.exchange.onnx_nodes import Node, Operation, UnsupportedNode
+from linflab.platform.exchange.onnx_nodes import Node, Operation, UnsupportedNode, check_elements
 
 
-def _window(node: Node, size: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return strides, dilations, and the padding at starts and ends, of a convolution or pooling with a kernel size."""
+def _window(node: Node, size: Sequence[int], channels: int = 1) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return strides, dilations, and the padding at starts and ends, of a convolution or pooling.
+
+    Args:
+        node: The node.
+        size: Kernel size.
+        channels: Number of output channels.
+    """
     dims = len(size)
     strides = list(node.attributes.get("strides", [1] * dims))
     dilations = list(node.attributes.get("dilations", [1] * dims))
@@ -30,13 +36,15 @@ def _window(node: Node, size: Sequence[int]) -> tuple[list[int], list[int], list
         raise UnsupportedNode(f"auto_pad={mode}")
     if dims not in (1, 2) or min(pads) < 0:
         raise UnsupportedNode(f"kernel_shape={list(size)} and pads={pads}")
+    sizes = zip(node.example(0).shape[2:], pads[:dims], pads[dims:], strict=True)
+    check_elements(max(channels, node.example(0).shape[1]), *(n + start + end for n, start, end in sizes))
     return strides, dilations, pads[:dims], pads[dims:]
 
 
 def convert_conv(node: Node) -> Operation:
     """Return a convolution of one or two dimensions; one-hot filters become a rearrangement."""
     weight = node.constant(1)
-    strides, dilations, starts, ends = _window(node, weight.shape[2:])
+    strides, dilations, starts, ends = _window(node, weight.shape[2:], len(weight))
     group, channels = node.attributes.get("group", 1), node.example(0).shape[1]
     edges = [edge for pair in reversed(list(zip(starts, ends, strict=True))) for edge in pair]
     is_symmetric = starts == ends
