@@ -82,8 +82,8 @@ class _Distribution(BaseModel):
         return True
 
     def values(self, point: Mapping[str, Value]) -> Iterable[Value]:
-        """Iterate over all values of a countable distribution, given the earlier values of a point."""
-        raise NotImplementedError
+        """Return all values, given the earlier values of a point; none if they are not countable."""
+        return ()
 
     def _condition_text(self) -> str:
         return "".join(f", if {name} is {choice}" for name, choice in self.when.items())
