@@ -83,6 +83,17 @@ class AdversarialBoundConfig(RobustLossConfig):
         if can_trace(network):
             trace_bounded_layers(network, input_shape)
 
+    def attack_images(self, network: nn.Module, batch: Batch) -> tuple[float, Tensor]:
+        """Return the radius of the attack on the images of a batch, and the images (B, C, H, W) at which it ends.
+
+        Args:
+            network: Network in training mode.
+            batch: Inputs of the training step, with starting points.
+        """
+        eps = min(1.0, self.attack_eps_factor * batch.eps)
+        decay = self.step_decay_after, self.step_decay_factor
+        return eps, adversarial_images(network, batch, eps, self.steps, self.rel_step_size, *decay)
+
 
 class SmallBoxConfig(AdversarialBoundConfig):
     """Settings of bounds over a small box around an adversarial image; the attack has the defaults of SABR's paper."""
@@ -161,16 +172,7 @@ class AdversarialBoundObjective(Objective):
         reg_weight = config.warmup_reg_weight * (1 - batch.eps / config.eps_train)
         if batch.starts is None:
             return self._clean_loss(network, batch, reg_weight)
-        attack_eps = min(1.0, config.attack_eps_factor * batch.eps)
-        points = adversarial_images(
-            network,
-            batch,
-            attack_eps,
-            config.steps,
-            config.rel_step_size,
-            config.step_decay_after,
-            config.step_decay_factor,
-        )
+        attack_eps, points = config.attack_images(network, batch)
         ball = self.choose_ball(batch.images, points, batch.eps, attack_eps)
         is_clean_first = config.batch_norm_statistics == "clean"
         first, second = (batch.images, points) if is_clean_first else (points, batch.images)

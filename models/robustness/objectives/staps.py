@@ -9,11 +9,7 @@ from torch import Tensor
 
 from linflab.models.robustness.bounds.two_part import TwoPartBounds, TwoPartOutput
 from linflab.models.robustness.objectives.adversarial_bounds import SmallBoxConfig
-from linflab.models.robustness.objectives.adversarial_images import (
-    adversarial_centers,
-    adversarial_images,
-    draw_image_starts,
-)
+from linflab.models.robustness.objectives.adversarial_images import adversarial_centers, draw_image_starts
 from linflab.models.robustness.objectives.base import Batch, UnitInterval
 from linflab.models.robustness.objectives.taps import TAPS, LatentAttackConfig
 
@@ -52,16 +48,7 @@ class STAPS(TAPS):
         config = self.config
         if batch.starts is None:
             return super().propagate(bounds, batch, with_regularization)
-        attack_eps = min(1.0, config.attack_eps_factor * batch.eps)
-        points = adversarial_images(
-            bounds.network,
-            batch,
-            attack_eps,
-            config.steps,
-            config.rel_step_size,
-            config.step_decay_after,
-            config.step_decay_factor,
-        )
+        attack_eps, points = config.attack_images(bounds.network, batch)
         is_clean_first = config.batch_norm_statistics == "clean"
         parts = bounds.propagate(
             batch.images if is_clean_first else points,
