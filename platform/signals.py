@@ -98,6 +98,9 @@ def guarded(hint: str = "") -> Iterator[None]:
         if _state.interrupted and _is_caused_by_interrupt(error):
             raise KeyboardInterrupt from None
         raise
+    except (KeyboardInterrupt, SystemExit):
+        _state.interrupted = True  # SystemExit: by Ray's handler, perhaps before `_listen` has read the signal
+        raise
     finally:
         # Keep the hint for a second signal that arrives before the caller has reported the first one.
         if not _state.interrupted:

@@ -55,3 +55,27 @@ def test_signals_in_a_callback_end_the_process(handler: str) -> None:
     code = IN_FORK_HOOK.format(handler=handler)
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=25)
     assert (done.returncode, done.stderr) == (130, "linflab: interrupted; resume\n")
+
+
+BEFORE_THE_THREAD = """
+import os, signal, sys, time
+from linflab.platform import signals
+
+signals.watch()
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+sys.setswitchinterval(20)  # the signal thread waits until the main thread blocks
+try:
+    with signals.guarded("resume"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+except SystemExit:
+    sys.stderr.write("interrupted; resume\\n")
+    time.sleep(1)
+    signals.command_ended(130)
+"""
+
+
+def test_signals_are_reported_once_when_a_library_handles_them_first() -> None:
+    """Ray's handler raises SystemExit, and the main thread may report it before the signal thread has woken up."""
+    done = subprocess.run([sys.executable, "-c", BEFORE_THE_THREAD], text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted; resume\n")
