@@ -23,7 +23,9 @@ def evaluate(
     eps: Annotated[
         str, typer.Option(help="Comma-separated eps, for pixel values in [0, 1]; default: that of the run")
     ] = "",
-    certifier: Annotated[str, typer.Option(help="lipschitz, ibp or crown; default: that of the run")] = "",
+    certifier: Annotated[
+        str, typer.Option(help="lipschitz, ibp, crown, alpha_crown or complete; default: that of the run")
+    ] = "",
     sound: Annotated[bool | None, typer.Option("--sound/--real-arithmetic", help=SOUND)] = None,
     attacks: Annotated[
         str,
@@ -131,7 +133,8 @@ def certify(
         typer.Argument(help="Image files, .npy arrays (C, H, W) or (N, C, H, W) of the network's size, or directories"),
     ],
     certifier: Annotated[
-        str, typer.Option(help="lipschitz, ibp or crown; auto selects one by the kind of network")
+        str,
+        typer.Option(help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network"),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
