@@ -38,9 +38,13 @@ def margins_of_box(traced: Trace, box: Box, labels: Tensor, sound: bool) -> Tens
 
 def is_undecided(margins: Tensor, labels: Tensor) -> Tensor:
     """Return for which boxes (B,) upper bounds (B, K) of logit differences do not prove the class."""
-    differences = margins.scatter(1, labels[:, None], -1.0)
+    return ~is_proven(margins.scatter(1, labels[:, None], -1.0)).all(dim=1)
+
+
+def is_proven(margins: Tensor) -> Tensor:
+    """Return which upper bounds of logit differences prove that the difference is negative."""
     # Infinite logits make bounds of -inf, which prove nothing; in float32 rounded up, the least finite number.
-    return ~((differences < 0) & (differences > torch.finfo(torch.float32).min)).all(dim=1)
+    return (margins < 0) & (margins > torch.finfo(torch.float32).min)
 
 
 def split_inputs(

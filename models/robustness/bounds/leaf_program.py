@@ -34,7 +34,6 @@ class LeafProgram:
         self.starts = np.cumsum([0, *sizes])
         self.width = int(self.starts[-1]) + 1  # with the violation
         self.cost = self._row_matrix(functions)[0]
-        self.constant = float(functions.constant[0, 0])
         lower, upper = (end[0].cpu().numpy() for end in network.box)
         free = np.full(self.width - len(lower) - 1, np.inf)
         self.bounds = np.stack([np.concatenate([lower, -free, [0.0]]), np.concatenate([upper, free, [np.inf]])], axis=1)

@@ -17,7 +17,7 @@ from linflab.models.robustness.bounds.alpha_crown import tight_boxes
 from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
 from linflab.models.robustness.bounds.boxes import Box, all_finite, ball_box
 from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound, SearchResult
-from linflab.models.robustness.bounds.input_splitting import is_undecided, margins_of_box, split_inputs
+from linflab.models.robustness.bounds.input_splitting import is_proven, is_undecided, margins_of_box, split_inputs
 from linflab.models.robustness.bounds.reduction import Reduction
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.steps import Trace
@@ -146,16 +146,20 @@ class CompleteCertifier(TracingCertifier):
         """Return the distance of a misclassified image on the segment to an adversarial image."""
         shares = torch.linspace(0, 1, 65, dtype=image.dtype, device=image.device).view(-1, *[1] * (image.dim() - 1))
         points = image + shares * (adversarial - image)
-        is_wrong = ~(margin(self.network(points), label.expand(len(points))) > 0)
+        is_wrong = ~(margin(self._logits(points), label.expand(len(points))) > 0)
         distances = (points.double() - image.double()).abs().flatten(1).amax(dim=1)
         return float(distances[is_wrong].min()) if bool(is_wrong.any()) else math.inf
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Return logits; a single image is doubled, since some networks only accept batches."""
+        return self.network(images) if len(images) > 1 else self.network(torch.cat([images, images]))[:1]
 
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.time_limit
 
     def _decide(self, image: Tensor, label: Tensor, eps: float, deadline: float) -> Decision:
         start = time.monotonic()
-        logits = compute_logits(self.network, image)
+        logits = compute_logits(self.network, torch.cat([image, image]))[:1]
         check_logits(logits, label)
         if not bool(logits.isfinite().all()):
             return Decision("unknown", None, time.monotonic() - start, 0)
@@ -173,7 +177,7 @@ class CompleteCertifier(TracingCertifier):
 
         def is_counterexample(points: Tensor) -> Tensor:
             images = ball.project(points.to(box.lower).view(-1, *box.lower.shape[1:]))
-            return ~(margin(self.network(images), label.expand(len(images))) > 0)
+            return ~(margin(self._logits(images), label.expand(len(images))) > 0)
 
         def is_over() -> bool:
             return time.monotonic() >= deadline
@@ -195,14 +199,18 @@ class CompleteCertifier(TracingCertifier):
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)
         functions, others = reduction.logit_difference_rows(label)
-        is_open = ~(margins.gather(1, others) < 0)
+        is_open = ~is_proven(margins.gather(1, others))
         functions = functions.select(is_open[0].nonzero().T)
         search = BranchAndBound(reduction.network, functions, is_counterexample, self.settings.batch_size)
         return search.run(self.settings.steps, limit, is_over)
 
     def _attack(self, ball: LinfBall, label: Tensor, margins: Tensor) -> Tensor | None:
         """Return a misclassified image of the ball, or None; only classes that bounds do not exclude are tried."""
-        targets = (~(margins[0] < 0)).nonzero()[:, 0].repeat(self.settings.attack_restarts)
+        targets = (
+            (~is_proven(margins.scatter(1, label[:, None], -1.0))[0])
+            .nonzero()[:, 0]
+            .repeat(self.settings.attack_restarts)
+        )
         if not len(targets):
             return None
         balls = LinfBall(*(part.expand(len(targets), *part.shape[1:]) for part in ball))
@@ -211,7 +219,7 @@ class CompleteCertifier(TracingCertifier):
         for follows_surrogate in (False, True) if has_distances else (False,):
             with surrogate_gradients(self.network, SURROGATE_P) if follows_surrogate else nullcontext():
                 found, images = adversarial_images(
-                    self.network,
+                    self._logits,
                     balls,
                     label.expand(len(targets)),
                     targets,
@@ -220,6 +228,6 @@ class CompleteCertifier(TracingCertifier):
                     torch.Generator().manual_seed(0),
                 )
             for k in found.nonzero()[:, 0]:
-                if not bool(margin(self.network(images[k, None]), label) > 0):  # alone, since rounding may differ
+                if not bool(margin(self._logits(images[k, None]), label) > 0):  # alone, since rounding may differ
                     return images[k]
         return None
