@@ -4,8 +4,8 @@ A subproblem that its bound does not decide is split at a neuron into two. Both 
 their bounds, with an optimized multiplier (Wang et al., "Beta-CROWN", NeurIPS 2021). The neuron is selected by filtered
 smart branching (De Palma et al., "Improved Branch and Bound for Neural Network Verification via Lagrangian
 Decomposition", 2021): of the neurons whose relaxations lose most, the one whose two sides have the best bounds without
-optimization. A subproblem without a neuron to split is a linear program, whose exact solution gives either multipliers
-that prove the bound or a counterexample.
+optimization. A subproblem that no further split can decide is a linear program, whose exact solution gives either
+multipliers that prove the bound or a counterexample.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from linflab.models.robustness.bounds.leaf_program import LeafProgram
 from linflab.models.robustness.bounds.linear_bounds import MAX_COEFFICIENTS
+from linflab.models.robustness.bounds.linear_program import LinearProgram
 from linflab.models.robustness.bounds.reduced import ReducedNetwork
 from linflab.models.robustness.bounds.reduced_levels import Rows
 from linflab.models.robustness.bounds.subproblems import Subproblems, split
 
 Status = Literal["certified", "falsified", "unknown"]
 CANDIDATES = 4  # neurons whose splits are tried
+GAP_WEIGHT = 0.1  # weight of what a relaxation may lose, against the improvement of a split
 STEPS = 12  # optimization steps of a subproblem
 STEP_SIZE = 0.2
 MIN_BATCH = 32  # smaller batches are split further before their bounds are optimized
@@ -85,15 +86,19 @@ class BranchAndBound:
             chosen = opened.bounds.topk(size, largest=len(opened) > MAX_OPEN).indices
             rest = torch.ones(len(opened), dtype=torch.bool, device=chosen.device)
             rest[chosen] = False
-            children, leaves = self._branch_deeply(opened.select(chosen))
-            for k in range(len(leaves)):
+            children, stalled = self._branch_deeply(opened.select(chosen))
+            parts = [children]
+            for k in range(len(stalled)):
                 if is_over():
                     return SearchResult("unknown", None, count)
-                status, point = self._solve_leaf(leaves, k)
-                if status == "falsified":
+                problem, point = self._solve_program(stalled.select(torch.tensor([k])))
+                if point is not None:
                     return SearchResult("falsified", point, count)
-                has_undecided |= status == "unknown"
-            count += len(children) + len(leaves)
+                halves, undecided = self._branch(problem.select(~(problem.bounds > 0)), has_program=True)
+                parts.append(halves)
+                has_undecided |= len(undecided) > 0
+            children = Subproblems.concatenate(parts)
+            count += len(children) + len(stalled)
             bounded = self._bound(children) if len(children) else children
             opened = Subproblems.concatenate([opened.select(rest), bounded.select(~(bounded.bounds > 0))])
         return SearchResult("unknown" if has_undecided else "certified", None, count)
@@ -120,68 +125,81 @@ class BranchAndBound:
         bounds, params = self.network.optimize(
             functions, problems.params, STEPS, problems.states, STEP_SIZE, 0.0, 0.5 * self.scale
         )
-        return replace(problems, params=params, bounds=bounds[0])
+        return replace(problems, params=params, bounds=torch.maximum(bounds[0], problems.bounds))
 
     def _branch_deeply(self, problems: Subproblems) -> tuple[Subproblems, Subproblems]:
-        """Split subproblems until there are enough for a batch; return them, and those without a neuron to split.
+        """Split subproblems until there are enough for a batch; return them, and those that are stalled.
 
         A few subproblems take as long as a batch of them, so that several splits at once save time.
         """
-        all_leaves = []
+        all_stalled = []
         while True:
-            problems, leaves = self._branch(problems)
-            all_leaves.append(leaves)
+            problems, stalled = self._branch(problems)
+            all_stalled.append(stalled)
             functions = self.functions.select(problems.target[None])
             bounds = self.network.propagate(functions, problems.params, problems.states).bounds[0]
+            bounds = torch.maximum(bounds, problems.bounds)  # a part has at least the bound of the whole
             problems = replace(problems, bounds=bounds).select(~(bounds > 0))
             if not 0 < len(problems) <= min(MIN_BATCH, self.batch_size) // 2:
-                return problems, Subproblems.concatenate(all_leaves)
+                return problems, Subproblems.concatenate(all_stalled)
 
-    def _branch(self, problems: Subproblems) -> tuple[Subproblems, Subproblems]:
-        """Return both sides of a split of each subproblem, and the subproblems without a neuron to split."""
+    def _branch(self, problems: Subproblems, has_program: bool = False) -> tuple[Subproblems, Subproblems]:
+        """Return both sides of a split of each subproblem, and the subproblems that are stalled.
+
+        A subproblem is stalled if its relaxations lose less than its bound lacks, so that only better multipliers help.
+
+        Args:
+            problems: Subproblems.
+            has_program: If True, their linear programs are solved; only those without a neuron to split are stalled.
+        """
         network = self.network
         functions = self.functions.select(problems.target[None])
         outputs = network.propagate(functions, problems.params, problems.states, strict=False).outputs
         parts = zip(network.levels, outputs, problems.states, problems.params, strict=True)
         gaps = [level.gaps(a, state, params)[0] for level, a, state, params in parts]
-        scores = torch.cat(gaps, dim=1) if gaps else problems.bounds.new_zeros(len(problems), 0)
-        if not scores.shape[1]:
-            return problems.select(torch.arange(0)), problems
-        is_leaf = ~(scores.amax(dim=1) > 0)
-        leaves, scores = problems.select(is_leaf), scores[~is_leaf]
-        problems = problems.select(~is_leaf)
+        scores = torch.cat([problems.bounds.new_zeros(len(problems), 1), *gaps], dim=1)
+        is_stalled = ~(scores.amax(dim=1) > 0)
+        if not has_program:
+            is_stalled |= scores.sum(dim=1) < -problems.bounds
+        stalled, scores = problems.select(is_stalled), scores[~is_stalled, 1:]
+        problems = problems.select(~is_stalled)
         if not len(problems):
-            return problems, leaves
+            return problems, stalled
         sizes = [level.size for level in network.levels]
         level_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(scores.device)
         neuron_of = torch.cat([torch.arange(size) for size in sizes]).to(scores.device)
         best, chosen = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
         values = [self._try_split(problems, level_of[one], neuron_of[one]) for one in chosen.unbind(1)]
-        value = torch.stack(values, dim=1).masked_fill(~(best > 0), -torch.inf)
+        value = (torch.stack(values, dim=1) + GAP_WEIGHT * best).masked_fill(~(best > 0), -torch.inf)
         one = chosen.gather(1, value.argmax(dim=1, keepdim=True))[:, 0]
         sides = [split(network, problems, level_of[one], neuron_of[one], torch.full_like(one, side)) for side in (0, 1)]
-        return Subproblems.concatenate(sides), leaves
+        return Subproblems.concatenate(sides), stalled
 
     def _try_split(self, problems: Subproblems, level: Tensor, neuron: Tensor) -> Tensor:
-        """Return the value (S,) of a split: the sum of the bounds of both sides, the lower one with more weight."""
+        """Return the value (S,) of a split: the sum of the improvements of both sides, the lower one with more weight.
+
+        Without multipliers, the bound of a side may be worse than before the split; it then counts as unchanged.
+        """
         functions = self.functions.select(problems.target[None])
         found = []
         for side in (0, 1):
             part = split(self.network, problems, level, neuron, torch.full_like(level, side))
-            found.append(self.network.propagate(functions, part.params, part.states, strict=False).bounds[0])
-        low, high = torch.minimum(*found).clamp_max(0), torch.maximum(*found).clamp_max(0)
-        return low + 0.3 * high
+            bounds = self.network.propagate(functions, part.params, part.states, strict=False).bounds[0]
+            found.append((torch.maximum(bounds, problems.bounds) - problems.bounds).minimum(-problems.bounds))
+        return torch.minimum(*found) + 0.3 * torch.maximum(*found)
 
-    def _solve_leaf(self, problems: Subproblems, k: int) -> tuple[Status, Tensor | None]:
-        problem = problems.select(torch.tensor([k]))
+    def _solve_program(self, problem: Subproblems) -> tuple[Subproblems, Tensor | None]:
+        """Return one subproblem with the bound of its linear program, and a counterexample or None."""
         functions = self.functions.select(problem.target[None])
-        program = LeafProgram(self.network, functions, problem)
-        for params, point in program.solutions():
-            if bool((self.network.propagate(functions, params, problem.states).bounds > 0).all()):
-                return "certified", None
+        for params, point in LinearProgram(self.network, functions, problem).solutions():
+            bounds = self.network.propagate(functions, params, problem.states).bounds[0]
+            if bool((bounds > problem.bounds).all()):
+                problem = replace(problem, params=params, bounds=bounds)
+            if bool((bounds > 0).all()):
+                break
             if point is not None and bool(self.is_counterexample(point[None])[0]):
-                return "falsified", point
-        return "unknown", None
+                return problem, point
+        return problem, None
 
     def _find_counterexample(self, problems: Subproblems) -> Tensor | None:
         """Return an input where the bound of a subproblem is attained, if it is a counterexample."""

@@ -19,7 +19,7 @@ from linflab.models.robustness.bounds.subproblems import Subproblems
 COSTS = (1e2, 1e4, 1e6)  # costs of a violation, relative to the size of the function
 
 
-class LeafProgram:
+class LinearProgram:
     """Linear program of one subproblem: the minimum of a function over the relaxed network with its splits.
 
     Args:
