@@ -16,6 +16,7 @@ from linflab.models.robustness.bounds.relaxations import FLOAT64_SLACK, relax
 from linflab.models.robustness.bounds.steps import Clamp
 
 Values = dict[str, Tensor]  # tensors (B, R or 1, N, ...) of a level, by name
+MIN_WEIGHT = 1e-9  # multipliers of other neurons may cancel a coefficient, although the relaxation is not exact
 
 
 class Rows(NamedTuple):
@@ -202,7 +203,7 @@ class RangeLevel(Level):
             size = 1 + state["lower"].abs() + state["upper"].abs()  # smaller gaps are rounding errors
             is_open = (state["upper"] - state["lower"] > 1e-9 * size) & (gap > 1e-11 * size)
             gap = torch.where(is_open, gap, 0.0)
-        return gap * a.abs()
+        return gap * (a.abs() + MIN_WEIGHT)
 
     def split_(self, state: Values, rows: Tensor, neurons: Tensor, side: Tensor) -> None:
         """Cut ranges at 0, at a bend of the activation, or in the middle; side 1 is above."""
@@ -311,7 +312,7 @@ class MaxLevel(Level):
     def gaps(self, a: Tensor, state: Values, params: Values) -> Tensor:
         """Return |a| times the distance between the upper and the lower bound of the maximum."""
         best = self.piece_lower.expand(*state["mask"].shape).gather(-1, state["best"][..., None])[..., 0]
-        return torch.where(state["decided"], 0.0, (state["top_upper"] - best).clamp_min(1e-12)) * a.abs()
+        return torch.where(state["decided"], 0.0, (state["top_upper"] - best).clamp_min(1e-12)) * (a.abs() + MIN_WEIGHT)
 
     def split_(self, state: Values, rows: Tensor, neurons: Tensor, side: Tensor) -> None:
         """Side 1: the piece with the largest upper bound attains the maximum. Side 0: another one does."""
