@@ -89,14 +89,16 @@ def evaluate(layers: Sequence[Layer], x: np.ndarray) -> np.ndarray:
     return x
 
 
-def exact_radius(layers: Sequence[Layer], image: np.ndarray, label: int, limit: float = 1.0) -> float:
-    """Return the smallest eps at which a wrong class wins or ties; inf if it is above `limit`."""
+def exact_radius(layers: Sequence[Layer], image: np.ndarray, label: int, margin: float = 0.0) -> float:
+    """Return the smallest eps at which z_y - z_j is at most `margin` for a wrong class j; inf if it is above 1."""
     classes = len(evaluate(layers, image))
     for size in BOX_SIZES:
         found = min(
-            _Program(layers, image, size).smallest_eps(label, other) for other in range(classes) if other != label
+            _Program(layers, image, size).smallest_eps(label, other, margin)
+            for other in range(classes)
+            if other != label
         )
-        if found < math.inf or size >= limit:
+        if found < math.inf:
             return found
     return math.inf
 
@@ -126,7 +128,7 @@ class _Program:
             values, low, high = step(layer, values, low, high)
         self.outputs = values
 
-    def smallest_eps(self, label: int, other: int) -> float:
+    def smallest_eps(self, label: int, other: int, margin: float) -> float:
         matrix = np.zeros((len(self.rows) + 1, len(self.lower)))
         for row, terms in zip(matrix, self.rows, strict=False):
             for k, factor in terms.items():
@@ -136,7 +138,7 @@ class _Program:
         cost[0] = 1
         found = milp(
             cost,
-            constraints=LinearConstraint(matrix, -np.inf, [*self.limits, 0.0]),
+            constraints=LinearConstraint(matrix, -np.inf, [*self.limits, margin]),
             bounds=Bounds(self.lower, self.upper),
             integrality=np.array(self.binary, dtype=int),
             options={"mip_rel_gap": 1e-7, "time_limit": 60},

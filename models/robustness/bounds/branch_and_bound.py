@@ -91,10 +91,14 @@ class BranchAndBound:
             for k in range(len(stalled)):
                 if is_over():
                     return SearchResult("unknown", None, count)
-                problem, point = self._solve_program(stalled.select(torch.tensor([k])))
+                problem, point, is_positive = self._solve_program(stalled.select(torch.tensor([k])))
                 if point is not None:
                     return SearchResult("falsified", point, count)
-                halves, undecided = self._branch(problem.select(~(problem.bounds > 0)), has_program=True)
+                is_open = ~(problem.bounds > 0)
+                if is_positive:  # only rounding errors keep the bound from being positive, which no split changes
+                    has_undecided |= bool(is_open.all())
+                    continue
+                halves, undecided = self._branch(problem.select(is_open), has_program=True)
                 parts.append(halves)
                 has_undecided |= len(undecided) > 0
             children = Subproblems.concatenate(parts)
@@ -188,18 +192,24 @@ class BranchAndBound:
             found.append((torch.maximum(bounds, problems.bounds) - problems.bounds).minimum(-problems.bounds))
         return torch.minimum(*found) + 0.3 * torch.maximum(*found)
 
-    def _solve_program(self, problem: Subproblems) -> tuple[Subproblems, Tensor | None]:
-        """Return one subproblem with the bound of its linear program, and a counterexample or None."""
+    def _solve_program(self, problem: Subproblems) -> tuple[Subproblems, Tensor | None, bool]:
+        """Solve the linear program of one subproblem.
+
+        Returns:
+            The subproblem with the bound of its program; a counterexample or None; and True if the optimum is positive.
+        """
         functions = self.functions.select(problem.target[None])
-        for params, point in LinearProgram(self.network, functions, problem).solutions():
+        is_positive = False
+        for params, optimum, point in LinearProgram(self.network, functions, problem).solutions():
             bounds = self.network.propagate(functions, params, problem.states).bounds[0]
             if bool((bounds > problem.bounds).all()):
                 problem = replace(problem, params=params, bounds=bounds)
+            is_positive |= optimum > 0
             if bool((bounds > 0).all()):
                 break
             if point is not None and bool(self.is_counterexample(point[None])[0]):
-                return problem, point
-        return problem, None
+                return problem, point, is_positive
+        return problem, None, is_positive
 
     def _find_counterexample(self, problems: Subproblems) -> Tensor | None:
         """Return an input where the bound of a subproblem is attained, if it is a counterexample."""

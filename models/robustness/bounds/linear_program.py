@@ -7,6 +7,7 @@ backward propagation computes a sound bound. The solver (HiGHS) therefore needs 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,20 @@ from linflab.models.robustness.bounds.reduced_levels import MaxLevel, RangeLevel
 from linflab.models.robustness.bounds.subproblems import Subproblems
 
 COSTS = (1e2, 1e4, 1e6)  # costs of a violation, relative to the size of the function
+
+
+class Solution(NamedTuple):
+    """Optimum of a linear program, in real arithmetic.
+
+    Attributes:
+        params: Parameters of the relaxations from the dual solution.
+        optimum: Least value of the function, plus the cost of a violation.
+        inputs: (D,) inputs where it is attained, if no constraint is violated there.
+    """
+
+    params: list[Values]
+    optimum: float
+    inputs: Tensor | None
 
 
 class LinearProgram:
@@ -33,7 +48,7 @@ class LinearProgram:
         sizes = [network.center.shape[1], *(level.size for level in network.levels)]
         self.starts = np.cumsum([0, *sizes])
         self.width = int(self.starts[-1]) + 1  # with the violation
-        self.cost = self._row_matrix(functions)[0]
+        self.cost, self.constant = self._row_matrix(functions)[0], float(functions.constant[0, 0])
         lower, upper = (end[0].cpu().numpy() for end in network.box)
         free = np.full(self.width - len(lower) - 1, np.inf)
         self.bounds = np.stack([np.concatenate([lower, -free, [0.0]]), np.concatenate([upper, free, [np.inf]])], axis=1)
@@ -54,8 +69,8 @@ class LinearProgram:
             elif isinstance(level, MaxLevel):
                 self._add_max_level(level, state, values, constant, outputs)
 
-    def solutions(self) -> Iterator[tuple[list[Values], Tensor | None]]:
-        """Yield parameters from dual solutions, and the optimal inputs (D,) if no constraint is violated there."""
+    def solutions(self) -> Iterator[Solution]:
+        """Yield solutions for growing costs of a violation, until there is none."""
         from scipy.optimize import linprog
 
         scale = max(1e-6, float(np.abs(self.cost).max()))
@@ -75,7 +90,8 @@ class LinearProgram:
                 continue
             is_feasible = found.x[-1] <= 1e-9
             inputs = torch.as_tensor(found.x[: self.starts[1]]).to(self.network.center)
-            yield self._read_params(found, scale), inputs if is_feasible else None
+            optimum = float(found.fun) * scale + self.constant
+            yield Solution(self._read_params(found, scale), optimum, inputs if is_feasible else None)
             if is_feasible:
                 return
 
@@ -161,9 +177,12 @@ class LinearProgram:
                     values, index = multipliers[name]
                     beta[index] += sign * values
                 params["beta"].copy_(torch.as_tensor(beta)[None, None])
+                (line, index), (above, _) = multipliers["below"], multipliers["above"]
+                total = line + (multipliers["zero"][0] if level.is_relu else 0.0)
+                overlap = np.zeros(level.size)
+                overlap[index] = np.minimum(total, above)  # both lines of a neuron may be active
+                params["overlap"].copy_(torch.as_tensor(overlap)[None, None])
                 if level.is_relu:
-                    (line, index), (zero, _) = multipliers["below"], multipliers["zero"]
-                    total = line + zero
                     slope = params["slope"][0, 0].cpu().numpy().copy()
                     slope[index] = np.where(total > 0, line / np.where(total > 0, total, 1.0), slope[index])
                     params["slope"].copy_(torch.as_tensor(slope)[None, None])

@@ -23,6 +23,8 @@ from linflab.models.robustness.bounds.boxes import Box
 from linflab.models.robustness.bounds.reduced_levels import Level, Rows, Values
 from linflab.models.robustness.bounds.rounding import gamma
 
+MULTIPLIERS = ("beta", "overlap")
+
 
 class Backward(NamedTuple):
     """Results of backward propagation of R functions.
@@ -141,8 +143,8 @@ class ReducedNetwork:
         if not leaves or not steps or _is_done(best, target):
             return best, best_params
         slopes, multipliers = (
-            [x for part in params for name, x in part.items() if (name == "beta") == is_beta]
-            for is_beta in (False, True)
+            [x for part in params for name, x in part.items() if (name in MULTIPLIERS) == is_multiplier]
+            for is_multiplier in (False, True)
         )
         groups = [
             {"params": [x.requires_grad_() for x in group], "lr": step_size * scale}

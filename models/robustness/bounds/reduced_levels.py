@@ -108,7 +108,8 @@ class RangeLevel(Level):
     """Neurons y = f(v) with a linear relaxation of f over a range of v; a split halves the range.
 
     Lower slopes of a ReLU, any in [0, 1], are parameters. A split range l <= v <= u has a multiplier beta of any sign:
-    beta v <= max(beta l, beta u), so beta v - max(beta l, beta u) may be added to a lower bound.
+    beta v <= max(beta l, beta u), so beta v - max(beta l, beta u) may be added to a lower bound. So may a multiple
+    (`overlap`, at least 0) of the difference of the lower and the upper line, which is at most 0 in the range.
     Source: Wang et al., "Beta-CROWN: Efficient Bound Propagation with Per-neuron Split Constraints", NeurIPS 2021.
 
     Args:
@@ -151,7 +152,7 @@ class RangeLevel(Level):
         shape = (len(slopes), functions, slopes.shape[2])
         params = {"slope": slopes.expand(shape).clone()} if self.is_relu else {}
         if splits:
-            params["beta"] = slopes.new_zeros(shape)
+            params |= {"beta": slopes.new_zeros(shape), "overlap": slopes.new_zeros(shape)}
         return params
 
     def clamp_(self, params: Values, state: Values) -> None:
@@ -159,6 +160,7 @@ class RangeLevel(Level):
         if "slope" in params:
             params["slope"].clamp_(0, 1)
         if "beta" in params:
+            params["overlap"].clamp_min_(0)
             beta = params["beta"]
             beta.clamp_(
                 torch.zeros_like(beta).masked_fill(state["low"], -torch.inf),
@@ -178,10 +180,11 @@ class RangeLevel(Level):
             terms = terms + positive * state["lower_intercept"]
         constant, size = terms.sum(dim=2), terms.detach().abs().sum(dim=2)
         if "beta" in params:
-            beta = params["beta"]
+            beta, overlap = params["beta"], params["overlap"]
+            q = q + beta + overlap * (slope - state["upper_slope"])
             ends = torch.relu(beta) * state["upper"] - torch.relu(-beta) * state["lower"]
-            q, constant = q + beta, constant - ends.sum(dim=2)
-            size = size + ends.detach().abs().sum(dim=2)
+            ends = ends + overlap * (state["upper_intercept"] - state["lower_intercept"])
+            constant, size = constant - ends.sum(dim=2), size + ends.detach().abs().sum(dim=2)
         return q, constant, size
 
     def output_magnitude(self) -> Tensor:
