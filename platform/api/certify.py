@@ -129,8 +129,8 @@ def certify(
         images: (N, C, H, W) or (N, D) with pixels in [0, 1], or an iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1]. If it is None, certified radii are computed.
-        certifier: `lipschitz`, `ibp`, `crown` or another registered certifier. `auto` selects `lipschitz` for networks
-            that are Lipschitz by construction, and `ibp` for all others.
+        certifier: `lipschitz`, `ibp`, `crown`, `alpha_crown`, `complete` or another registered certifier. `auto`
+            selects `lipschitz` for networks that are Lipschitz by construction, and `ibp` for all others.
         sound: If True, the certificates account for all float32 rounding. If False, they hold for real arithmetic only.
         batch_size: Number of images that are certified at once.
 

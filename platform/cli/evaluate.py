@@ -23,7 +23,9 @@ def evaluate(
     eps: Annotated[
         str, typer.Option(help="Comma-separated eps, for pixel values in [0, 1]; default: that of the run")
     ] = "",
-    certifier: Annotated[str, typer.Option(help="lipschitz, ibp or crown; default: that of the run")] = "",
+    certifier: Annotated[
+        str, typer.Option(help="lipschitz, ibp, crown, alpha_crown or complete; default: that of the run")
+    ] = "",
     sound: Annotated[bool | None, typer.Option("--sound/--real-arithmetic", help=SOUND)] = None,
     attacks: Annotated[
         str,
@@ -135,8 +137,8 @@ def certify(
     certifier: Annotated[
         str,
         typer.Option(
-            help="lipschitz, ibp or crown; auto selects one by the kind of network, and for properties the tighter of "
-            "ibp and crown"
+            help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network, and for "
+            "properties the tighter of ibp and crown"
         ),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
