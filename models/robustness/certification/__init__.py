@@ -24,7 +24,11 @@ from linflab.models.robustness.certification.lipschitz import LipschitzCertifier
 
 from linflab.models.robustness.certification.ibp import IBPCertifier  # isort: split
 
-from linflab.models.robustness.certification.crown import CROWNCertifier
+from linflab.models.robustness.certification.crown import CROWNCertifier  # isort: split
+
+from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier  # isort: split
+
+from linflab.models.robustness.certification.complete import CompleteCertifier, Decision
 from linflab.models.robustness.inputs import check_choice
 
 __all__ = [

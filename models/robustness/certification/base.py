@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from linflab.models.registry import Kind
@@ -16,6 +17,12 @@ from linflab.models.robustness.inputs import check_batch, check_eps
 BISECTION_STEPS = 20  # radii are too small by at most 2^-20
 
 
+class CertifierSettings(BaseModel):
+    """Base of the settings of certifiers; most have none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Certifier(Kind, ABC):
     """Base class of certifiers; each belongs to one network, and caches data about it across batches.
 
@@ -26,16 +33,20 @@ class Certifier(Kind, ABC):
     Args:
         network: Network in evaluation mode, in float32 or float64. Do not change it while its certifiers are in use.
         sound: Account for rounding in the network and in the certificate.
+        settings: Settings, of the class `settings_class`; None: the defaults.
 
     Attributes:
+        settings_class: Class of the settings.
         bisects: True if a radius is found by bisection, and so takes much longer than a certificate at one eps.
             Otherwise certificates follow from radii.
     """
 
     bisects: ClassVar[bool] = False
+    settings_class: ClassVar[type[CertifierSettings]] = CertifierSettings
 
-    def __init__(self, network: nn.Module, sound: bool = True) -> None:
+    def __init__(self, network: nn.Module, sound: bool = True, settings: CertifierSettings | None = None) -> None:
         self.network, self.sound = network, sound
+        self.settings = self.settings_class() if settings is None else settings
 
     @strict_float32()
     @torch.no_grad()
@@ -114,8 +125,8 @@ class BoxCertifier(Certifier):
 class TracingCertifier(BoxCertifier):
     """Base class of certifiers that propagate bounds through the traced layers of a network."""
 
-    def __init__(self, network: nn.Module, sound: bool = True) -> None:
-        super().__init__(network, sound)
+    def __init__(self, network: nn.Module, sound: bool = True, settings: CertifierSettings | None = None) -> None:
+        super().__init__(network, sound, settings)
         self._traces: dict[Any, Trace] = {}
 
     @abstractmethod
@@ -132,8 +143,12 @@ class TracingCertifier(BoxCertifier):
         """Return for which boxes (B,) all logit differences are proven negative."""
         if not len(labels):
             return self.verify(one_point(box), labels.new_zeros(1))[:0]
-        form = (box.lower.shape[1:], box.lower.dtype, box.lower.device)
-        traced = self._traces[form] = trace_and_check(self.network, box, self._traces.get(form))
-        differences = self.bound_margins(traced, box, labels).scatter(1, labels[:, None], -1.0)
+        differences = self.bound_margins(self.trace_network(box), box, labels).scatter(1, labels[:, None], -1.0)
         # Infinite logits make bounds of -inf, which prove nothing. Rounded up, -inf is the least finite number.
         return ((differences < 0) & (differences > torch.finfo(differences.dtype).min)).all(dim=1)
+
+    def trace_network(self, box: Box) -> Trace:
+        """Return the trace of the network for inputs like those of a box, checked at its corners."""
+        form = (box.lower.shape[1:], box.lower.dtype, box.lower.device)
+        traced = self._traces[form] = trace_and_check(self.network, box, self._traces.get(form))
+        return traced

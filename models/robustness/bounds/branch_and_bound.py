@@ -1,0 +1,177 @@
+"""Branch and bound on the nonlinear neurons of a reduced network.
+
+A subproblem that its bound does not decide is split at a neuron into two. Both have the constraint of their side in
+their bounds, with an optimized multiplier (Wang et al., "Beta-CROWN", NeurIPS 2021). The neuron is selected by filtered
+smart branching (De Palma et al., "Improved Branch and Bound for Neural Network Verification via Lagrangian
+Decomposition", 2021): of the neurons whose relaxations lose most, the one whose two sides have the best bounds without
+optimization. A subproblem without a neuron to split is a linear program, whose exact solution gives either multipliers
+that prove the bound or a counterexample.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linflab.models.robustness.bounds.leaf_program import LeafProgram
+from linflab.models.robustness.bounds.linear_bounds import MAX_COEFFICIENTS
+from linflab.models.robustness.bounds.reduced import ReducedNetwork
+from linflab.models.robustness.bounds.reduced_levels import Rows
+from linflab.models.robustness.bounds.subproblems import Subproblems, split
+
+Status = Literal["certified", "falsified", "unknown"]
+CANDIDATES = 4  # neurons whose splits are tried
+STEPS = 12  # optimization steps of a subproblem
+STEP_SIZE = 0.2
+MAX_OPEN = 2**14  # with more open subproblems, those closest to a decision are taken first
+CHECKED_POINTS = 32  # minimizers of bounds that are tried as counterexamples, in each iteration
+
+
+class SearchResult(NamedTuple):
+    """Result of branch and bound.
+
+    Attributes:
+        status: certified: all functions are positive; falsified: a counterexample was found; unknown: the search ended.
+        point: (D,) counterexample among the inputs of the reduced network, else None.
+        count: Number of subproblems that were bounded.
+    """
+
+    status: Status
+    point: Tensor | None
+    count: int
+
+
+class BranchAndBound:
+    """Proof that functions of a reduced network are positive, or search for a counterexample.
+
+    Args:
+        network: Reduced network of one image.
+        functions: (1, R) functions of the inputs and of the outputs of all levels.
+        is_counterexample: Function that returns which inputs (M, D) are counterexamples, (M,) bool.
+        batch_size: Number of subproblems that are bounded at once.
+    """
+
+    def __init__(
+        self,
+        network: ReducedNetwork,
+        functions: Rows,
+        is_counterexample: Callable[[Tensor], Tensor],
+        batch_size: int,
+    ) -> None:
+        self.network, self.functions, self.is_counterexample = network, functions, is_counterexample
+        width = network.center.shape[1] + sum(level.rows.constant.shape[1] for level in network.levels)
+        self.batch_size = max(1, min(batch_size, MAX_COEFFICIENTS // (8 * width)))
+        self.scale = 1.0
+
+    def run(self, steps: int, max_subproblems: float, is_over: Callable[[], bool]) -> SearchResult:
+        """Return the result of the search.
+
+        Args:
+            steps: Optimization steps of the bounds without splits.
+            max_subproblems: Largest number of subproblems.
+            is_over: Function that returns True when the search must end.
+        """
+        opened, count, has_undecided = self._root(steps), 0, False
+        while len(opened):
+            point = self._find_counterexample(opened)
+            if point is not None:
+                return SearchResult("falsified", point, count)
+            if is_over() or count >= max_subproblems:
+                return SearchResult("unknown", None, count)
+            size = min(len(opened), max(1, self.batch_size // 2))
+            chosen = opened.bounds.topk(size, largest=len(opened) > MAX_OPEN).indices
+            rest = torch.ones(len(opened), dtype=torch.bool, device=chosen.device)
+            rest[chosen] = False
+            children, leaves = self._branch(opened.select(chosen))
+            for k in range(len(leaves)):
+                if is_over():
+                    return SearchResult("unknown", None, count)
+                status, point = self._solve_leaf(leaves, k)
+                if status == "falsified":
+                    return SearchResult("falsified", point, count)
+                has_undecided |= status == "unknown"
+            count += len(children) + len(leaves)
+            bounded = self._bound(children) if len(children) else children
+            opened = Subproblems.concatenate([opened.select(rest), bounded.select(~(bounded.bounds > 0))])
+        return SearchResult("unknown" if has_undecided else "certified", None, count)
+
+    def _root(self, steps: int) -> Subproblems:
+        network, count = self.network, self.functions.constant.shape[1]
+        params = network.start_params(len(network.levels), count)
+        bounds, params = network.optimize(self.functions, params, steps)
+        outputs = network.propagate(self.functions, params).outputs
+        sizes = [a.abs().amax() for a in outputs if a.numel()]
+        self.scale = max(1e-9, float(torch.stack(sizes).amax())) if sizes else 1.0
+        with_multipliers = network.start_params(len(network.levels), count, splits=True)
+        for part, found in zip(with_multipliers, params, strict=True):
+            part.update(found)
+        states = [
+            {name: x.expand(1, count, *x.shape[2:]).clone() for name, x in state.items()} for state in network.states
+        ]
+        root = Subproblems(torch.arange(count, device=bounds.device), states, with_multipliers, bounds[0])
+        return root.select(~(root.bounds > 0))
+
+    def _bound(self, problems: Subproblems) -> Subproblems:
+        """Return subproblems with optimized parameters and bounds."""
+        functions = self.functions.select(problems.target[None])
+        bounds, params = self.network.optimize(
+            functions, problems.params, STEPS, problems.states, STEP_SIZE, 0.0, 0.5 * self.scale
+        )
+        return replace(problems, params=params, bounds=bounds[0])
+
+    def _branch(self, problems: Subproblems) -> tuple[Subproblems, Subproblems]:
+        """Return both sides of a split of each subproblem, and the subproblems without a neuron to split."""
+        network = self.network
+        functions = self.functions.select(problems.target[None])
+        outputs = network.propagate(functions, problems.params, problems.states, strict=False).outputs
+        parts = zip(network.levels, outputs, problems.states, problems.params, strict=True)
+        gaps = [level.gaps(a, state, params)[0] for level, a, state, params in parts]
+        scores = torch.cat(gaps, dim=1) if gaps else problems.bounds.new_zeros(len(problems), 0)
+        if not scores.shape[1]:
+            return problems.select(torch.arange(0)), problems
+        is_leaf = ~(scores.amax(dim=1) > 0)
+        leaves, scores = problems.select(is_leaf), scores[~is_leaf]
+        problems = problems.select(~is_leaf)
+        if not len(problems):
+            return problems, leaves
+        sizes = [level.size for level in network.levels]
+        level_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(scores.device)
+        neuron_of = torch.cat([torch.arange(size) for size in sizes]).to(scores.device)
+        best, chosen = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
+        values = [self._try_split(problems, level_of[one], neuron_of[one]) for one in chosen.unbind(1)]
+        value = torch.stack(values, dim=1).masked_fill(~(best > 0), -torch.inf)
+        one = chosen.gather(1, value.argmax(dim=1, keepdim=True))[:, 0]
+        sides = [split(network, problems, level_of[one], neuron_of[one], torch.full_like(one, side)) for side in (0, 1)]
+        return Subproblems.concatenate(sides), leaves
+
+    def _try_split(self, problems: Subproblems, level: Tensor, neuron: Tensor) -> Tensor:
+        """Return the value (S,) of a split: the sum of the bounds of both sides, the lower one with more weight."""
+        functions = self.functions.select(problems.target[None])
+        found = []
+        for side in (0, 1):
+            part = split(self.network, problems, level, neuron, torch.full_like(level, side))
+            found.append(self.network.propagate(functions, part.params, part.states, strict=False).bounds[0])
+        low, high = torch.minimum(*found).clamp_max(0), torch.maximum(*found).clamp_max(0)
+        return low + 0.3 * high
+
+    def _solve_leaf(self, problems: Subproblems, k: int) -> tuple[Status, Tensor | None]:
+        problem = problems.select(torch.tensor([k]))
+        functions = self.functions.select(problem.target[None])
+        program = LeafProgram(self.network, functions, problem)
+        for params, point in program.solutions():
+            if bool((self.network.propagate(functions, params, problem.states).bounds > 0).all()):
+                return "certified", None
+            if point is not None and bool(self.is_counterexample(point[None])[0]):
+                return "falsified", point
+        return "unknown", None
+
+    def _find_counterexample(self, problems: Subproblems) -> Tensor | None:
+        """Return an input where the bound of a subproblem is attained, if it is a counterexample."""
+        some = problems.select(problems.bounds.topk(min(CHECKED_POINTS, len(problems)), largest=False).indices)
+        functions = self.functions.select(some.target[None])
+        backward = self.network.propagate(functions, some.params, some.states, strict=False)
+        points = self.network.minimizer(backward.inputs)[0]
+        found = self.is_counterexample(points).nonzero()[:, 0]
+        return points[found[0]] if len(found) else None
