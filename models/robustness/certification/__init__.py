@@ -28,16 +28,20 @@ from linflab.models.robustness.certification.crown import CROWNCertifier  # isor
 
 from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier  # isort: split
 
-from linflab.models.robustness.certification.complete import CompleteCertifier, Decision
+from linflab.models.robustness.certification.complete import CompleteCertifier, Decision  # isort: split
+
+from linflab.models.robustness.certification.cascade import CascadeCertifier, Verdict
 from linflab.models.robustness.inputs import check_choice
 
 __all__ = [
     "BoxCertifier",
     "CROWNCertifier",
+    "CascadeCertifier",
     "Certifier",
     "IBPCertifier",
     "LipschitzCertifier",
     "TracingCertifier",
+    "Verdict",
     "certified_radius",
     "certify",
     "default_certifier",
