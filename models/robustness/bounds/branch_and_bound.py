@@ -25,6 +25,7 @@ Status = Literal["certified", "falsified", "unknown"]
 CANDIDATES = 4  # neurons whose splits are tried
 STEPS = 12  # optimization steps of a subproblem
 STEP_SIZE = 0.2
+MIN_BATCH = 32  # smaller batches are split further before their bounds are optimized
 MAX_OPEN = 2**14  # with more open subproblems, those closest to a decision are taken first
 CHECKED_POINTS = 32  # minimizers of bounds that are tried as counterexamples, in each iteration
 
@@ -84,7 +85,7 @@ class BranchAndBound:
             chosen = opened.bounds.topk(size, largest=len(opened) > MAX_OPEN).indices
             rest = torch.ones(len(opened), dtype=torch.bool, device=chosen.device)
             rest[chosen] = False
-            children, leaves = self._branch(opened.select(chosen))
+            children, leaves = self._branch_deeply(opened.select(chosen))
             for k in range(len(leaves)):
                 if is_over():
                     return SearchResult("unknown", None, count)
@@ -120,6 +121,21 @@ class BranchAndBound:
             functions, problems.params, STEPS, problems.states, STEP_SIZE, 0.0, 0.5 * self.scale
         )
         return replace(problems, params=params, bounds=bounds[0])
+
+    def _branch_deeply(self, problems: Subproblems) -> tuple[Subproblems, Subproblems]:
+        """Split subproblems until there are enough for a batch; return them, and those without a neuron to split.
+
+        A few subproblems take as long as a batch of them, so that several splits at once save time.
+        """
+        all_leaves = []
+        while True:
+            problems, leaves = self._branch(problems)
+            all_leaves.append(leaves)
+            functions = self.functions.select(problems.target[None])
+            bounds = self.network.propagate(functions, problems.params, problems.states).bounds[0]
+            problems = replace(problems, bounds=bounds).select(~(bounds > 0))
+            if not 0 < len(problems) <= min(MIN_BATCH, self.batch_size) // 2:
+                return problems, Subproblems.concatenate(all_leaves)
 
     def _branch(self, problems: Subproblems) -> tuple[Subproblems, Subproblems]:
         """Return both sides of a split of each subproblem, and the subproblems without a neuron to split."""
