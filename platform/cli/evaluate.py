@@ -170,7 +170,8 @@ def certify(
         typer.Argument(help="Image files, .npy arrays (C, H, W) or (N, C, H, W) of the network's size, or directories"),
     ],
     certifier: Annotated[
-        str, typer.Option(help="lipschitz, ibp or crown; auto selects one by the kind of network")
+        str,
+        typer.Option(help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network"),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
     storage_dir: StorageFolder = DEFAULT_STORAGE,

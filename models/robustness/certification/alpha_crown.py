@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins
+from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins, has_linear_bounds
+from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
 from linflab.models.robustness.bounds.boxes import Box
 from linflab.models.robustness.bounds.crown import crown_margins
 from linflab.models.robustness.bounds.ibp import ibp_margins
@@ -30,7 +31,14 @@ class AlphaCROWNCertifier(TracingCertifier):
     settings: AlphaCROWNSettings
 
     def bound_margins(self, traced: Trace, box: Box, labels: Tensor) -> Tensor:
-        """Return upper bounds (B, K) of z_j - z_y: the best of IBP, CROWN and alpha-CROWN."""
+        """Return upper bounds (B, K) of z_j - z_y: the best of IBP, CROWN and alpha-CROWN.
+
+        Raises:
+            TypeError: If no layer has a linear relaxation, or if `sound` and the network is not in float32.
+        """
+        check_sound_dtype(self.kind, self.sound, box)
+        if not has_linear_bounds(traced):
+            raise TypeError("alpha_crown: requires an activation or max pooling with a linear relaxation; use ibp")
         best = ibp_margins(traced, box, labels, self.sound).double()
         steps = self.settings.steps, self.settings.neuron_steps
         for bound in (

@@ -1,10 +1,11 @@
 """Base classes of certifiers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from linflab.models.registry import Kind
@@ -21,6 +22,31 @@ class CertifierSettings(BaseModel):
     """Base of the settings of certifiers; most have none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def build_settings(kind: str, cls: type[CertifierSettings], values: Mapping[str, Any]) -> CertifierSettings:
+    """Return the settings of a certifier.
+
+    Args:
+        kind: Kind of the certifier, for messages.
+        cls: Class of its settings.
+        values: Settings by name.
+
+    Raises:
+        ValueError: If a setting does not exist or has an invalid value; the message names it.
+    """
+    known = cls.model_fields
+    if unknown := [name for name in values if name not in known]:
+        advice = f"use {', '.join(known)}" if known else "leave it out"
+        raise ValueError(f"{unknown[0]}={values[unknown[0]]}: is not a setting of certifier={kind}; {advice}")
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, reason = str(first["loc"][0]), first["msg"].lower()
+        raise ValueError(
+            f"{name}={first['input']}: {reason}; use a valid value for {name} ({known[name].description})"
+        ) from None
 
 
 class Certifier(Kind, ABC):
