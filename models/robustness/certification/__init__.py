@@ -7,7 +7,8 @@ Each certifier has a `kind`:
 - `crown`: linear bounds through activations such as ReLU and tanh; tighter than `ibp` for networks that were not
   trained with IBP;
 - `alpha_crown`: CROWN with optimized slopes; at least as tight as `ibp` and `crown` on every image;
-- `complete`: attacks, then branch and bound, until an image is decided or its time is up.
+- `complete`: attacks, then branch and bound, until an image is decided or its time is up;
+- `cascade`: the above from cheap to complete, image by image, with a verdict that names the deciding stage.
 
 Certificates are floating-point sound by default: they hold for the network as it is computed, rounding included, in any
 order of summation. With `sound=False` they hold in real arithmetic, and rounding may violate them right at the radius.

@@ -9,7 +9,7 @@ from torch import nn
 from linflab.models.robustness.attacks.suite import AttackConfig, robust_under_attack
 from linflab.models.robustness.bounds.boxes import perturbation_box
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.models.robustness.certification import Certifier, certified_radius, certify
+from linflab.models.robustness.certification import certified_radius, certify
 from linflab.models.robustness.margins import margin
 from linflab.platform.config.overrides import load_config
 from linflab.platform.data.datasets import Split, load_dataset
