@@ -30,6 +30,9 @@ ATTACK = AttackConfig(
     methods=("pgd", "surrogate_pgd", "targeted_apgd", "square"), steps=6, target_classes=3, queries=30
 )
 
+SEARCHES = ("alpha_crown", "complete")  # their radii take many optimizations
+QUICK_NETWORKS = ("linf_dist_mlp", "linf_dist_hybrid-linf_dist_mlp")
+
 
 def is_applicable(kind: str, config: NetworkConfig) -> bool:
     """Return whether a certifier supports a network; certifiers that are not shipped must support all."""
@@ -45,9 +48,15 @@ def make_small(network: nn.Module, kind: str, sound: bool = True) -> Certifier:
 
 
 def list_cases(applicable: bool) -> list[Any]:
+    """Return certifiers and networks; searches for a radius that take more than a second are slow tests."""
     configs = [case for case in list_network_configs() if case.values[0].kind not in LARGE_KINDS]
     return [
-        pytest.param(kind, case.values[0], id=f"{kind}-{case.id}")
+        pytest.param(
+            kind,
+            case.values[0],
+            id=f"{kind}-{case.id}",
+            marks=[pytest.mark.slow] if applicable and kind in SEARCHES and case.id not in QUICK_NETWORKS else [],
+        )
         for kind in Certifier.registry
         for case in configs
         if is_applicable(kind, case.values[0]) == applicable
