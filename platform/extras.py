@@ -10,6 +10,7 @@ EXTRAS = {
         "sqlalchemy", "tabulate", "torchvision", "typer",
     },
     "cluster": {"cmaes", "grpc", "ray"},
+    "exchange": {"onnx", "safetensors"},
 }  # fmt: skip
 
 

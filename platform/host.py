@@ -16,10 +16,10 @@ def describe_hardware() -> str:
     return ", ".join([f"{cores} CPU cores ({machine.machine()}, {torch.backends.cpu.get_cpu_capability()})", *devices])
 
 
-def package_versions() -> str:
-    """Return the versions of Python and of the installed packages that affect results, as text."""
+def package_versions(*others: str) -> str:
+    """Return the versions of Python, of the installed packages that affect results, and of others, as text."""
     versions = [f"python {machine.python_version()}"]
-    for name in ("linflab", "torch", "ray", "optuna", "mlflow"):
+    for name in ("linflab", "torch", "ray", "optuna", "mlflow", *others):
         with suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
     return ", ".join(versions)

@@ -79,6 +79,12 @@ def test_training_imports_matplotlib_only_for_final_figures(tmp_path: Path) -> N
         (("platform", "cluster"), cli_code("recipes"), "linflab[platform]"),
         (("cluster",), cli_code("sweep", RECIPE, "demo", "--storage", "STORAGE"), "linflab[cluster]"),
         (("cluster",), cli_code("train", RECIPE, "compute.workers=2", "--storage", "STORAGE"), "linflab[cluster]"),
+        (
+            ("exchange",),
+            "from pathlib import Path; Path('STORAGE/m.onnx').write_bytes(b''); "
+            + cli_code("certify", "STORAGE/m.onnx", "--vnnlib", "STORAGE/p.vnnlib"),
+            "linflab[exchange]",
+        ),
     ],
 )
 def test_missing_extra_is_reported_in_one_line(

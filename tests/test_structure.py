@@ -28,7 +28,7 @@ LAYERS = (
     {"tracking"},
     {"training"},
     {"config"},
-    {"data"},
+    {"data", "exchange"},
 )
 BASE = {"source", "files", "extras", "locks", "signals", "host", "errors"}  # these may import each other
 MAX_FILE_LINES = 400

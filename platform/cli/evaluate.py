@@ -164,28 +164,54 @@ def evaluate(
 
 
 def certify(
-    run_or_weights: Annotated[str, typer.Argument(metavar="RUN_OR_WEIGHTS", help="Run id or name, or path of weights")],
-    images: Annotated[
-        list[Path],
-        typer.Argument(help="Image files, .npy arrays (C, H, W) or (N, C, H, W) of the network's size, or directories"),
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run id or name, or path of weights; with --vnnlib, an ONNX file")
     ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, .npy arrays (C, H, W) or (N, C, H, W) of the network's size, or directories"),
+    ] = None,
     certifier: Annotated[
         str,
-        typer.Option(help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network"),
+        typer.Option(
+            help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network, and for "
+            "properties the tighter of ibp and crown"
+        ),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
+    vnnlib: Annotated[Path | None, typer.Option(help="VNN-LIB property to verify, instead of images")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of a property")] = 60.0,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the answer to a property, and for its counterexample")
+    ] = None,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:
-    """Classify your own images, and certify the radius within which each prediction is constant.
+    """Certify your own images, or verify a VNN-LIB property of an ONNX model.
 
-    Radii are for pixel values in [0, 1]. Arrays have uint8 values from 0 to 255, or floats in [0, 1]. EXIF rotation is
-    applied; images with transparency, several frames or more than 8 bits per channel are rejected.
+    Images are classified, and each gets the radius within which its prediction is constant, for pixel values in [0, 1].
+    Arrays have uint8 values from 0 to 255, or floats in [0, 1]. EXIF rotation is applied; images with transparency,
+    several frames or more than 8 bits per channel are rejected.
+
+    The answer to a property is unsat (it holds), sat (with a counterexample), unknown or timeout, as in VNN-COMP.
     """
+    if vnnlib is not None:
+        if images:
+            raise InputError(f"vnnlib={vnnlib}: is not supported with images; use one of them")
+        if not model.lower().endswith(".onnx"):
+            raise InputError(f"{model}: must be an ONNX file for --vnnlib; use `linflab export {model} --format onnx`")
+        from linflab.platform.cli.exchange import certify_property
+
+        certify_property(model, vnnlib, certifier, sound, timeout, output, as_json)
+        return
+    if not images:
+        raise InputError("images: not given; use image files, or --vnnlib with an ONNX file")
+    if output is not None:
+        raise InputError(f"output={output}: requires --vnnlib; use --json to save the results for images")
     from linflab.platform.results.certify import certify_images
     from linflab.platform.results.load import find_weights
 
-    path, _, _ = find_weights(run_or_weights, storage_dir)
+    path, _, _ = find_weights(model, storage_dir)
     rows = [dataclasses.asdict(one) for one in certify_images(path, images, certifier, sound)]
     if not as_json:  # round down to stay certified
         rows = [{**row, "radius": f"{math.floor(1e4 * row['radius']) / 1e4:.4f}"} for row in rows]

@@ -79,6 +79,14 @@ BODIES: dict[str, Callable[[Own, Tensor], Tensor]] = {
     "ceiled max pooling": _apply_to_conv(lambda x: functional.max_pool2d(x, 4, ceil_mode=True).relu()),
     "uneven adaptive max pooling": _apply_to_conv(lambda x: functional.adaptive_max_pool2d(x.relu(), (4, 5))),
     "uneven adaptive average pooling": _apply_to_conv(lambda x: functional.adaptive_avg_pool2d(x.relu(), (4, 9))),
+    "averages inside the map": _apply_to_conv(lambda x: functional.avg_pool2d(x.relu(), 4, 3, 1, True, False)),
+    "averages with ceiled windows": _apply_to_conv(
+        lambda x: functional.avg_pool1d(x.relu().flatten(2), 5, 4, 2, ceil_mode=True)
+    ),
+    "largest over rows": _apply_to_conv(lambda x: x.relu().amax(2)),
+    "largest over channels": _apply_to_conv(lambda x: torch.max(x, 1, keepdim=True).values.expand(-1, 4, -1, -1) + x),
+    "smallest over maps": _apply_to_conv(lambda x: x.relu() + x.amin((2, 3), keepdim=True).repeat(1, 1, 6, 6)),
+    "smallest over columns": _apply_to_conv(lambda x: x.min(dim=-1)[0].relu()),
     "magnitude": _apply_to_conv(lambda x: x.abs()),
     "reflected": lambda net, x: net.second_conv(
         functional.pad(functional.interpolate(net.conv(x), scale_factor=2), (1,) * 4, "reflect")
@@ -122,6 +130,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "adaptive average pooling": lambda: nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d((3, None))),
     "dropout of maps": lambda: nn.Sequential(nn.ReLU(), nn.Dropout2d()),
     "batch normalization": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+    "grouped convolution": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 2, 2, groups=2), nn.ReLU()),
+    "average pooling with a divisor": lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, 2, 1, True, True, 7)),
     "same padding": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, (3, 5), padding="same"), nn.ReLU()),
     "circular padding": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular")),
     "leaky ReLU": lambda: nn.LeakyReLU(0.2),

@@ -141,14 +141,29 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, inputs: torch.Size) -> Affine:
 @affine_map.register(nn.AvgPool1d)
 @affine_map.register(nn.AvgPool2d)
 def _avg_pool(layer: nn.AvgPool1d | nn.AvgPool2d, inputs: torch.Size) -> Affine:
-    if layer.ceil_mode or getattr(layer, "divisor_override", None) is not None or not layer.count_include_pad:
-        raise TypeError(
-            f"bounds: {type(layer).__name__} with ceil_mode, divisor_override or count_include_pad=False is not "
-            "supported; use the defaults"
-        )
     dims = len(inputs) - 1
     size, stride, padding = (_tuple(value, dims) for value in (layer.kernel_size, layer.stride, layer.padding))
-    return _averages(size, stride, padding, inputs)
+    divisor = getattr(layer, "divisor_override", None)
+    if not layer.ceil_mode and divisor is None and (layer.count_include_pad or not any(padding)):
+        return _averages(size, stride, padding, inputs)
+    with torch.device("meta"):
+        outputs = layer(torch.empty(1, *inputs)).shape[2:]
+    matrices = []
+    for n, m, k, step, edge in zip(inputs[1:], outputs, size, stride, padding, strict=True):
+        matrix = torch.zeros(n, m, dtype=torch.float64, device="cpu")
+        for j in range(m):
+            start = j * step - edge
+            first, last = max(start, 0), min(start + k, n)
+            counted = min(start + k, n + edge) - start if layer.count_include_pad else last - first
+            matrix[first:last, j] = 1 if divisor is not None else 1 / counted
+        matrices.append(matrix)
+    if divisor is not None:
+        if divisor <= 0:
+            raise TypeError(
+                f"bounds: AvgPool2d with divisor_override={divisor} is not supported; use a positive number"
+            )
+        matrices[0] /= divisor
+    return _separable(matrices)
 
 
 @affine_map.register(nn.AdaptiveAvgPool1d)
@@ -158,9 +173,17 @@ def _adaptive_average(layer: nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d, inputs
     if size is not None:
         return _averages(size, size, (0,) * len(size), inputs)
     output_size = _tuple(layer.output_size, len(inputs) - 1)
-    # Windows differ in size, but their extent along one dimension depends only on the position along this dimension.
-    # One matrix per dimension is therefore sufficient.
-    matrices = [_averages_of_parts(n, n if m is None else m) for n, m in zip(inputs[1:], output_size, strict=True)]
+    return _separable(
+        [_averages_of_parts(n, n if m is None else m) for n, m in zip(inputs[1:], output_size, strict=True)]
+    )
+
+
+def _separable(matrices: Sequence[Tensor]) -> Affine:
+    """Return pooling whose windows differ between positions.
+
+    The extent and the weight of a window along one dimension depend only on the position along this dimension. One
+    matrix (inputs, outputs) per dimension is therefore sufficient.
+    """
 
     def product_with(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for dim, weight in enumerate(weights, 2):
@@ -173,8 +196,8 @@ def _adaptive_average(layer: nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d, inputs
     def transpose(a: Tensor, w: Tensor) -> Tensor:
         return product_with(a * w, [matrix.mT for matrix in matrices])
 
-    terms = math.prod(int((matrix > 0).sum(dim=0).max()) for matrix in matrices)
-    return Affine(_number(1), _number(0), _number(0), apply, transpose, terms + len(matrices))
+    terms = math.prod(int((matrix != 0).sum(dim=0).max()) for matrix in matrices)
+    return Affine(_number(1), _number(0), _number(0), apply, transpose, terms + len(matrices) + 1)
 
 
 def _averages_of_parts(inputs: int, outputs: int) -> Tensor:

@@ -92,7 +92,7 @@ def ibp_margins(traced: Trace, box: Box, labels: Tensor, sound: bool = True) -> 
     """
     boxes = propagate_bounds(traced, box, sound)
     check_classes(boxes[traced.output].lower.shape[1:], labels)
-    last = _final_linear_step(traced)
+    last = final_linear_step(traced)
     if last is not None:
         differences = final_layer_logit_differences(last.layer, boxes[last.inputs[0]], labels, sound)
     else:
@@ -117,7 +117,7 @@ def logit_difference_ranges(traced: Trace, boxes: Mapping[str, Box], labels: Ten
         boxes: Boxes of all its values, by name.
         labels: (B,) true classes y.
     """
-    last = _final_linear_step(traced)
+    last = final_linear_step(traced)
     if last is not None:
         return _final_layer_ranges(last.layer, boxes[last.inputs[0]], labels)
     lower, upper = boxes[traced.output]
@@ -125,7 +125,7 @@ def logit_difference_ranges(traced: Trace, boxes: Mapping[str, Box], labels: Ten
     return center - center.gather(1, labels[:, None]), radius + radius.gather(1, labels[:, None])
 
 
-def _final_linear_step(traced: Trace) -> TraceStep | None:
+def final_linear_step(traced: Trace) -> TraceStep | None:
     """Return the step that computes the outputs if its layer is linear, else None."""
     last = next((step for step in traced.steps if step.output == traced.output), None)
     return last if last is not None and isinstance(last.layer, nn.Linear) else None

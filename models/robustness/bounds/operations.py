@@ -52,7 +52,7 @@ class Recorder(Protocol):
         ...
 
 
-Handler = Callable[..., Value | None]  # returns None if the arguments are not supported
+Handler = Callable[..., Value | list[Value] | None]  # returns None if the arguments are not supported
 
 
 def _add(recorder: Recorder, x: Any, y: Any, *, alpha: float = 1) -> Value | None:
@@ -127,29 +127,64 @@ _AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"
 _MAXIMUM = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
-def _mean(recorder: Recorder, x: Value, dim: Any = None, keepdim: bool = False, *, dtype: None = None) -> Value | None:
-    if dim is None or dtype is not None:
-        return None
+def _reduced_dims(x: Value, dim: Any) -> list[int]:
+    """Return the dimensions that a reduction removes; empty if it does not leave the samples apart."""
     rank = x.example.dim()
-    mean_dims = sorted({d % rank for d in ((dim,) if isinstance(dim, int) else dim)})
-    if not mean_dims or mean_dims[0] == 0:
+    dims = () if dim is None or isinstance(dim, Tensor | Value) else (dim,) if isinstance(dim, int) else dim
+    reduced = sorted({d % rank for d in dims})
+    return reduced if 0 not in reduced else []
+
+
+def _gather_groups(x: Value, dims: Sequence[int]) -> Tensor:
+    """Return the indices (groups, count) of the values of each sample that a reduction over `dims` combines."""
+    others = [d for d in range(1, x.example.dim()) if d not in dims]
+    index = torch.arange(x.shape.numel(), device=x.example.device).view(x.shape)
+    count = math.prod(x.example.shape[d] for d in dims)
+    return index.permute([d - 1 for d in (*others, *dims)]).reshape(-1, count)
+
+
+def _reshape_reduced(recorder: Recorder, x: Value, result: Value, dims: Sequence[int], keepdim: bool) -> Value:
+    """Return the result of a reduction of `x` over `dims` in the shape of torch's output."""
+    sizes = [(d, 1 if d in dims else x.example.shape[d]) for d in range(1, x.example.dim())]
+    shape = torch.Size(size for d, size in sizes if keepdim or d not in dims)
+    return result if result.shape == shape else recorder.record(Reshape(shape), result)
+
+
+def _mean(recorder: Recorder, x: Value, dim: Any = None, keepdim: bool = False, *, dtype: None = None) -> Value | None:
+    dims = _reduced_dims(x, dim)
+    if not dims or dtype is not None:
         return None
-    shape = [1 if d in mean_dims else x.example.shape[d] for d in range(1, rank)]
-    if rank == 4 and mean_dims == [2, 3]:
+    if x.example.dim() == 4 and dims == [2, 3]:
         mean = recorder.record(nn.AdaptiveAvgPool2d(1), x)
     else:
-        other_dims = [d for d in range(1, rank) if d not in mean_dims]
-        index = (
-            torch.arange(x.shape.numel(), device=x.example.device)
-            .view(x.shape)
-            .permute([d - 1 for d in (*other_dims, *mean_dims)])
-        )
-        count = math.prod(x.example.shape[d] for d in mean_dims)
-        groups = recorder.record(Rearrangement(index.reshape(-1, count)), x)
+        groups = recorder.record(Rearrangement(_gather_groups(x, dims)), x)
         mean = recorder.record(nn.AdaptiveAvgPool1d(1), groups)
-    if not keepdim:
-        shape = [n for d, n in enumerate(shape, 1) if d not in mean_dims]
-    return mean if mean.shape == torch.Size(shape) else recorder.record(Reshape(shape), mean)
+    return _reshape_reduced(recorder, x, mean, dims, keepdim)
+
+
+def _maximum(recorder: Recorder, x: Value, dim: Any = None, keepdim: bool = False) -> Value | None:
+    """Record the largest values along dimensions as max pooling with one window per output."""
+    dims = _reduced_dims(x, dim)
+    if not dims:
+        return None
+    index = _gather_groups(x, dims)
+    groups = recorder.record(Rearrangement(index[None]), x)
+    return _reshape_reduced(recorder, x, recorder.record(nn.MaxPool2d((1, index.shape[1])), groups), dims, keepdim)
+
+
+def _minimum(recorder: Recorder, x: Value, dim: Any = None, keepdim: bool = False) -> Value | None:
+    largest = _maximum(recorder, recorder.record(Negate(), x), dim, keepdim)
+    return None if largest is None else recorder.record(Negate(), largest)
+
+
+def _with_indices(handler: Handler) -> Handler:
+    """Return a handler of a function that also returns indices, which the recorder rejects by their dtype if used."""
+
+    def handle(recorder: Recorder, *args: Any, **kwargs: Any) -> list[Value] | None:
+        value = handler(recorder, *args, **kwargs)
+        return [value, value] if isinstance(value, Value) else None
+
+    return handle
 
 
 def _with_constants(layer: nn.Module, **constants: Tensor | None) -> nn.Module:
@@ -257,6 +292,10 @@ LAYER_FOR_OPERATION: dict[str, Handler] = {
     "adaptive_avg_pool1d": _pooling(nn.AdaptiveAvgPool1d, "output_size"),
     "adaptive_avg_pool2d": _pooling(nn.AdaptiveAvgPool2d, "output_size"),
     "mean": _mean,
+    "amax": _maximum,
+    "amin": _minimum,
+    "max": _with_indices(_maximum),
+    "min": _with_indices(_minimum),
     "linear": _linear,
     "matmul": _matmul,
     "conv1d": _convolution(nn.Conv1d),
@@ -287,6 +326,5 @@ ADVICE = {
     "instance_norm": "use BatchNorm, whose statistics are constant in evaluation mode",
     "batch_norm": "use nn.BatchNorm1d or nn.BatchNorm2d, which keep running statistics",
     "detach": "use it in evaluation mode only, since it removes gradients of the bounds",
-    "avg_pool2d": "use it without ceil_mode",
     "mul": "use products with constants: products of two values that depend on the input have no bounds",
 }

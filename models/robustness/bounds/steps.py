@@ -161,7 +161,7 @@ class Reshape(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (B, ...) as (B, *shape)."""
-        return x.reshape(len(x), *self.shape)
+        return x.reshape(x.shape[0], *self.shape)
 
 
 class Rearrangement(nn.Module):
@@ -175,7 +175,7 @@ class Rearrangement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gathered values (B, *shape)."""
-        return functional.pad(x.flatten(1), (0, 1))[:, self.index.flatten()].view(len(x), *self.index.shape)
+        return functional.pad(x.flatten(1), (0, 1))[:, self.index.flatten()].view(x.shape[0], *self.index.shape)
 
 
 VIEW_LAYERS = (

@@ -1,0 +1,56 @@
+"""Networks as TorchScript and safetensors files."""
+
+import io
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from linflab.platform.errors import InputError
+from linflab.platform.exchange.onnx_reader import import_onnx
+from linflab.platform.extras import naming_extras
+
+
+@naming_extras()
+def to_safetensors(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
+    """Return the parameters and buffers of a network in the safetensors format.
+
+    Args:
+        network: The network.
+        metadata: Texts by name, stored in the header of the file.
+
+    Raises:
+        ModuleNotFoundError: If `safetensors` is not installed; the message has the command that installs it.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    return save(tensors, dict(metadata))
+
+
+def to_torchscript(model: bytes, input_shape: tuple[int, ...]) -> bytes:
+    """Return a TorchScript file of an ONNX model, with operations of PyTorch only and any batch size.
+
+    Such a file does not require linflab, unlike a trace of the network itself, whose distance layers are operators of
+    linflab.
+
+    Args:
+        model: Serialized ONNX model that linflab wrote.
+        input_shape: Shape of an image without the batch.
+
+    Raises:
+        InputError: If the traced network depends on the batch size.
+        ModuleNotFoundError: If `onnx` is not installed; the message has the command that installs it.
+    """
+    network = import_onnx(model, "model.onnx", with_patterns=False)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, *input_shape, generator=generator)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but other tools read it
+        script = torch.jit.trace(network, images[:2], check_trace=False)
+        if script(images).shape != network(images).shape:
+            raise InputError("format=torchscript: the network depends on the batch size; use --format onnx")
+        buffer = io.BytesIO()
+        torch.jit.save(script, buffer)
+    return buffer.getvalue()
