@@ -55,7 +55,8 @@ def evaluate_by_cascade(
 
     path, storage, run = find_weights(run_or_weights, storage_dir)
     results: list[CascadeResult] = []
-    for radius in eps or [None]:
+    radii: Sequence[float | None] = eps or [None]
+    for radius in radii:
         certification = CascadeRun(path, CascadeSettings(time_limit=timeout), radius, sound, images, workers)
         with VerdictStore.open(storage_dir.absolute() / FOLDER, certification.plan) as store:
             try:

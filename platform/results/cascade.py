@@ -147,7 +147,7 @@ class CascadeRun:
         order = np.random.RandomState(0).permutation(self.test_size)
         self.positions: list[int] = order[:images].tolist()
         with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256(file.read()).hexdigest()
         self.plan = VerdictPlan(
             digest,
             self.weights.experiment.dataset,
@@ -231,12 +231,15 @@ class CascadeRun:
             )
             return
         for chunk in chunks:
-            self._certifier.judge(
-                *self._batch(chunk), self.plan.eps, lambda k, verdict, chunk=chunk: add(chunk[k], verdict)
-            )
+            self._certifier.judge(*self._batch(chunk), self.plan.eps, _with_positions(chunk, add))
 
     def _batch(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self._test.batch(torch.tensor(positions, device=self._test.indices.device))
+
+
+def _with_positions(chunk: Sequence[int], add: Callable[[int, Verdict], None]) -> Callable[[int, Verdict], None]:
+    """Return `add` as a function of the index in a chunk of positions."""
+    return lambda index, verdict: add(chunk[index], verdict)
 
 
 def _load_test_set(weights: Weights) -> Dataset:
@@ -277,7 +280,7 @@ def save_result(folder: Path, result: CascadeResult, store: VerdictStore) -> lis
     write_text_atomic(paths[0], json.dumps(content, indent=1))
     write_text_atomic(paths[1], text.getvalue())
     falsified = [one.image for one in result.verdicts if one.status == "falsified"]
-    arrays = {str(image): store.read_adversarial(image) for image in falsified}
+    arrays: dict[str, Any] = {str(image): store.read_adversarial(image) for image in falsified}
     write_whole(paths[2], lambda file: np.savez_compressed(file, **arrays))
     return paths
 
