@@ -66,11 +66,27 @@ def build_small_network(kind: str, seed: int) -> nn.Module:
     else:
         backbone = LinfDistMLPConfig(depth=3, width=4, initialization="normal")
         network = LinfDistHybridConfig(backbone=backbone, hidden_size=4).build(shape, CLASSES, (0.5,), 0.4)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and kind != "hybrid":
+                module.weight *= 2  # small random weights make logits that hardly depend on the image
     network(torch.rand(64, *shape))  # running means
     network.eval()
+    balance_classes(network, shape)
     if seed % 2:
         train_briefly(network, shape)
     return network
+
+
+@torch.no_grad()
+def balance_classes(network: nn.Module, shape: Sequence[int]) -> None:
+    """Give random images logits of mean zero, so that each class is predicted for some."""
+    means = network(torch.rand(256, *shape)).mean(dim=0)
+    if isinstance(network, LinfDistNet):
+        network.bias += means
+    else:
+        last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+        last.bias -= means
 
 
 def train_briefly(network: nn.Module, shape: Sequence[int]) -> None:

@@ -32,11 +32,14 @@ NO_LIMIT = CompleteSettings(time_limit=math.inf)
 
 
 def check_exactness(kind: str, seed: int, count: int) -> None:
-    """Check images just below and just above the exact radius of a network."""
+    """Check images just below and just above the exact radius of a network, which is that of real arithmetic.
+
+    With rounding, margins below the rounding error may be unknown.
+    """
     network = build_small_network(kind, seed)
     images, labels = find_images(network, kind, count, seed)
     layers = describe(copy.deepcopy(network), kind)
-    certifier = CompleteCertifier(network, True, NO_LIMIT)
+    certifier, sound = (CompleteCertifier(network, is_sound, NO_LIMIT) for is_sound in (False, True))
     for image, label in zip(images.split(1), labels.split(1), strict=True):
         pixels = image.double().flatten().numpy()
         np.testing.assert_allclose(evaluate(layers, pixels), network(image)[0].detach().numpy(), atol=1e-5)
@@ -44,10 +47,13 @@ def check_exactness(kind: str, seed: int, count: int) -> None:
         if radius > TOLERANCE:
             below = certifier.decide(image, label, min(1.0, radius - TOLERANCE))
             assert below.status == "certified" and below.adversarial is None
+            assert sound.decide(image, label, min(1.0, radius - TOLERANCE)).status != "falsified"
+            assert sound.decide(image, label, max(0.0, min(1.0, 0.98 * radius - TOLERANCE))).status == "certified"
         if radius < 1 - TOLERANCE:
             above = certifier.decide(image, label, radius + TOLERANCE)
             assert above.status == "falsified" and above.adversarial is not None
             check_adversarial(network, image, label, above.adversarial, radius + TOLERANCE)
+            assert sound.decide(image, label, radius + TOLERANCE).status == "falsified"
 
 
 def check_adversarial(network: nn.Module, image: Tensor, label: Tensor, adversarial: Tensor, eps: float) -> None:
@@ -60,7 +66,7 @@ def check_adversarial(network: nn.Module, image: Tensor, label: Tensor, adversar
 
 @pytest.mark.parametrize(("kind", "seed"), itertools.product(KINDS, range(2)))
 def test_decisions_are_exact(kind: str, seed: int) -> None:
-    check_exactness(kind, seed, 3)
+    check_exactness(kind, seed, 2 if kind == "dense" else 3)
 
 
 @pytest.mark.slow
@@ -94,12 +100,12 @@ def grid_radii(network: nn.Module, image: Tensor, label: Tensor) -> tuple[float,
     first, _, last = exact.head
     rows = (last.scaled_weight - last.scaled_weight[label]).abs() @ first.scaled_weight.abs()
     constant = exact.features.lipschitz_constant * rows.sum(dim=1).max().item()
-    points = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    points = torch.linspace(0, 1, 201, dtype=torch.float64)
     grid = torch.cartesian_prod(points, points).view(-1, 1, 1, 2)
     with torch.no_grad():
         margins = torch.cat([margin(exact(part), label.expand(len(part))) for part in grid.split(200_000)])
     distances = (grid - image.double()).abs().flatten(1).amax(dim=1)
-    spacing = 0.0005  # every image is this close to a grid point
+    spacing = 0.0025  # every image is this close to a grid point
     lower = distances[margins <= constant * spacing]
     upper = distances[margins <= 0]
     return (
@@ -181,7 +187,7 @@ def test_bounds_of_neurons_contain_all_values() -> None:
 
     network = build_relu_network("residual", 6)
     images = torch.rand(3, *SHAPE)
-    box = perturbation_box(images, 0.05)
+    box = perturbation_box(images, 0.1)
     with torch.no_grad(), strict_float32():
         traced = trace_and_check(network, box)
         before = tight_boxes(traced, box, True)
@@ -193,8 +199,8 @@ def test_bounds_of_neurons_contain_all_values() -> None:
                 lower, upper = reduction.boxes[step.output]
                 assert (values[step.output] >= lower).all() and (values[step.output] <= upper).all()
     width = sum((box.upper - box.lower).sum() for box in reduction.boxes.values())
-    assert width < 0.995 * sum((box.upper - box.lower).sum() for box in before.values())
-    assert width < 0.5 * sum((box.upper - box.lower).sum() for box in propagate_bounds(traced, box, True).values())
+    assert width < 0.998 * sum((box.upper - box.lower).sum() for box in before.values())
+    assert width < 0.6 * sum((box.upper - box.lower).sum() for box in propagate_bounds(traced, box, True).values())
 
 
 def test_limits_end_the_search_without_a_decision() -> None:
