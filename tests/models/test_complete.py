@@ -1,4 +1,4 @@
-"""Tests of alpha-CROWN and of the complete certifier: exactness against mixed-integer programs, and order of certifiers."""
+"""Exactness of the complete certifier against mixed-integer programs, and the order of certifiers."""
 
 import copy
 import itertools

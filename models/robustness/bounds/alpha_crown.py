@@ -1,7 +1,7 @@
 """Alpha-CROWN: CROWN with optimized relaxation slopes (Xu et al., "Fast and Complete", ICLR 2021)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
 from linflab.models.robustness.bounds.boxes import Box, all_finite
@@ -55,15 +55,36 @@ def alpha_crown_margins(
     results = []
     for part, y in _chunks(traced, box, labels, sound):
         boxes = tight_boxes(traced, part, sound)
-        finite = all_finite(boxes)
-        reduction = Reduction(traced, boxes, sound, neuron_steps, split_distances=False)
-        functions, others = reduction.logit_difference_rows(y)
-        network = reduction.network
-        params = network.start_params(len(network.levels), functions.constant.shape[1])
-        bounds, _ = network.optimize(functions, params, steps)
-        margins = torch.full((len(y), others.shape[1] + 1), -torch.inf, dtype=bounds.dtype, device=bounds.device)
-        results.append(margins.scatter(1, others, (-bounds).masked_fill(~finite[:, None], torch.inf)))
+        samples = max(1, MAX_COEFFICIENTS // max(1, _max_rows_size(traced, boxes)))
+        for first in range(0, len(y), samples):
+            some = slice(first, first + samples)
+            picked = {name: Box(lower[some], upper[some]) for name, (lower, upper) in boxes.items()}
+            results.append(_bound_margins(traced, picked, y[some], steps, neuron_steps, sound))
     return torch.cat(results)
+
+
+def _bound_margins(
+    traced: Trace, boxes: dict[str, Box], labels: Tensor, steps: int, neuron_steps: int, sound: bool
+) -> Tensor:
+    reduction = Reduction(traced, boxes, sound, neuron_steps, split_distances=False)
+    functions, others = reduction.logit_difference_rows(labels)
+    network = reduction.network
+    params = network.start_params(len(network.levels), functions.constant.shape[1])
+    bounds, _ = network.optimize(functions, params, steps)
+    margins = torch.full((len(labels), others.shape[1] + 1), -torch.inf, dtype=bounds.dtype, device=bounds.device)
+    return margins.scatter(1, others, (-bounds).masked_fill(~all_finite(boxes)[:, None], torch.inf))
+
+
+def _max_rows_size(traced: Trace, boxes: dict[str, Box]) -> int:
+    """Return the largest number of coefficients of a reduced network, over the images of a batch."""
+    counts = torch.zeros(len(boxes[traced.input].lower), dtype=torch.long)
+    for step in traced.steps:
+        lower, upper = (end.flatten(1) for end in boxes[step.inputs[0]])
+        if isinstance(step.layer, nn.ReLU):
+            counts += ((lower < 0) & (upper > 0)).sum(dim=1).cpu()
+        elif has_relaxation(step.layer) or is_max_pooling(step.layer):
+            counts += lower.shape[1]
+    return int((counts * (counts + boxes[traced.input].lower[0].numel())).max())
 
 
 def _chunks(traced: Trace, box: Box, labels: Tensor, sound: bool) -> list[tuple[Box, Tensor]]:

@@ -36,12 +36,12 @@ class SearchResult(NamedTuple):
     Attributes:
         status: certified: all functions are positive; falsified: a counterexample was found; unknown: the search ended.
         point: (D,) counterexample among the inputs of the reduced network, else None.
-        count: Number of subproblems that were bounded.
+        subproblems: Number of subproblems that were bounded.
     """
 
     status: Status
     point: Tensor | None
-    count: int
+    subproblems: int
 
 
 class BranchAndBound:

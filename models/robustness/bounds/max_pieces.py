@@ -19,21 +19,31 @@ MAX_PIECES = 2**22  # larger layers are not split into pieces
 
 
 class Pieces(NamedTuple):
-    """Outputs y_n = orientation_n max_p (sign_np x[index_np] + offset_np) of N neurons with up to P pieces.
+    """Outputs y_n = orientation_n max_p (sign_np x[places_np] + offset_np) of N neurons with up to P pieces.
 
     Attributes:
-        index: (N, P) flat indices of inputs; -1 for zero padding.
+        places: (N, P) flat indices of inputs; -1 for zero padding.
         sign: (N, P) signs; 0 at padding.
         offset: (N, P) offsets; -inf for pieces that do not exist.
         orientation: (N,) 1, or -1 for minima.
         is_rounded: True if the layer rounds each piece.
     """
 
-    index: Tensor
+    places: Tensor
     sign: Tensor
     offset: Tensor
     orientation: Tensor
     is_rounded: bool
+
+    def to(self, device: torch.device) -> "Pieces":
+        """Return the pieces on a device."""
+        return Pieces(
+            self.places.to(device),
+            self.sign.to(device),
+            self.offset.to(device),
+            self.orientation.to(device),
+            self.is_rounded,
+        )
 
 
 @singledispatch

@@ -8,6 +8,8 @@ Values that a layer without a linear relaxation computes, such as SortNet's, are
 the images.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -89,9 +91,7 @@ class Reduction(BackwardPropagation):
             shape = self._shape(step.inputs[0])
             pieces = max_pieces(step.layer, shape)
             if pieces is not None and (split_distances or not pieces.is_rounded):
-                self._pieces[step.output] = Pieces(
-                    *(x.to(self.boxes[step.output].lower.device) for x in pieces[:4]), pieces.is_rounded
-                )
+                self._pieces[step.output] = pieces.to(self.boxes[step.output].lower.device)
             elif not (
                 has_relaxation(step.layer)
                 or isinstance(step.layer, (*VIEW_LAYERS, Add, Concat, Masking))
@@ -147,17 +147,17 @@ class Reduction(BackwardPropagation):
             else:
                 linear = self._linear_step(step, a, add)
                 assert linear is not None
-                parts = list(linear)
+                parts = [part for part in linear if isinstance(part, DenseCoefficients)]
             for input_name, part in zip(step.inputs, parts, strict=True):
                 pending[input_name] = pending[input_name].add(part) if input_name in pending else part
         columns = [inputs.get(one, constant.new_zeros(batch, count, self._shape(one).numel())) for one in self.sources]
         return Rows(torch.cat(columns, dim=2), tuple(outputs), constant, error)
 
-    def _pass_winners(self, step: TraceStep, a: DenseCoefficients, add: object) -> DenseCoefficients:
+    def _pass_winners(self, step: TraceStep, a: DenseCoefficients, add: Callable[..., None]) -> DenseCoefficients:
         """Return the coefficients of the inputs that always attain their maximum."""
         index, sign, offset = self._winners[step.output]
         shape, flat = self._shape(step.inputs[0]), a.a.flatten(2)
-        add(DenseCoefficients(flat), offset)  # type: ignore[operator]
+        add(DenseCoefficients(flat), offset)
         result = flat.new_zeros(*flat.shape[:2], shape.numel())
         result.scatter_add_(2, index[:, None].expand_as(flat), flat * sign[:, None])
         return DenseCoefficients(result.unflatten(2, shape))
@@ -213,7 +213,7 @@ class Reduction(BackwardPropagation):
             return x.gather(1, neurons[..., None].expand(-1, -1, x.shape[2])).gather(2, order)
 
         signs, offsets = pick(pieces.sign) * exists, torch.where(exists, pick(pieces.offset), 0.0)
-        units = _units(shape, pick(pieces.index).clamp_min(0).flatten(1), exists.flatten(1), self.dtype)
+        units = _units(shape, pick(pieces.places).clamp_min(0).flatten(1), exists.flatten(1), self.dtype)
         units = DenseCoefficients(units.a * signs.flatten(1).view(*units.a.shape[:2], *[1] * len(shape)))
         rows = self.rows(name, units)
         range_ = Box(*(pick(end).masked_fill(~exists, 0.0) for end in (lower, upper)))
@@ -233,7 +233,7 @@ class Reduction(BackwardPropagation):
 
     def _piece_range(self, pieces: Pieces, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Return bounds (B, N, P) of pieces, as computed if `sound`."""
-        index = pieces.index.clamp_min(0)
+        index = pieces.places.clamp_min(0)
         low, high = lower[:, index], upper[:, index]
         positive = pieces.sign > 0
         zero = pieces.sign == 0

@@ -178,7 +178,7 @@ class CompleteCertifier(TracingCertifier):
         ball = linf_ball(image, eps)
         found = self._search(ball_box(image, eps), ball, label, deadline)
         adversarial = None if found.point is None else ball.project(found.point.view_as(image).to(image))[0]
-        return Decision(found.status, adversarial, time.monotonic() - start, found.count)
+        return Decision(found.status, adversarial, time.monotonic() - start, found.subproblems)
 
     def _search(self, box: Box, ball: LinfBall, label: Tensor, deadline: float) -> SearchResult:
         """Return the result for one box; counterexamples are points whose projection to the ball is misclassified."""

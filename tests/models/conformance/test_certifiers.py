@@ -31,7 +31,7 @@ ATTACK = AttackConfig(
 )
 
 SEARCHES = ("alpha_crown", "complete")  # their radii take many optimizations
-QUICK_NETWORKS = ("linf_dist_mlp", "linf_dist_hybrid-linf_dist_mlp")
+QUICK_SEARCHES = ("complete-linf_dist_mlp", "alpha_crown-linf_dist_hybrid-linf_dist_mlp")
 
 
 def is_applicable(kind: str, config: NetworkConfig) -> bool:
@@ -55,7 +55,9 @@ def list_cases(applicable: bool) -> list[Any]:
             kind,
             case.values[0],
             id=f"{kind}-{case.id}",
-            marks=[pytest.mark.slow] if applicable and kind in SEARCHES and case.id not in QUICK_NETWORKS else [],
+            marks=[pytest.mark.slow]
+            if applicable and kind in SEARCHES and f"{kind}-{case.id}" not in QUICK_SEARCHES
+            else [],
         )
         for kind in Certifier.registry
         for case in configs
