@@ -7,7 +7,8 @@ Each certifier has a `kind`:
 - `crown`: linear bounds through activations such as ReLU and tanh; tighter than `ibp` for networks that were not
   trained with IBP;
 - `alpha_crown`: CROWN with optimized slopes; at least as tight as `ibp` and `crown` on every image;
-- `complete`: attacks, then branch and bound, until an image is decided or its time is up.
+- `complete`: attacks, then branch and bound, until an image is decided or its time is up;
+- `cascade`: the above from cheap to complete, image by image, with a verdict that names the deciding stage.
 
 Certificates are floating-point sound by default: they hold for the network as it is computed, rounding included, in any
 order of summation. With `sound=False` they hold in real arithmetic, and rounding may violate them right at the radius.
@@ -38,7 +39,9 @@ from linflab.models.robustness.certification.crown import CROWNCertifier  # isor
 
 from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier, AlphaCROWNSettings  # isort: split
 
-from linflab.models.robustness.certification.complete import CompleteCertifier, CompleteSettings, Decision
+from linflab.models.robustness.certification.complete import CompleteCertifier, CompleteSettings, Decision  # isort: split
+
+from linflab.models.robustness.certification.cascade import CascadeCertifier, Verdict
 from linflab.models.robustness.inputs import check_choice
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "AlphaCROWNSettings",
     "BoxCertifier",
     "CROWNCertifier",
+    "CascadeCertifier",
     "Certifier",
     "CertifierSettings",
     "CompleteCertifier",
@@ -54,6 +58,7 @@ __all__ = [
     "IBPCertifier",
     "LipschitzCertifier",
     "TracingCertifier",
+    "Verdict",
     "certified_radius",
     "certify",
     "default_certifier",

@@ -96,6 +96,20 @@ class CompleteCertifier(TracingCertifier):
             raise ValueError(f"images={tuple(image.shape)}: must be one image, (1, ...); use certify for several")
         return self._decide(image, label, eps, self._deadline() if deadline is None else deadline)
 
+    @strict_float32()
+    @torch.no_grad()
+    def find_adversarial(self, image: Tensor, label: Tensor, eps: float) -> Tensor | None:
+        """Attack one image before branch and bound, and return a misclassified image within eps, or None.
+
+        Args:
+            image: (1, C, H, W) or (1, D), pixel values in [0, 1].
+            label: (1,) true class, as int64.
+            eps: Radius of the l_inf ball, for pixel values in [0, 1].
+        """
+        box = ball_box(image, eps)
+        margins = self.bound_margins(self.trace_network(box), box, label)
+        return self._attack(linf_ball(image, eps), label, margins)
+
     def bound_margins(self, traced: Trace, box: Box, labels: Tensor) -> Tensor:
         """Return upper bounds (B, K) of z_j - z_y without splits, the best of IBP and CROWN."""
         return margins_of_box(traced, box, labels, self.sound)
