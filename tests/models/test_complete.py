@@ -260,7 +260,7 @@ def test_wrong_settings_are_rejected() -> None:
         ("complete", {"seconds": 3}, "^seconds=3: is not a setting of certifier=complete; use time_limit"),
         ("alpha_crown", {"steps": -1}, "^steps=-1: "),
         ("ibp", {"steps": 1}, "^steps=1: is not a setting of certifier=ibp; leave it out"),
-        ("magic", {}, "^certifier=magic: must be lipschitz, .*alpha_crown or complete"),
+        ("magic", {}, "^certifier=magic: must be lipschitz, .*alpha_crown, complete or cascade"),
     ):
         with pytest.raises(ValueError, match=message):
             make_certifier(network, kind, **settings)

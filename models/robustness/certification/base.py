@@ -155,6 +155,10 @@ class TracingCertifier(BoxCertifier):
         super().__init__(network, sound, settings)
         self._traces: dict[Any, Trace] = {}
 
+    def share_traces(self, other: "TracingCertifier") -> None:
+        """Use the traces of another certifier of the same network, now and later."""
+        self._traces = other._traces
+
     @abstractmethod
     def bound_margins(self, traced: Trace, box: Box, labels: Tensor) -> Tensor:
         """Return upper bounds (B, K) of z_j - z_y over a box of images; column y is unspecified.

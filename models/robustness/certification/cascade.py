@@ -61,7 +61,7 @@ class CascadeCertifier(Certifier):
     """Certifier by lipschitz, ibp, crown, an attack, alpha_crown and complete, in this order.
 
     Each stage gets the images that no earlier stage decided. Certifiers that do not support the network are left out.
-    Radii are those of the last certifier that supports the network.
+    A radius is the largest that one of the certifiers finds.
     """
 
     kind: ClassVar[str] = "cascade"
@@ -74,13 +74,15 @@ class CascadeCertifier(Certifier):
         limits = self.settings.model_dump()
         complete_settings = CompleteSettings(**limits, attack_restarts=0)  # the attack is a stage of its own
         self._attack = CompleteCertifier(network, sound, CompleteSettings(**limits))
-        self._certifiers: tuple[Certifier, ...] = (
-            LipschitzCertifier(network, sound),
+        tracing = (
             IBPCertifier(network, sound),
             CROWNCertifier(network, sound),
             AlphaCROWNCertifier(network, sound),
             CompleteCertifier(network, sound, complete_settings),
         )
+        for one in tracing:
+            one.share_traces(self._attack)
+        self._certifiers: tuple[Certifier, ...] = (LipschitzCertifier(network, sound), *tracing)
         self._supporting: dict[torch.Size, list[Certifier]] = {}
 
     @strict_float32()
@@ -136,7 +138,8 @@ class CascadeCertifier(Certifier):
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
         if not len(images):
             return IBPCertifier(self.network, self.sound).compute_radius(images, labels)
-        return self._select(images[:1], labels[:1])[-1].compute_radius(images, labels)
+        radii = [one.compute_radius(images, labels).double() for one in self._select(images[:1], labels[:1])]
+        return torch.stack(radii).amax(dim=0)
 
     def _stages(self, image: Tensor, label: Tensor, cheap_only: bool) -> list[_Stage]:
         """Return the stages that support the network, for images like this one."""

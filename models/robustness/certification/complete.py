@@ -177,10 +177,11 @@ class CompleteCertifier(TracingCertifier):
         check_logits(logits, label)
         if not bool(logits.isfinite().all()):
             return Decision("unknown", None, time.monotonic() - start, 0)
+        ball, box = linf_ball(image, eps), ball_box(image, eps)
         if not bool(margin(logits, label) > 0):
+            self.trace_network(box)  # rejects unsupported networks, whichever the image
             return Decision("falsified", image[0], time.monotonic() - start, 0)
-        ball = linf_ball(image, eps)
-        found = self._search(ball_box(image, eps), ball, label, deadline)
+        found = self._search(box, ball, label, deadline)
         adversarial = None if found.point is None else ball.project(found.point.view_as(image).to(image))[0]
         return Decision(found.status, adversarial, time.monotonic() - start, found.subproblems)
 

@@ -16,7 +16,7 @@ from linflab.models.robustness.attacks import AttackConfig, robust_under_attack
 from linflab.models.robustness.bounds import ibp
 from linflab.models.robustness.bounds.boxes import perturbation_box
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.models.robustness.certification import Certifier, TracingCertifier, make_certifier
+from linflab.models.robustness.certification import CascadeCertifier, Certifier, TracingCertifier, make_certifier
 from linflab.models.robustness.margins import margin
 from tests.models.conformance.cases import (
     CLASSES,
@@ -32,7 +32,7 @@ ATTACK = AttackConfig(
     methods=("pgd", "surrogate_pgd", "targeted_apgd", "square"), steps=6, target_classes=3, queries=30
 )
 
-SEARCHES = ("alpha_crown", "complete")  # their radii take many optimizations
+SEARCHES = ("alpha_crown", "complete", "cascade")  # their radii take many optimizations
 QUICK_SEARCHES = ("complete-linf_dist_mlp", "alpha_crown-linf_dist_hybrid-linf_dist_mlp")
 
 
@@ -46,8 +46,8 @@ def is_applicable(kind: str, config: NetworkConfig) -> bool:
 def make_small(network: nn.Module, kind: str, sound: bool = True) -> Certifier:
     """Return a certifier that takes seconds on these networks, and gives the same results on any machine."""
     is_exact = isinstance(network, LinfDistNet | GroupSortNet)  # few subproblems decide these small networks
-    settings: dict[str, Any] = {"complete": {"max_subproblems": 1000 * is_exact, "time_limit": math.inf}}.get(kind, {})
-    return make_certifier(network, kind, sound, **settings)
+    limits = {"max_subproblems": 1000 * is_exact, "time_limit": math.inf}
+    return make_certifier(network, kind, sound, **(limits if kind in ("complete", "cascade") else {}))
 
 
 def list_cases(applicable: bool) -> list[Any]:
@@ -184,7 +184,7 @@ def test_one_certifier_can_be_reused_for_many_batches(kind: str, monkeypatch: py
     radii = certifier.compute_radius(images[:2], labels[:2])
     empty = certifier.compute_radius(images[:0], labels[:0])
     assert empty.shape == (0,) and empty.dtype == radii.dtype and radii[1] > 0
-    assert len(trace_calls) == isinstance(certifier, TracingCertifier)
+    assert len(trace_calls) == isinstance(certifier, TracingCertifier | CascadeCertifier)
 
 
 def test_changed_networks_are_rejected() -> None:
