@@ -23,7 +23,7 @@ def evaluate_by_cascade(
     run_or_weights: str,
     eps: Sequence[float],
     sound: bool,
-    timeout: float,
+    timeout: float | None,
     images: int | None,
     workers: int,
     output_dir: Path | None,
@@ -36,7 +36,7 @@ def evaluate_by_cascade(
         run_or_weights: Run id or name, or path of weights.
         eps: Radii for pixel values in [0, 1]; empty: that of the run.
         sound: Whether certificates account for float32 rounding.
-        timeout: Seconds of branch and bound per image.
+        timeout: Seconds of branch and bound per image; None: the time limit of the run.
         images: Number of test images; None: all.
         workers: Number of Ray workers; 0 runs without Ray.
         output_dir: Directory for the verdicts; None: they are only kept in the storage.
@@ -55,9 +55,10 @@ def evaluate_by_cascade(
 
     path, storage, run = find_weights(run_or_weights, storage_dir)
     results: list[CascadeResult] = []
+    settings = None if timeout is None else CascadeSettings(time_limit=timeout)
     radii: Sequence[float | None] = eps or [None]
     for radius in radii:
-        certification = CascadeRun(path, CascadeSettings(time_limit=timeout), radius, sound, images, workers)
+        certification = CascadeRun(path, settings, radius, sound, images, workers)
         with VerdictStore.open(storage_dir.absolute() / FOLDER, certification.plan) as store:
             try:
                 _certify(certification, store, silent=as_json)

@@ -32,7 +32,9 @@ def evaluate(
     ] = "",
     timeout: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="Branch and bound per image, for the cascade  [default: 30]"),
+        typer.Option(
+            min=0, metavar="SECONDS", help="Branch and bound per image, for the cascade; default: that of the run"
+        ),
     ] = None,
     images: Annotated[
         int | None,
@@ -75,7 +77,7 @@ def evaluate(
             run_or_weights,
             bounds,
             sound is not False,
-            30.0 if timeout is None else timeout,
+            timeout,
             images,
             workers,
             radii_dir,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
 from linflab.platform.config.experiment import ExperimentConfig
-from linflab.platform.data.datasets import load_dataset
+from linflab.platform.data.datasets import SplitName, load_dataset
 from linflab.platform.distributed.train import evaluation_resources, start_ray
 from linflab.platform.errors import TrainingError
 from linflab.platform.host import configure_process
@@ -26,21 +26,23 @@ Chunk = Sequence[int]
 def judge_distributed(
     experiment: ExperimentConfig,
     network: nn.Module,
+    split: SplitName,
     eps: float,
     sound: bool,
     settings: CascadeSettings,
     chunks: Sequence[Chunk],
     workers: int,
 ) -> Iterator[tuple[int, Verdict]]:
-    """Judge test images on Ray workers, starting Ray if needed.
+    """Judge images on Ray workers, starting Ray if needed.
 
     Args:
         experiment: Config of the run.
         network: Trained network.
+        split: Split of the images.
         eps: Radius for pixel values in [0, 1].
         sound: Whether certificates account for float32 rounding.
         settings: Settings of the cascade.
-        chunks: Positions of images in the test set, one chunk per task.
+        chunks: Positions of images in the split, one chunk per task.
         workers: Number of Ray workers.
 
     Yields:
@@ -57,7 +59,7 @@ def judge_distributed(
     actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus)(_JudgeActor)
 
     def start_actor() -> Any:
-        return actor_class.remote(experiment, state, eps, sound, settings, cpus)
+        return actor_class.remote(experiment, state, split, eps, sound, settings, cpus)
 
     waiting = deque((chunk, 0) for chunk in chunks)
     idle = [start_actor() for _ in range(min(workers, len(chunks)))]
@@ -89,12 +91,13 @@ def judge_distributed(
 
 
 class _JudgeActor:
-    """A Ray worker with the network and the test images."""
+    """A Ray worker with the network and the images."""
 
     def __init__(
         self,
         experiment: ExperimentConfig,
         state: dict[str, Tensor],
+        split: SplitName,
         eps: float,
         sound: bool,
         settings: CascadeSettings,
@@ -107,11 +110,11 @@ class _JudgeActor:
         network = build_network(experiment)
         network.load_state_dict(state)
         self.certifier, self.eps = CascadeCertifier(network.to(device).eval(), sound, settings), eps
-        self.test = load_dataset(experiment.dataset, experiment.augmentation).to(device).test
+        self.split = load_dataset(experiment.dataset, experiment.augmentation).evaluation_split(split).to(device)
 
     def judge(self, positions: list[int]) -> list[Verdict]:
         """Return the verdicts on the images at these positions, on the CPU."""
-        images, labels = self.test.batch(torch.tensor(positions, device=self.test.indices.device))
+        images, labels = self.split.batch(torch.tensor(positions, device=self.split.indices.device))
         verdicts = self.certifier.judge(images, labels, self.eps)
         return [
             one._replace(adversarial=None if one.adversarial is None else one.adversarial.cpu()) for one in verdicts

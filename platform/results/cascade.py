@@ -1,4 +1,4 @@
-"""Certification of test images by the cascade: resumable, on one process or on Ray workers."""
+"""Certification of images by the cascade: resumable, in one process or on Ray workers."""
 
 import csv
 import dataclasses
@@ -17,12 +17,15 @@ import torch
 
 from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
-from linflab.platform.data.datasets import Dataset, load_dataset
+from linflab.platform.data.datasets import Dataset, SplitName, load_dataset
 from linflab.platform.errors import InputError
 from linflab.platform.files import open_regular
 from linflab.platform.host import configure_process
 from linflab.platform.results.evaluate import log_files
+from linflab.platform.results.load import download_weights
 from linflab.platform.results.verdicts import ImageVerdict, VerdictPlan, VerdictStore, as_columns
+from linflab.platform.tracking.mlflow import client_of
+from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.weights import Weights, load_weights
 from linflab.platform.trial import select_device
@@ -36,18 +39,18 @@ FOLDER = "verdicts"
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """Verdicts on images of a test set at one eps.
+    """Verdicts on images of a split at one eps.
 
     Attributes:
         plan: What determines the verdicts.
-        verdicts: Verdicts in the order of the test set.
-        test_size: Number of images of the whole test set.
+        verdicts: Verdicts in the order of the split.
+        split_size: Number of images of the whole split.
         folder: Folder of the verdicts and adversarial images.
     """
 
     plan: VerdictPlan
     verdicts: list[ImageVerdict]
-    test_size: int
+    split_size: int
     folder: Path
 
     @property
@@ -72,8 +75,8 @@ class CascadeResult:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of 95% confidence for the certified accuracy of the whole test set; None if it is known."""
-        if len(self.verdicts) == self.test_size:
+        """Interval of 95% confidence for the certified accuracy of the whole split; None if it is known."""
+        if len(self.verdicts) == self.split_size:
             return None
         return proportion_interval(self.counts["certified"], len(self.verdicts))
 
@@ -84,7 +87,7 @@ class CascadeResult:
         """Return the result as JSON data."""
         return {
             **dataclasses.asdict(self.plan),
-            "test_size": self.test_size,
+            "split_size": self.split_size,
             "images": len(self.verdicts),
             "clean": self.clean,
             "certified": self.certified,
@@ -103,7 +106,8 @@ class CascadeEstimate:
     Attributes:
         images: Number of images without a verdict.
         least_seconds: Duration if branch and bound decides immediately.
-        most_seconds: Duration if branch and bound always takes its time limit.
+        most_seconds: Duration if branch and bound always takes its time limit, on as many images as the 95% confidence
+            interval of their share allows.
     """
 
     images: int
@@ -112,15 +116,16 @@ class CascadeEstimate:
 
 
 class CascadeRun:
-    """Certification of test images of one network at one eps.
+    """Certification of images of one network at one eps.
 
     Args:
         path: Weights file.
-        settings: Time limit and number of subproblems per image.
+        settings: Time limit and number of subproblems per image; None: the time limit of the run.
         eps: Radius for pixel values in [0, 1]; None: that of the run.
         sound: Whether certificates account for float32 rounding.
-        images: Number of test images, a fixed random sample; None: the whole test set.
+        images: Number of images, a fixed random sample; None: the whole split.
         workers: Number of Ray workers; 0 certifies in this process.
+        split: Which images to certify; the validation split for selection.
 
     Raises:
         InputError: If weights or dataset are not readable or do not fit, no certifier supports the network, or `images`
@@ -130,37 +135,43 @@ class CascadeRun:
     def __init__(
         self,
         path: Path,
-        settings: CascadeSettings,
+        settings: CascadeSettings | None = None,
         eps: float | None = None,
         sound: bool = True,
         images: int | None = None,
         workers: int = 0,
+        split: SplitName = "test",
     ) -> None:
-        self.weights, self.settings, self.workers = load_weights(path), settings, workers
-        self.dataset = _load_test_set(self.weights)
-        self.test_size = len(self.dataset.test)
-        if images is not None and images > self.test_size:
+        self.weights, self.workers = load_weights(path), workers
+        self.settings = settings or CascadeSettings(time_limit=self.weights.experiment.evaluation.time_limit)
+        dataset = load_matching_dataset(self.weights)
+        self._split = dataset.evaluation_split(split)
+        self.split_size = len(self._split)
+        if images is not None and images > self.split_size:
             raise InputError(
-                f"images={images}: must be at most {self.test_size}, the size of the test set; leave it out for all"
+                f"images={images}: must be at most {self.split_size}, the size of the {split} split; leave it out for "
+                "all"
             )
-        # In a fixed random order, the first images are a sample of the whole test set.
-        order = np.random.RandomState(0).permutation(self.test_size)
+        # In a fixed random order, the first images are a sample of the whole split.
+        order = np.random.RandomState(0).permutation(self.split_size)
         self.positions: list[int] = order[:images].tolist()
         with open_regular(path) as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         self.plan = VerdictPlan(
             digest,
             self.weights.experiment.dataset,
+            split,
             self.weights.experiment.eps if eps is None else eps,
             sound,
-            settings.time_limit,
-            settings.max_subproblems,
+            self.settings.time_limit,
+            self.settings.max_subproblems,
         )
         configure_process()
         experiment = self.weights.experiment
         device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
-        self._network, self._test = self.weights.network.to(device).eval(), self.dataset.to(device).test
-        self._certifier = CascadeCertifier(self._network, sound, settings)
+        self._network, self._labels = self.weights.network.to(device).eval(), self._split.labels[self._split.indices]
+        self._split = self._split.to(device)
+        self._certifier = CascadeCertifier(self._network, sound, self.settings)
         try:
             self._certifier.judge(*self._batch(self.positions[:1]), self.plan.eps, cheap_only=True)
         except TypeError as error:
@@ -175,7 +186,8 @@ class CascadeRun:
         start = time.monotonic()
         verdicts = self._certifier.judge(*sample, self.plan.eps, cheap_only=True)
         seconds = (time.monotonic() - start) / len(verdicts)
-        share = sum(one.status == "unknown" for one in verdicts) / len(verdicts)
+        # Cheap stages may decide all of these few images, so the upper end takes that of the confidence interval.
+        _, share = proportion_interval(sum(one.status == "unknown" for one in verdicts), len(verdicts))
         each = len(remaining) / max(1, self.workers)
         limit = share * self.settings.time_limit if share else 0.0
         return CascadeEstimate(len(remaining), each * seconds, each * (seconds + limit))
@@ -196,10 +208,9 @@ class CascadeRun:
             InputError: If there are too few CPUs for the workers.
             TrainingError: If Ray is gone.
         """
-        labels = self.dataset.test.labels[self.dataset.test.indices]
 
         def add(position: int, verdict: Verdict) -> None:
-            record = ImageVerdict.of(position, int(labels[position]), verdict)
+            record = ImageVerdict.of(position, int(self._labels[position]), verdict)
             store.add(record, None if verdict.adversarial is None else verdict.adversarial.cpu().numpy())
             on_verdict(record)
 
@@ -211,7 +222,7 @@ class CascadeRun:
     def result(self, store: VerdictStore) -> CascadeResult:
         """Return the verdicts so far."""
         found = [store.verdicts[position] for position in sorted(self.positions) if position in store.verdicts]
-        return CascadeResult(self.plan, found, self.test_size, store.folder)
+        return CascadeResult(self.plan, found, self.split_size, store.folder)
 
     def _judge(
         self, chunks: Sequence[Sequence[int]], add: Callable[[int, Verdict], None]
@@ -223,6 +234,7 @@ class CascadeRun:
             yield from judge_distributed(
                 self.weights.experiment,
                 self._network,
+                self.plan.split,
                 self.plan.eps,
                 self.plan.sound,
                 self.settings,
@@ -234,7 +246,7 @@ class CascadeRun:
             self._certifier.judge(*self._batch(chunk), self.plan.eps, _with_positions(chunk, add))
 
     def _batch(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._test.batch(torch.tensor(positions, device=self._test.indices.device))
+        return self._split.batch(torch.tensor(positions, device=self._split.indices.device))
 
 
 def _with_positions(chunk: Sequence[int], add: Callable[[int, Verdict], None]) -> Callable[[int, Verdict], None]:
@@ -242,7 +254,7 @@ def _with_positions(chunk: Sequence[int], add: Callable[[int, Verdict], None]) -
     return lambda index, verdict: add(chunk[index], verdict)
 
 
-def _load_test_set(weights: Weights) -> Dataset:
+def load_matching_dataset(weights: Weights) -> Dataset:
     """Return the dataset of a run, whose images must be like those of training.
 
     Raises:
@@ -288,7 +300,7 @@ def save_result(folder: Path, result: CascadeResult, store: VerdictStore) -> lis
 def log_result(storage: Storage, run: str, result: CascadeResult, store: VerdictStore) -> None:
     """Log a result to its run: certified accuracy as a metric, and all verdicts as files.
 
-    The name of the metric contains the eps, and the number of images unless these are the whole test set.
+    The name of the metric contains the eps, and the number of images unless these are the whole split.
 
     Args:
         storage: Storage of the run.
@@ -303,3 +315,32 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
     certificate = f"cascade{'-sound' if result.plan.sound else ''}"
     name = f"{schema.TEST_CERTIFIED}/{certificate}/eps-{result.plan.eps!r}{part}"
     log_files(storage, run, {name: result.certified}, lambda folder: save_result(folder, result, store))
+
+
+def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:
+    """Certify validation images for a trained run by the cascade, and log the accuracy to the run.
+
+    Verdicts are kept, so that a verification can be interrupted. Images with errors count as not certified.
+
+    Args:
+        storage: Storage of the run.
+        images: Number of validation images, a fixed random sample; more than there are means all of them.
+        run: Run id.
+        workers: Number of Ray workers.
+
+    Returns:
+        Certified accuracy, a fraction.
+    """
+    path = download_weights(storage, run)
+    weights = load_weights(path)
+    count = min(images, len(load_matching_dataset(weights).validation))
+    sound = weights.experiment.evaluation.sound
+    certification = CascadeRun(path, sound=sound, images=count, workers=workers, split="validation")
+    with VerdictStore.open(storage.root / FOLDER, certification.plan) as store:
+        certification.certify(store, lambda record: None)
+        certified = certification.result(store).certified
+    record = Run(client_of(storage), run)
+    size = f"{count} validation images, up to {certification.settings.time_limit:g} s of branch and bound per image"
+    record.log_tags({schema.VERIFICATION: f"{size}{'' if sound else ', real arithmetic'}"})
+    record.log_metrics({schema.VERIFIED_VALIDATION: certified})
+    return certified

@@ -1,4 +1,4 @@
-"""Verdicts on test images, kept on disk as they arrive, so that a certification can be interrupted and resumed."""
+"""Verdicts on images, kept on disk as they arrive, so that a certification can be interrupted and resumed."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from linflab.models.robustness.certification import Verdict
+from linflab.platform.data.datasets import SplitName
 from linflab.platform.errors import InputError, RunLockedError
 from linflab.platform.files import open_regular, read_text
 from linflab.platform.locks import file_lock
@@ -24,10 +25,10 @@ FILE, PLAN, ADVERSARIAL = "verdicts.jsonl", "plan.json", "adversarial"
 
 @dataclass(frozen=True)
 class ImageVerdict:
-    """Verdict on one image of a test set; see `Verdict`.
+    """Verdict on one image of a split; see `Verdict`.
 
     Attributes:
-        image: Position in the test set.
+        image: Position in the split.
         label: True class.
         status: certified, falsified, unknown or error.
         certifier: Stage that decided.
@@ -54,7 +55,8 @@ class VerdictPlan:
 
     Attributes:
         weights: SHA-256 of the weights file.
-        dataset: Name of the dataset, whose test images are certified.
+        dataset: Name of the dataset.
+        split: Which of its images are certified.
         eps: Radius for pixel values in [0, 1].
         sound: Whether certificates account for float32 rounding.
         time_limit: Seconds of branch and bound per image.
@@ -63,6 +65,7 @@ class VerdictPlan:
 
     weights: str
     dataset: str
+    split: SplitName
     eps: float
     sound: bool
     time_limit: float
@@ -121,7 +124,7 @@ class VerdictStore:
         self.verdicts[record.image] = record
 
     def adversarial_path(self, image: int) -> Path:
-        """Return the path of the adversarial image at a position of the test set."""
+        """Return the path of the adversarial image at a position of the split."""
         return self.folder / ADVERSARIAL / f"{image}.npy"
 
     def read_adversarial(self, image: int) -> np.ndarray:
