@@ -177,7 +177,7 @@ def certify(
         str,
         typer.Option(
             help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network, and for "
-            "properties the tighter of ibp and crown"
+            "properties the tighter of ibp and crown, and splits of neurons"
         ),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
