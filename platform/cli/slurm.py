@@ -5,8 +5,8 @@ import shlex
 import time as clock
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from linflab.platform.cli.options import job_name
 from linflab.platform.cli.output import console
@@ -137,7 +137,7 @@ def _sbatch_options(account: str, partition: str, others: list[str] | None) -> t
 def _parse(name: str, arguments: list[str]) -> dict[str, Any]:
     """Return the parameters of a linflab command by name, and reject those that a batch job does not support."""
     group = typer.main.get_command(_parsers)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, TyperGroup)
     settings = group.commands[name].make_context(f"linflab slurm {name}", list(arguments)).params
     for option in ("cluster", "dry_run"):
         if settings.get(option):

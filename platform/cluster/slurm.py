@@ -150,6 +150,7 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "bin": shlex.quote(str(Path(sys.executable).parent)),
         "data": shlex.quote(str(job.data_dir)),
         "server": f"export LINFLAB_TRACKING_URI={shlex.quote(job.tracking_server)}\n" if job.tracking_server else "",
+        "log": shlex.quote(str(job.storage / "slurm" / job.name)),
         "storage": shlex.quote(str(job.storage)) + _task_folder(job, allocation),
         "command": _quote(job.command),
         "resume": _quote(job.resume),
@@ -195,7 +196,7 @@ def submit(script: Path) -> str:
 
 _START_HERE = """\
 "${command[@]}" &
-job=$! stop=$!
+job=$!
 """
 
 _START_ON_NODES = """\
@@ -208,18 +209,28 @@ export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_tim
 # Address of this node, the first one. If other nodes cannot reach it, set LINFLAB_HEAD to another address of this node.
 head=${LINFLAB_HEAD:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
 head=$head:$(python -c 'from linflab.platform.cluster.ports import find_free_port; print(find_free_port())')
+ray_log=${log%.log}-ray.log
+echo "Output of Ray: $ray_log"
 run_on_first_node() {
-    echo $$ > "$pid_file"
+    echo $$ > "$state/pid"
+    exec >> "$log" 2>&1
     RAY_ADDRESS=$head exec@tracked@ "$@"
 }
 start_ray() {
-    exec ray symmetric-run --address "$head" --min-nodes @nodes@ --num-cpus "$SLURM_CPUS_ON_NODE" --num-gpus @gpus@ \\
+    exec >> "$ray_log" 2>&1
+    if [ "$SLURM_PROCID" != 0 ]; then  # Ray itself would notice only after a minute that the first node has stopped
+        (until [ -e "$state/status" ]; do sleep 1; done; ray stop) &
+    fi
+    ray symmetric-run --address "$head" --min-nodes @nodes@ --num-cpus "$SLURM_CPUS_ON_NODE" --num-gpus @gpus@ \\
         --disable-usage-stats -- bash -c 'run_on_first_node "$@"' linflab "$@"
+    local status=$?
+    [ "$SLURM_PROCID" != 0 ] || echo "$status" > "$state/status"
+    return "$status"
 }
-export head pid_file storage
+export head log ray_log state storage
 export -f run_on_first_node start_ray
 srun --cpu-bind=none bash -c 'start_ray "$@"' linflab "${command[@]}" &
-job=$! stop=
+job=$!
 """
 
 _SCRIPT = """\
@@ -227,8 +238,13 @@ _SCRIPT = """\
 @directives@
 
 export PATH=@bin@:$PATH LINFLAB_DATA=@data@ PYTHONUNBUFFERED=1
-@server@storage=@storage@
-mkdir -p "$storage"
+@server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+log=@log@-$task.log
+storage=@storage@
+state=$storage/slurm-$SLURM_JOB_ID
+rm -rf "$state"
+mkdir -p "$state"
+trap 'rm -rf "$state"' EXIT
 command=(linflab @command@ --storage "$storage")
 if @is_started@; then
     command=(linflab @resume@ --storage "$storage")
@@ -238,28 +254,22 @@ fi
 at_limit=
 stop_command() {
     at_limit=yes
-    echo "Time limit of job $SLURM_JOB_ID: stopping the command."
-    [ -n "$stop" ] || stop=$(cat "$pid_file" 2> /dev/null) || stop=$job
-    kill -TERM "$stop"
+    echo "Time limit of job $task: stopping the command."
+    kill -TERM "$(cat "$state/pid" 2> /dev/null || echo "$job")" 2> /dev/null
 }
-pid_file=$storage/job-$SLURM_JOB_ID.pid
-rm -f "$pid_file"
 trap stop_command USR1
-trap 'rm -f "$pid_file"' EXIT
 
 @start@
 wait "$job"
 status=$?
-while kill -0 "$job" 2> /dev/null; do  # the signal interrupted wait
-    wait "$job"
-    status=$?
-done
-if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -lt @max_requeues@ ]; then
-        echo "Requeueing job $SLURM_JOB_ID, which resumes."
-        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    else
+if [ -n "$at_limit" ]; then
+    while kill -0 "$job" 2> /dev/null && [ ! -s "$state/status" ]; do sleep 1; done
+    status=$(cat "$state/status" 2> /dev/null) || { wait "$job"; status=$?; }
+    if [ "$status" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge @max_requeues@ ]; then
         echo "Not requeued, since this was restart $SLURM_RESTART_COUNT; submit the script again to resume."
+    elif [ "$status" -ne 0 ]; then
+        echo "Requeueing job $task, which resumes."
+        scontrol requeue "$task"
     fi
 fi
 exit "$status"

@@ -70,7 +70,9 @@ class SlurmCluster:
             "SchedulerParameters": "sched_interval=5",
         }  # fmt: skip
         lines = [f"{name}={value}" for name, value in options.items()]
-        lines += [f"NodeName={host.name} NodeAddr={host.address} CPUs={CPUS} Gres=gpu:{len(GPUS)}" for host in self.nodes]
+        lines += [
+            f"NodeName={host.name} NodeAddr={host.address} CPUs={CPUS} Gres=gpu:{len(GPUS)}" for host in self.nodes
+        ]
         lines += [f"PartitionName=all Nodes={','.join(host.name for host in self.nodes)} Default=YES MaxTime=INFINITE"]
         return "\n".join([*lines, ""])
 
@@ -85,7 +87,8 @@ class SlurmCluster:
         """Run a command as a user on the login node; return its output."""
         (login,) = psutil.Process(self.login.process.pid).children()
         result = subprocess.run(
-            ["nsenter", "--target", str(login.pid), "--mount", "--pid", "--net", "--uts", "--ipc", *command],
+            ["nsenter", "--target", str(login.pid), "--mount", "--pid", "--net", "--uts", "--ipc", f"--wdns={ROOT}",
+             *command],
             env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert (result.returncode == 0) is check, result.stdout + result.stderr
