@@ -120,12 +120,14 @@ def slurm_sweep(
     name, command = settings["resume"], ("sweep", *arguments)
     if not name:
         name = _check_sweep(settings, allocation)
-        command = (*command, *_task_override(allocation), "--name", name + (f"-{TASK}" if array else ""))
+        task_name = f"{name}-{TASK}" if array else name
+        command = (*command, *_task_override(allocation), "--name", task_name)
+        resume: tuple[str, ...] = ("sweep", "--resume", task_name)
     elif array:
         raise InputError(f"array={array}: is not supported with --resume {name}; submit one job per sweep")
-    task_name = name + (f"-{TASK}" if array else "")
+    else:
+        task_name, resume = name, command
     is_started = f'[ -e "$storage/sweeps/{task_name}/sweep.yaml" ]'
-    resume = command if settings["resume"] else ("sweep", "--resume", task_name)
     _write(_job(settings, name, command, resume, is_started), allocation, submit_job)
 
 

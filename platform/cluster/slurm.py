@@ -204,8 +204,6 @@ _START_ON_NODES = """\
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN MLFLOW_TRACKING_TOKEN=$RAY_AUTH_TOKEN
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-180}
-# Time until the other nodes stop Ray when the first one has stopped it.
-export RAY_gcs_rpc_server_reconnect_timeout_s=${RAY_gcs_rpc_server_reconnect_timeout_s:-20}
 # Address of this node, the first one. If other nodes cannot reach it, set LINFLAB_HEAD to another address of this node.
 head=${LINFLAB_HEAD:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
 head=$head:$(python -c 'from linflab.platform.cluster.ports import find_free_port; print(find_free_port())')
@@ -252,24 +250,24 @@ fi
 
 # Slurm sends this signal before the time limit. The command then writes its state and ends with a status that is not 0.
 at_limit=
-stop_command() {
+stop_at_limit() {
     at_limit=yes
     echo "Time limit of job $task: stopping the command."
     kill -TERM "$(cat "$state/pid" 2> /dev/null || echo "$job")" 2> /dev/null
 }
-trap stop_command USR1
+trap stop_at_limit USR1
+trap : TERM  # when the job is canceled, Slurm sends SIGTERM to all its processes; wait for them
 
 @start@
 wait "$job"
-status=$?
-if [ -n "$at_limit" ]; then
-    while kill -0 "$job" 2> /dev/null && [ ! -s "$state/status" ]; do sleep 1; done
-    status=$(cat "$state/status" 2> /dev/null) || { wait "$job"; status=$?; }
-    if [ "$status" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge @max_requeues@ ]; then
-        echo "Not requeued, since this was restart $SLURM_RESTART_COUNT; submit the script again to resume."
-    elif [ "$status" -ne 0 ]; then
+while kill -0 "$job" 2> /dev/null && [ ! -s "$state/status" ]; do sleep 1; done  # a signal ended wait
+status=$(cat "$state/status" 2> /dev/null) || { wait "$job"; status=$?; }
+if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt @max_requeues@ ]; then
         echo "Requeueing job $task, which resumes."
         scontrol requeue "$task"
+    else
+        echo "Not requeued, since this was restart $SLURM_RESTART_COUNT; submit the script again to resume."
     fi
 fi
 exit "$status"

@@ -42,6 +42,10 @@ class SlurmCluster:
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in GPUS))
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # slurmd loads it, but nothing uses it
         (folder / "slurm.conf").write_text(self._config())
+
+    def start(self) -> None:
+        """Start the daemons, and wait until the nodes are idle."""
+        folder = self.folder
         for host in self.network.hosts.values():
             host.run(f"mkdir -m 755 /run/munge && {self._daemon('munged')} --force --key-file {folder}/munge.key "
                      f"--log-file {folder}/munged-{host.name}.log --seed-file {folder}/seed-{host.name}")  # fmt: skip
@@ -96,7 +100,7 @@ class SlurmCluster:
 
     def submit(self, *arguments: str) -> str:
         """Submit a job with `linflab slurm` and return its number."""
-        output = self.run("linflab", "slurm", *arguments, "--storage", str(self.shared), "--submit")
+        output = self.run("linflab", "slurm", *arguments, "--submit")
         match = re.search(r"Submitted job (\d+)", output)
         assert match is not None, output
         return match[1]
@@ -106,9 +110,14 @@ class SlurmCluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0]))
 
+    def minutes(self, number: str) -> int:
+        """Return for how many minutes a job has been running, rounded up."""
+        hours, minutes, seconds = map(int, self.job(number)["RunTime"].split(":"))
+        return 60 * hours + minutes + (seconds > 0)
+
     def log(self) -> str:
         """Return the output of all jobs, and the end of the daemons' logs, for messages of failed tests."""
-        logs = [path.read_text(errors="replace") for path in sorted(self.shared.glob("slurm/*.log"))]
+        logs = [path.read_text(errors="replace") for path in sorted(self.shared.glob("*/slurm/*.log"))]
         return "\n".join([*logs, *(path.read_text()[-2000:] for path in self.folder.glob("*slurm*.log"))])
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -127,6 +136,3 @@ class SlurmCluster:
         own = re.compile("ps -eo|sshd|slurmd$|slurmd -N|munged|/slurmd |^ *PID")
         lines = (line for host in self.nodes for line in host.run("ps -eo pid,args --no-headers").splitlines())
         return [line for line in lines if not own.search(line)]
-
-    def close(self) -> None:
-        self.network.close()
