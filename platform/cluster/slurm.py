@@ -15,6 +15,7 @@ from pathlib import Path
 from linflab.platform.cluster.tracking_server import MODULE as SERVER_MODULE
 from linflab.platform.errors import InputError
 
+STOP_TIMEOUT_S = 30  # for Ray on all nodes
 TASK = "$SLURM_ARRAY_TASK_ID"
 # Options of sbatch that `Allocation` sets itself, or on which the script relies.
 OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "array", "output")
@@ -24,7 +25,7 @@ OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue"
 class Allocation:
     """Resources of a job, and how it ends.
 
-    Args:
+    Attributes:
         nodes: Number of nodes.
         gpus_per_node: Number of GPUs of each node.
         cpus_per_node: Number of CPUs of each node; None for whole nodes.
@@ -93,7 +94,7 @@ class Allocation:
 class Job:
     """A linflab command as a batch job.
 
-    Args:
+    Attributes:
         name: Name of the job, and of its script and log.
         storage: Absolute path of the storage directory, on a file system that all nodes share.
         tracking_server: URI of an MLflow server to use; None for the storage's database.
@@ -159,6 +160,7 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "tracked": "" if job.tracking_server else f' python -m {SERVER_MODULE} run "$storage" "${{head%:*}}"',
         "nodes": str(allocation.nodes),
         "gpus": str(allocation.gpus_per_node),
+        "stop_timeout": str(STOP_TIMEOUT_S),
         "max_requeues": str(allocation.max_requeues),
     }
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], re.sub("@start@", lambda _: values["start"], _SCRIPT))
@@ -210,20 +212,19 @@ head=$head:$(python -c 'from linflab.platform.cluster.ports import find_free_por
 ray_log=${log%.log}-ray.log
 echo "Output of Ray: $ray_log"
 run_on_first_node() {
-    echo $$ > "$state/pid"
     exec >> "$log" 2>&1
-    RAY_ADDRESS=$head exec@tracked@ "$@"
+    RAY_ADDRESS=$head@tracked@ "$@" &
+    echo $! > "$state/pid"
+    wait $!
+    echo $? > "$state/status"
 }
 start_ray() {
     exec >> "$ray_log" 2>&1
     if [ "$SLURM_PROCID" != 0 ]; then  # Ray itself would notice only after a minute that the first node has stopped
-        (until [ -e "$state/status" ]; do sleep 1; done; ray stop) &
+        (until [ -e "$state/status" ]; do sleep 1; done; ray stop --force) &
     fi
-    ray symmetric-run --address "$head" --min-nodes @nodes@ --num-cpus "$SLURM_CPUS_ON_NODE" --num-gpus @gpus@ \\
+    exec ray symmetric-run --address "$head" --min-nodes @nodes@ --num-cpus "$SLURM_CPUS_ON_NODE" --num-gpus @gpus@ \\
         --disable-usage-stats -- bash -c 'run_on_first_node "$@"' linflab "$@"
-    local status=$?
-    [ "$SLURM_PROCID" != 0 ] || echo "$status" > "$state/status"
-    return "$status"
 }
 export head log ray_log state storage
 export -f run_on_first_node start_ray
@@ -259,8 +260,11 @@ trap stop_at_limit USR1
 trap : TERM  # when the job is canceled, Slurm sends SIGTERM to all its processes; wait for them
 
 @start@
-wait "$job"
-while kill -0 "$job" 2> /dev/null && [ ! -s "$state/status" ]; do sleep 1; done  # a signal ended wait
+stopping=0  # seconds since the end of the command, in which Ray stops
+while kill -0 "$job" 2> /dev/null && [ "$stopping" -lt @stop_timeout@ ]; do
+    [ ! -s "$state/status" ] || stopping=$((stopping + 1))
+    sleep 1
+done
 status=$(cat "$state/status" 2> /dev/null) || { wait "$job"; status=$?; }
 if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -lt @max_requeues@ ]; then

@@ -49,17 +49,17 @@ def read_table(storage: Path) -> pd.DataFrame:
 def test_sweep_at_time_limit_resumes_with_same_table(cluster: SlurmCluster) -> None:
     storage = cluster.shared / "sweep"
     number = cluster.submit("sweep", *SWEEP, "--name", "cut", *TWO_NODES, "--storage", str(storage))
-    cluster.wait_for(lambda: count_checkpoints(storage) > 0, 180)
+    cluster.wait_for(lambda: count_checkpoints(storage) > 0, 400)
     # Slurm checks time limits every 30 seconds, and sends the signal up to 30 seconds early.
     limit = cluster.minutes(number) + 2
     cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
-    cluster.wait_for(lambda: cluster.job(number)["Restarts"] == "1", 150)
+    cluster.wait_for(lambda: cluster.job(number)["Restarts"] == "1", 300)
     trials = read_trials(Storage(storage).tracking_uri, "cut")
     assert (trials["status"] != "FINISHED").any() or len(trials) < TRIALS, "the sweep was not cut"
     cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=20")
     undisturbed = cluster.shared / "undisturbed"
     cluster.run("linflab", "sweep", *SWEEP, "--name", "cut", "--storage", str(undisturbed))
-    cluster.wait_until_completed(number, 240)
+    cluster.wait_until_completed(number, 500)
     assert len(read_trials(Storage(storage).tracking_uri, "cut")) == TRIALS
     pd.testing.assert_frame_equal(read_table(storage), read_table(undisturbed))
 
@@ -68,12 +68,12 @@ def test_canceled_training_leaves_no_process_and_resumes(cluster: SlurmCluster) 
     storage = cluster.shared / "training"
     arguments = ["train", *TRAINING, *TWO_NODES, "--storage", str(storage)]
     canceled = cluster.submit(*arguments)
-    cluster.wait_for(lambda: count_checkpoints(storage) > 0, 180)
+    cluster.wait_for(lambda: count_checkpoints(storage) > 0, 400)
     assert any("gcs_server" in line for line in cluster.processes())
     cluster.run("scancel", canceled)
     cluster.wait_for(lambda: cluster.processes() == [], 60)
     resumed = cluster.submit(*arguments, "--resume")
-    cluster.wait_until_completed(resumed, 240)
+    cluster.wait_until_completed(resumed, 500)
     (run,) = read_runs(Storage(storage).tracking_uri, {schema.KIND: "trial"}).to_dict("records")
     assert run["status"] == "FINISHED"
     assert f"Resuming run {run['run_id']}" in cluster.log()
@@ -87,7 +87,7 @@ def test_array_job_trains_one_seed_per_task(cluster: SlurmCluster) -> None:
         "--time", "00:10:00", "--storage", str(storage),
     )  # fmt: skip
     for task in (3, 4):
-        cluster.wait_until_completed(f"{number}_{task}", 180)
+        cluster.wait_until_completed(f"{number}_{task}", 400)
         (run,) = read_runs(Storage(storage / f"seed-{task}").tracking_uri, {schema.KIND: "trial"}).to_dict("records")
         assert run["status"] == "FINISHED" and run["params.seed"] == str(task)
 
