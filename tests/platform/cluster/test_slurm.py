@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from linflab.platform.tracking.storage import Storage
@@ -18,7 +17,7 @@ TRIALS = 8
 SHORT = ["training.checkpoint_interval=1", "evaluation.attack.steps=5", "evaluation.attack.restarts=1"]
 SWEEP = [RECIPE, "demo", *SHORT, "training.epochs=40", "--budget", str(TRIALS), "--sampler", "random"]
 # A worker with all CPUs of a node, so that the second worker is on the other node.
-TRAINING = [RECIPE, *SHORT, "training.epochs=40", "compute.workers=2", f"compute.cpus_per_worker={CPUS}"]
+TRAINING = [RECIPE, *SHORT, "training.epochs=15", "compute.workers=2", f"compute.cpus_per_worker={CPUS}"]
 TWO_NODES = ["--nodes", "2", "--time", "00:20:00", "--stop-before", "150"]
 
 
@@ -38,12 +37,9 @@ def count_checkpoints(storage: Path) -> int:
     return len(list(storage.glob("checkpoints/*/latest.pt")))
 
 
-def read_table(storage: Path) -> pd.DataFrame:
-    """Return configurations, results and order of a sweep's trials, without times and ids."""
-    table = pd.read_csv(storage / "reports" / "sweep-cut.csv")
-    return table[
-        [name for name in table if not any(word in name.lower() for word in ("second", "time", "run", "hour"))]
-    ]
+def read_table(storage: Path) -> str:
+    """Return the table of a sweep: configurations, results and commands in order, without times and ids."""
+    return (storage / "reports" / "sweep-cut.csv").read_text()
 
 
 def test_sweep_at_time_limit_resumes_with_same_table(cluster: SlurmCluster) -> None:
@@ -61,7 +57,7 @@ def test_sweep_at_time_limit_resumes_with_same_table(cluster: SlurmCluster) -> N
     cluster.run("linflab", "sweep", *SWEEP, "--name", "cut", "--storage", str(undisturbed))
     cluster.wait_until_completed(number, 500)
     assert len(read_trials(Storage(storage).tracking_uri, "cut")) == TRIALS
-    pd.testing.assert_frame_equal(read_table(storage), read_table(undisturbed))
+    assert read_table(storage) == read_table(undisturbed)
 
 
 def test_canceled_training_leaves_no_process_and_resumes(cluster: SlurmCluster) -> None:
