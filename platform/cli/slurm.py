@@ -123,11 +123,11 @@ def slurm_sweep(
         task_name = f"{name}-{TASK}" if array else name
         command = (*command, *_task_override(allocation), "--name", task_name)
         resume: tuple[str, ...] = ("sweep", "--resume", task_name)
+        is_started = f'[ -e "$storage/sweeps/{task_name}/sweep.yaml" ]'
     elif array:
         raise InputError(f"array={array}: is not supported with --resume {name}; submit one job per sweep")
     else:
-        task_name, resume = name, command
-    is_started = f'[ -e "$storage/sweeps/{task_name}/sweep.yaml" ]'
+        resume, is_started = command, "false"
     _write(_job(settings, name, command, resume, is_started), allocation, submit_job)
 
 
@@ -200,7 +200,7 @@ def _job(
     from linflab.platform.data.datasets import data_dir
 
     storage = Storage.open(settings["storage_dir"])
-    return Job(job_name(name), storage.root, storage.tracking_server, data_dir(), command, resume, is_started)
+    return Job(job_name(name) or "job", storage.root, storage.tracking_server, data_dir(), command, resume, is_started)
 
 
 def _write(job: Job, allocation: Allocation, submit_job: bool) -> None:

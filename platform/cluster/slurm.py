@@ -237,6 +237,7 @@ _SCRIPT = """\
 @directives@
 
 export PATH=@bin@:$PATH LINFLAB_DATA=@data@ PYTHONUNBUFFERED=1
+unset RAY_ADDRESS  # the job starts its own Ray
 @server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 log=@log@-$task.log
 storage=@storage@
