@@ -85,7 +85,7 @@ def test_array_job_trains_one_seed_per_task(cluster: SlurmCluster) -> None:
     for task in (3, 4):
         cluster.wait_until_completed(f"{number}_{task}", 400)
         (run,) = read_runs(Storage(storage / f"seed-{task}").tracking_uri, {schema.KIND: "trial"}).to_dict("records")
-        assert run["status"] == "FINISHED" and run["params.seed"] == str(task)
+        assert run["status"] == "FINISHED" and run["seed"] == str(task)
 
 
 def test_gpus_are_requested_on_each_node(cluster: SlurmCluster) -> None:
