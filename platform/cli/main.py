@@ -19,6 +19,7 @@ from linflab.platform.cli.exchange import export
 from linflab.platform.cli.node import node_app
 from linflab.platform.cli.report import report_app
 from linflab.platform.cli.runs import runs_app
+from linflab.platform.cli.slurm import slurm_app
 from linflab.platform.cli.sweep import sweep, sweeps
 from linflab.platform.cli.train import train
 from linflab.platform.cli.ui import ui
@@ -40,6 +41,7 @@ for name, group in {
     "data": data_app,
     "report": report_app,
     "runs": runs_app,
+    "slurm": slurm_app,
     "node": node_app,
 }.items():
     app.add_typer(group, name=name)

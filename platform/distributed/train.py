@@ -26,7 +26,7 @@ from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import data_dir, load_dataset
 from linflab.platform.distributed.address import check_address, configured_address
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
-from linflab.platform.host import configure_process
+from linflab.platform.host import allocated_cpus, configure_process
 from linflab.platform.signals import watch_again
 from linflab.platform.source import verify_source_hash
 from linflab.platform.tracking.mlflow import STORE_ERRORS
@@ -58,7 +58,14 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ["LINFLAB_DATA"] = str(data_dir())  # absolute: Ray's workers have other working directories
     try:
-        ray.init(address=address or "local", configure_logging=True, logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            address=address or "local",
+            num_cpus=allocated_cpus() if address is None else None,
+            namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
+            configure_logging=True,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
     except Exception as error:  # any exception, depending on cause and version of Ray
         if address is None:
             raise
