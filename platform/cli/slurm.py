@@ -19,6 +19,7 @@ from linflab.platform.tracking.storage import Storage
 if TYPE_CHECKING:
     from linflab.platform.data.datasets import Dataset
 
+SEARCH_OPTIONS = ("sampler", "halving", "seeds", "verify_front", "verify_images")
 slurm_app = typer.Typer(
     help="Write or submit a batch script that trains or sweeps on nodes of a Slurm cluster.", no_args_is_help=True
 )
@@ -182,7 +183,7 @@ def _check_sweep(settings: dict[str, Any], allocation: Allocation) -> str:
     recipe, space, overrides = settings["recipe"], settings["space"], settings["overrides"] or []
     if recipe is None or space is None:
         raise InputError("slurm sweep: requires a recipe and a search space; add both, or use --resume NAME")
-    search_options = {name: settings[name] for name in ("sampler", "halving", "seeds") if settings[name] is not None}
+    search_options = {name: settings[name] for name in SEARCH_OPTIONS if settings[name] is not None}
     if settings["objectives"]:
         search_options["objectives"] = settings["objectives"].split(",")
     search = parse_search_options(settings["budget"] or "20", **search_options)
