@@ -24,7 +24,7 @@ from linflab.platform.cli.train import train
 from linflab.platform.cli.ui import ui
 from linflab.platform.errors import InputError, RunInterrupted, TrainingError
 from linflab.platform.extras import missing_extra
-from linflab.platform.source import verify_source_hash
+from linflab.platform.source import linflab_version, verify_source_hash
 from linflab.reports.plain import one_line
 
 # PyTorch, Ray, MLflow and pandas take seconds to import, so each command imports only those that it needs. The
@@ -47,9 +47,7 @@ for name, group in {
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"linflab {version('linflab')}")
+        typer.echo(f"linflab {linflab_version()}")
         raise typer.Exit
 
 
