@@ -44,7 +44,7 @@ SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".h")  # compiled files are not copie
 
 def linflab_version() -> str:
     """Return the version of the source code, which can differ from that of an earlier installation."""
-    return str(linflab.__version__)  # type: ignore[attr-defined]  # mypy sees the subpackages only
+    return str(linflab.__version__)
 
 
 def is_cluster_job() -> bool:
