@@ -20,7 +20,20 @@ from tests.models.test_kernel_sources import read_setup_constant
 
 ROOT = Path(__file__).parents[1]
 COMPILERS = ("c++", "g++", "cc", "gcc", "clang", "clang++")
-TOOLS = ("sh", "bash", "env", "uname", "nproc", "ps", "ldconfig", "cat", "git")  # commands that Ray and linflab run
+TOOLS = (
+    "sh",
+    "bash",
+    "env",
+    "uname",
+    "nproc",
+    "ps",
+    "ldconfig",
+    "cat",
+    "find",
+    "git",
+    "sort",
+    "tail",
+)  # run by Ray, linflab and install.sh
 X86 = os.uname().machine == "x86_64"
 
 pytestmark = [
@@ -82,20 +95,20 @@ def test_sdist_has_tests_and_release_files(distributions: Distributions) -> None
 
 def test_wheel_runs_a_sweep_without_a_compiler(distributions: Distributions, tmp_path: Path) -> None:
     venv, tools = tmp_path / "venv", tmp_path / "tools"
-    run(sys.executable, "-m", "venv", venv)
-    python = venv / "bin" / "python"
-    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-    # The other packages are those of this environment. Its editable linflab stays out of view, since Python reads .pth
-    # files only in the environment's own directory.
-    (site_packages / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     tools.mkdir()
+    (tools / "python3").symlink_to(sys.executable)
     for name in TOOLS:
         if (found := shutil.which(name)) is not None:
             (tools / name).symlink_to(found)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LINFLAB_", "PYTHON"))}
     environment["PATH"] = os.pathsep.join(map(str, (venv / "bin", tools)))
     assert not [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]
-    run(python, "-m", "pip", "install", "--no-deps", distributions.wheel, env=environment)
+    run(ROOT / "containers" / "install.sh", distributions.wheel.parent, venv, "--no-deps", env=environment)
+    # The other packages are those of this environment. Its editable linflab stays out of view, since Python reads .pth
+    # files only in the environment's own directory.
+    python = venv / "bin" / "python"
+    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    (site_packages / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(python, ROOT / ".ci" / "check_wheel.py", env=environment, cwd=tmp_path)
     sweep = ["sweep", RECIPE, "demo", *QUICK, "--budget", "2", "--name", "wheel", "--storage", tmp_path / "runs"]
     done = run(venv / "bin" / "linflab", *sweep, env=environment, cwd=tmp_path)
