@@ -11,6 +11,7 @@ EXTRAS = {
     },
     "cluster": {"cmaes", "grpc", "ray"},
     "exchange": {"onnx", "safetensors"},
+    "hub": {"huggingface_hub"},
 }  # fmt: skip
 
 
