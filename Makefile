@@ -1,5 +1,6 @@
 # make demo: install and run a small sweep. make install: install. make unit: fast tests. make test: tests to run before
 # a contribution. make check: format, lint and types. make readme: update the table of measured results in README.md.
+# make dist: build dist/, with a wheel and a source distribution. make lowest: the lowest allowed versions exist.
 # make gpu: test, time, profile and train on a CUDA device in under 9 minutes (ARGS: see benchmarks/gpu.py).
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PHRASES := "will do|comes to|come to|so many|one's own|anew|for want of|says not
 
 SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # changes in these require a new installation
 
-.PHONY: demo install unit test test-all check format readme gpu clean
+.PHONY: demo install unit test test-all check format readme gpu dist lowest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
@@ -43,6 +44,17 @@ format: $(VENV)/.installed-dev
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+# The wheel is built from the source distribution, and repaired to run on other Linux systems.
+dist: $(VENV)/.installed-dev
+	rm -rf build/dist dist
+	LINFLAB_REQUIRE_KERNELS=1 $(BIN)/python -m build --outdir build/dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist/
+
+lowest: $(VENV)/.installed-dev
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --all-extras --python-version 3.11 \
+		--output-file build/lowest.txt pyproject.toml
+
 readme: $(VENV)/.installed
 	grep -q "^<!-- measured -->" README.md && grep -q "^<!-- end -->" README.md
 	$(BIN)/linflab report measured --output-dir build/readme
@@ -51,7 +63,7 @@ readme: $(VENV)/.installed
 	cp build/readme/README.md README.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

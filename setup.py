@@ -1,7 +1,12 @@
-"""Build of the C++ kernels, one module per instruction set; skipped if there is no compiler."""
+"""Build of the C++ kernels, one module per instruction set of the target processor; skipped if there is no compiler.
+
+With LINFLAB_REQUIRE_KERNELS=1, as for released wheels, a failed compilation fails the build.
+"""
 
 import copy
 import hashlib
+import os
+import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -33,6 +38,8 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+ISAS = FLAGS if X86 else {"portable": FLAGS["portable"]}
 
 
 class BuildEachApart(build_ext):
@@ -56,9 +63,9 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=off", "-pthread", *flags],
             extra_link_args=["-pthread"],
             cxx_std=17,
-            optional=True,
+            optional=os.environ.get("LINFLAB_REQUIRE_KERNELS", "0") in ("", "0"),
         )
-        for isa, flags in FLAGS.items()
+        for isa, flags in ISAS.items()
     ],
     cmdclass={"build_ext": BuildEachApart},
     options={"build_ext": {"parallel": 3}},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         train,
     )
 
-    __version__: str
+__version__ = "0.1.0"  # of the package, the changelog and the citation; `pyproject.toml` reads it here
 
 __all__ = [
     "AttackResult",
@@ -41,11 +41,7 @@ if not (Path(__file__).parent / "models").exists() and (_CHECKOUT / "pyproject.t
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, since PyTorch and the version lookup are slow."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("linflab")
+    """Import public names on first use, since PyTorch is slow to import."""
     if name in __all__:
         return getattr(import_module("linflab.platform.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 # Top-level modules that linflab imports, by the extra that installs them.
 EXTRAS = {
     "platform": {
-        "PIL", "matplotlib", "mlflow", "optuna", "pandas", "psutil", "requests", "rich", "sklearn",
-        "sqlalchemy", "tabulate", "torchvision", "typer",
+        "PIL", "matplotlib", "mlflow", "optuna", "packaging", "pandas", "psutil", "requests", "rich", "scipy",
+        "sklearn", "sqlalchemy", "tabulate", "torchvision", "typer",
     },
     "cluster": {"cmaes", "grpc", "ray"},
     "exchange": {"onnx", "safetensors"},
+    "hub": {"huggingface_hub"},
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from linflab.platform.source import linflab_version
+
 
 def describe_hardware() -> str:
     """Return the CPU cores and GPUs that this process can use, as text."""
@@ -24,8 +26,8 @@ def allocated_cpus() -> int | None:
 
 def package_versions(*others: str) -> str:
     """Return the versions of Python, of the installed packages that affect results, and of others, as text."""
-    versions = [f"python {machine.python_version()}"]
-    for name in ("linflab", "torch", "ray", "optuna", "mlflow", *others):
+    versions = [f"python {machine.python_version()}", f"linflab {linflab_version()}"]
+    for name in ("torch", "ray", "optuna", "mlflow", *others):
         with suppress(PackageNotFoundError):
             versions.append(f"{name} {version(name)}")
     return ", ".join(versions)

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import linflab
 import linflab.models
 import linflab.platform
 import linflab.reports
@@ -33,10 +34,17 @@ SUBPACKAGES = {
 # file. The code removes the import finder of an editable install, which would supply modules that the copy lacks.
 _INIT = """import sys
 
+__version__ = {version!r}
+
 finders = [one for one in sys.meta_path if not getattr(one, "__module__", "").startswith("__editable___linflab")]
 sys.meta_path[:] = finders
 """
 SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".h")  # compiled files are not copied
+
+
+def linflab_version() -> str:
+    """Return the version of the source code, which can differ from that of an earlier installation."""
+    return str(linflab.__version__)
 
 
 def is_cluster_job() -> bool:
@@ -69,7 +77,7 @@ def copy_source(folder: Path) -> Path:
     for path, name in _files():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, package / name)
-    (package / "__init__.py").write_text(_INIT)
+    (package / "__init__.py").write_text(_INIT.format(version=linflab_version()))
     return package
 
 

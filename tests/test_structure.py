@@ -22,7 +22,7 @@ FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("
 LAYERS = (
     {"__main__"},
     {"api", "cli"},
-    {"results", "sweeps"},
+    {"results", "sweeps", "diagnosis"},
     {"distributed"},
     {"trial", "cluster"},
     {"tracking"},

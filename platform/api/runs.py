@@ -109,14 +109,16 @@ def load(run_id_or_path: str | os.PathLike[str], storage: str | os.PathLike[str]
     """Load a trained network; the files of its dataset are not needed.
 
     Args:
-        run_id_or_path: Run id, prefix of a run id, run name, or path of a weights file.
+        run_id_or_path: Run id, prefix of a run id, run name, path of a weights file, path or https URL of a folder of
+            `linflab export --format safetensors`, or `hf://OWNER/NAME` for a repository of the Hugging Face Hub.
         storage: Storage directory of the run.
 
     Returns:
         The network, on the CPU and in evaluation mode.
 
     Raises:
-        InputError: If the run or file does not exist, the run has no weights, or the weights cannot be read.
+        InputError: If the run, file, URL or repository does not exist, or the weights cannot be read or differ from
+            the hash in their manifest.
         ModuleNotFoundError: If a package of an extra is not installed; the message has the command that installs it.
     """
     from linflab.platform.results.load import find_weights

@@ -1,6 +1,7 @@
 """`linflab export`, and `linflab certify` of VNN-LIB properties."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +48,40 @@ def export(
 
     chosen = PropertyImages(_parse_images(images), radii[0] if radii else None)
     print_files(export_network(run_or_weights, storage_dir, format, output_dir, chosen), "Files:")
+
+
+def push(
+    run_or_weights: Annotated[str, typer.Argument(metavar="RUN_OR_WEIGHTS", help="Run id or name, or path of weights")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the Hugging Face Hub")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private")] = False,
+    storage_dir: StorageFolder = DEFAULT_STORAGE,
+) -> None:
+    """Upload a trained network to the Hugging Face Hub, with its config and a manifest of hashes and results.
+
+    The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from linflab.platform.results.export import PropertyImages, export_network
+    from linflab.platform.results.sharing import parse_repository, push_folder
+
+    parse_repository(repository)
+    with tempfile.TemporaryDirectory(prefix="linflab-") as temporary:
+        folder = Path(temporary) / "export"
+        export_network(run_or_weights, storage_dir, "safetensors", folder, PropertyImages([]))
+        source = push_folder(folder, repository, private)
+    console.print(f"Uploaded. Load the network with linflab.load({source!r}), or `linflab pull {source}`.")
+
+
+def pull(
+    source: Annotated[str, typer.Argument(help="hf://OWNER/NAME with an optional @REVISION, or an https URL")],
+    output_dir: Annotated[Path, typer.Option(help="New or empty directory")],
+) -> None:
+    """Download a network that was pushed or exported as safetensors, and check its hash."""
+    from linflab.platform.results.sharing import copy_network, fetch_weights, is_remote
+    from linflab.platform.training.weights import load_weights
+
+    weights = fetch_weights(source if is_remote(source) else f"hf://{source}")
+    load_weights(weights)
+    print_files(copy_network(weights, output_dir), "Files:")
 
 
 def _parse_images(text: str) -> list[int]:

@@ -14,8 +14,9 @@ from linflab.platform import signals
 from linflab.platform.cli.compare import compare
 from linflab.platform.cli.data import data_app
 from linflab.platform.cli.describe import describe, json_schema, recipes, space_app
+from linflab.platform.cli.doctor import doctor
 from linflab.platform.cli.evaluate import certify, evaluate, import_weights
-from linflab.platform.cli.exchange import export
+from linflab.platform.cli.exchange import export, pull, push
 from linflab.platform.cli.node import node_app
 from linflab.platform.cli.report import report_app
 from linflab.platform.cli.runs import runs_app
@@ -25,14 +26,14 @@ from linflab.platform.cli.train import train
 from linflab.platform.cli.ui import ui
 from linflab.platform.errors import InputError, RunInterrupted, TrainingError
 from linflab.platform.extras import missing_extra
-from linflab.platform.source import verify_source_hash
+from linflab.platform.source import linflab_version, verify_source_hash
 from linflab.reports.plain import one_line
 
 # PyTorch, Ray, MLflow and pandas take seconds to import, so each command imports only those that it needs. The
 # slowest ones are imported after validation of the input.
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for command in (train, compare, sweep, sweeps, recipes, describe, evaluate, certify, export, ui):
+for command in (train, compare, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor):
     app.command()(command)
 app.command("schema")(json_schema)
 app.command("import-weights")(import_weights)
@@ -49,9 +50,7 @@ for name, group in {
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"linflab {version('linflab')}")
+        typer.echo(f"linflab {linflab_version()}")
         raise typer.Exit
 
 

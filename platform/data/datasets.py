@@ -330,7 +330,7 @@ def list_datasets() -> list[DatasetStatus]:
     """Return the status of shipped datasets, compared with the published means, and of your own datasets."""
     own_names = sorted(path.name for path in data_dir().glob("*") if path.is_dir() and path.name[0] != ".")
     statuses = []
-    for name in [*DATASETS, *(name for name in own_names if name not in DATASETS and _is_prepared(name))]:
+    for name in [*DATASETS, *(name for name in own_names if name not in DATASETS and is_prepared(name))]:
         location = "comes with scikit-learn" if name == "digits" else str(data_dir() / name)
         if name != "digits" and not _is_folder(data_dir() / name):
             statuses.append(DatasetStatus(name, location))
@@ -355,5 +355,6 @@ def list_datasets() -> list[DatasetStatus]:
     return statuses
 
 
-def _is_prepared(name: str) -> bool:
+def is_prepared(name: str) -> bool:
+    """Return whether all files of a dataset exist in `data_dir()`."""
     return all((data_dir() / name / f"{file}.npy").is_file() for file in ARRAY_NAMES)

@@ -1,7 +1,6 @@
 """ONNX graphs under construction."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linflab.platform.extras import naming_extras
+from linflab.platform.source import linflab_version
 
 if TYPE_CHECKING:
     import onnx
@@ -72,7 +72,7 @@ class GraphBuilder:
         graph = helper.make_graph(self.nodes, "linflab", inputs, outputs, self.constants)
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
-            producer_name="linflab", producer_version=version("linflab"),
+            producer_name="linflab", producer_version=linflab_version(),
         )  # fmt: skip
 
     @naming_extras()

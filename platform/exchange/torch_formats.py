@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.onnx_reader import import_onnx
 from linflab.platform.extras import naming_extras
+from linflab.platform.files import open_regular
 
 
 @naming_extras()
@@ -27,6 +29,19 @@ def to_safetensors(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
 
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     return save(tensors, dict(metadata))
+
+
+@naming_extras()
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file by name, and the texts in its header.
+
+    Raises:
+        ModuleNotFoundError: If `safetensors` is not installed; the message has the command that installs it.
+    """
+    from safetensors import safe_open
+
+    with open_regular(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def to_torchscript(model: bytes, input_shape: tuple[int, ...]) -> bytes:

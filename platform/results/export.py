@@ -17,6 +17,7 @@ from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.platform.data.datasets import load_dataset
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.folder import check_folder, write_folder
+from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from linflab.platform.exchange.onnx_writer import build_onnx
 from linflab.platform.exchange.torch_formats import to_safetensors, to_torchscript
 from linflab.platform.exchange.vnnlib import format_robustness
@@ -25,7 +26,7 @@ from linflab.platform.results.load import find_weights
 from linflab.platform.source import git_commit
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.storage import Storage
-from linflab.platform.training.weights import Weights, load_weights
+from linflab.platform.training.weights import Weights, describe_dataset, load_weights
 from linflab.reports import schema
 from linflab.reports.records import read_run
 
@@ -76,8 +77,12 @@ def export_network(
     if format == "safetensors":
         files["config.yaml"] = weights.experiment.to_yaml().encode()
         # One text, since the order of several is random.
-        metadata = {"config": weights.experiment.to_yaml(), "input_shape": list(weights.image_shape)}
-        files["model.safetensors"] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)})
+        metadata = {
+            "config": weights.experiment.to_yaml(),
+            "input_shape": list(weights.image_shape),
+            "dataset": describe_dataset(weights.experiment.dataset, weights.info),
+        }
+        files[WEIGHTS_FILE] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)})
     else:
         model = build_onnx(weights.network, weights.image_shape).SerializeToString()
         if format == "torchscript":
@@ -91,7 +96,7 @@ def export_network(
     manifest["files"] = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()
     }
-    files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
+    files[MANIFEST_FILE] = (json.dumps(manifest, indent=1) + "\n").encode()
     return write_folder(output_dir, files)
 
 

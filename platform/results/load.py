@@ -6,7 +6,9 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from linflab.platform.errors import InputError
+from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from linflab.platform.files import exists
+from linflab.platform.results.sharing import fetch_weights, is_remote
 from linflab.platform.tracking.mlflow import client_of, wrap_errors
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
@@ -15,19 +17,24 @@ from linflab.reports.records import read_run, read_runs
 
 
 def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage | None, str]:
-    """Find weights by path, run name, or prefix of a run id.
+    """Find weights by path, URL, repository, run name, or prefix of a run id.
 
     Args:
-        run_or_weights: Path, name or id.
+        run_or_weights: Path of a weights file or exported folder, URL of such a folder, `hf://OWNER/NAME`, name or id.
         storage_dir: Storage directory.
 
     Returns:
-        Path of the weights, storage, and full run id. If a path is given, the storage is None and the id is empty.
+        Path of the weights, storage, and full run id. Without a run, the storage is None and the id is empty.
 
     Raises:
-        InputError: If there is no such file or run, or the run has no weights.
+        InputError: If there is no such file or run, the run has no weights, or a download fails.
     """
+    if is_remote(run_or_weights):
+        return fetch_weights(run_or_weights), None, ""
     path = Path(run_or_weights)
+    if exists(path / MANIFEST_FILE, stat.S_IFREG):
+        path = path / WEIGHTS_FILE
+        run_or_weights = str(path)
     is_file = exists(path, stat.S_IFREG)
     if "/" in run_or_weights or run_or_weights.endswith(".pt") or is_file:
         if not is_file:

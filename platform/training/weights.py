@@ -1,6 +1,7 @@
 """Weights files: the tensors of a trained network, its config, and the info of its dataset."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from linflab.platform.config.overrides import build_config
 from linflab.platform.data.datasets import MAX_CLASSES, dataset_info
 from linflab.platform.data.info import DatasetInfo
 from linflab.platform.errors import InputError
+from linflab.platform.exchange.manifest import verify_file
+from linflab.platform.exchange.torch_formats import read_safetensors
 from linflab.platform.training.tensors import load_tensors
 from linflab.reports.outputs import write_whole
 from linflab.reports.renames import current_tree
@@ -62,16 +65,21 @@ def save_weights(path: Path, network: nn.Module, experiment: ExperimentConfig, e
         "experiment": experiment.to_yaml(),
         "epoch": epoch,
         "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
-        "dataset": {
-            "name": experiment.dataset,
-            "input_shape": list(info.input_shape),
-            "classes": info.classes,
-            "mean": list(info.mean),
-            "std": info.std,
-            "channel_std": list(info.channel_std),
-        },
+        "dataset": describe_dataset(experiment.dataset, info),
     }
     write_whole(path, partial(torch.save, content))
+
+
+def describe_dataset(name: str, info: DatasetInfo) -> dict[str, Any]:
+    """Return the info of a dataset that a network needs, as `load_weights` reads it."""
+    return {
+        "name": name,
+        "input_shape": list(info.input_shape),
+        "classes": info.classes,
+        "mean": list(info.mean),
+        "std": info.std,
+        "channel_std": list(info.channel_std),
+    }
 
 
 def load_network(path: Path) -> tuple[ExperimentConfig, nn.Module]:
@@ -81,18 +89,20 @@ def load_network(path: Path) -> tuple[ExperimentConfig, nn.Module]:
 
 
 def load_weights(path: Path) -> Weights:
-    """Read a weights file.
+    """Read a weights file: `weights.pt` of a run, or an exported `model.safetensors`.
 
-    The dataset is not needed, except for files of earlier versions, which do not contain its info.
+    The dataset is not needed, except for files of earlier versions, which do not contain its info. If the folder of a
+    safetensors file has a manifest, the file must have the manifest's hash.
 
     Args:
         path: Weights file.
 
     Raises:
-        InputError: If the file cannot be read or is not a weights file of linflab.
+        InputError: If the file cannot be read, differs from its manifest, or is not a weights file of linflab.
+        ModuleNotFoundError: If `safetensors` is needed and not installed.
     """
     try:
-        content = load_tensors(path)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
         experiment = build_config(current_tree(parse_mapping(content["experiment"])), {})
         info = _read_dataset_info(content["dataset"]) if "dataset" in content else dataset_info(experiment.dataset)
         with torch.device("meta"):  # the file is untrusted: compare shapes before allocation
@@ -105,12 +115,25 @@ def load_weights(path: Path) -> Weights:
             raise ValueError("it has values that are not finite")
         if not all(bool((layer.std > 0).all()) for layer in network.modules() if isinstance(layer, Normalize)):
             raise ValueError("its standard deviation is not positive")
-    except InputError:
+    except (InputError, ModuleNotFoundError):
         raise
     except Exception as error:  # a damaged file can raise almost any exception
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: must be a weights file of linflab ({reason}); use weights.pt of a run") from None
+        raise InputError(
+            f"{path}: must be a weights file of linflab ({reason}); use weights.pt of a run, or an exported "
+            "model.safetensors"
+        ) from None
     return Weights(experiment, network.eval(), info)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the content of an exported file in the form of `weights.pt`."""
+    verify_file(path)
+    tensors, metadata = read_safetensors(path)
+    header = json.loads(metadata["linflab"])
+    if "dataset" not in header:
+        raise ValueError("it lacks the info of its dataset; export the network again")
+    return {"experiment": header["config"], "dataset": header["dataset"], "network": tensors}
 
 
 def _read_dataset_info(content: Any) -> DatasetInfo:

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import linflab
 from linflab.platform.tracking.export import HEADER
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
@@ -215,7 +215,7 @@ def test_sweep_is_not_suggested_for_a_missing_run(run_cli: RunCli, finished_swee
 
 def test_version_is_printed(run_cli: RunCli) -> None:
     done = run_cli("--version")
-    assert done.returncode == 0 and version("linflab") in done.stdout
+    assert done.returncode == 0 and linflab.__version__ in done.stdout
     module = subprocess.run([sys.executable, "-m", "linflab", "--version"], capture_output=True, text=True, check=False)
     assert module.returncode == 0 and module.stdout == done.stdout
 

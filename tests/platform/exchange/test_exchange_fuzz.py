@@ -1,6 +1,8 @@
 """Fuzz tests of the parsers of ONNX and VNN-LIB files."""
 
+import json
 import random
+import struct
 from pathlib import Path
 
 import onnx
@@ -8,8 +10,14 @@ import pytest
 import torch
 from onnx import AttributeProto
 
+from linflab.platform.config.overrides import load_config
+from linflab.platform.data.datasets import dataset_info
+from linflab.platform.exchange.manifest import parse_manifest
 from linflab.platform.exchange.onnx_reader import read_onnx
+from linflab.platform.exchange.torch_formats import to_safetensors
 from linflab.platform.exchange.vnnlib import read_property
+from linflab.platform.training.weights import build_network, describe_dataset, load_weights
+from tests.conftest import RECIPE
 from tests.platform.exchange.models import format_property
 from tests.platform.exchange.test_onnx import MODELS
 from tests.platform.exchange.test_vnnlib import FORMULAS, UNIT
@@ -71,3 +79,28 @@ def test_models_are_read_or_rejected(tmp_path: Path) -> None:
 def test_properties_are_read_or_rejected(tmp_path: Path) -> None:
     valid = [format_property(2, 2, *UNIT, formula).encode() for formula in FORMULAS]
     fuzz(lambda rng: mutate_text(rng, valid), make_file_reader(tmp_path / "p.vnnlib", read_property))
+
+
+def test_safetensors_are_read_or_rejected(tmp_path: Path) -> None:
+    experiment = load_config(RECIPE, ["model.width=4"])
+    info = dataset_info("digits")
+    header = {"config": experiment.to_yaml(), "dataset": describe_dataset("digits", info)}
+    valid = to_safetensors(build_network(experiment, info), {"linflab": json.dumps(header)})
+
+    (size,) = struct.unpack("<Q", valid[:8])  # of the header, a JSON text
+
+    def make(rng: random.Random) -> bytes:
+        if rng.random() < 0.5:
+            return mutate_bytes(rng, [valid])
+        text = mutate_text(rng, [valid[8 : 8 + size]])
+        return struct.pack("<Q", len(text)) + text + valid[8 + size :]
+
+    fuzz(make, make_file_reader(tmp_path / "model.safetensors", load_weights))
+
+
+def test_manifests_are_read_or_rejected(tmp_path: Path) -> None:
+    valid = json.dumps({"files": {"model.safetensors": {"sha256": "0" * 64, "bytes": 5}}, "format": "safetensors"})
+    fuzz(
+        lambda rng: mutate_text(rng, [valid.encode()]),
+        make_file_reader(tmp_path / "manifest.json", lambda path: parse_manifest(path.read_bytes(), str(path))),
+    )
