@@ -26,11 +26,13 @@ width. In fact it changes far fewer weights: the last layer has 10 outputs, and 
 determine a distance of the next layer have a gradient. Later steps change mostly the same weights. At p = 8 all weights
 have a gradient in the first step.
 
+sparsity. The gradient becomes sparse as p grows. With depth 5, width 256 and 4 epochs of the small recipe, all weights
+have a gradient at p = 8, 98.7 to 99.2% at p = 32, and 2.8 to 3.0% at p = inf. The weights that hold 90% of its l_1 norm
+are 5 to 8% at p = 8, 1.0 to 1.3% at p = 32, and 0.3 to 0.4% at p = inf.
+
 training. Claim: training at p = inf fails. With depth 5, width 256 and 4 epochs of the small recipe, validation
-accuracy is 61.1% clean and 53.8% certified at eps 0.1. The accuracies hardly change after the first epoch (59.7% and
-51.3%). With the p schedule from 8 to 1000, then inf, they are 81.5% and 74.3%. So training at p = inf learns, but
-stagnates 20 points lower. These runs use the recipe's learning rate, 0.04. At p = inf, --learning-rate 0.01 reaches
-47.2% and 40.1%, and --learning-rate 0.12 reaches 57.1% and 48.7%.
+accuracy is 43.0% clean and 36.9% certified at eps 0.1. With the recipe's p schedule, it is 82.1% and 74.9%. So training
+at p = inf learns, but stays far below. Both runs use the learning rate 0.04.
 
 scale. Claim: outputs are distances, never negative, so without mean shift they grow from layer to layer. The claim
 holds. In a random net of depth 8 and width 1024, the mean output grows from 5.4 to 2619 at p = 8, by a factor of 2.4
@@ -171,7 +173,7 @@ def training(arguments: argparse.Namespace) -> Figure:
     figure, axes = make_axes(f"{arguments.dataset}, depth {arguments.depth}, width {arguments.small_width}")
     print(f"\nTraining of depth {arguments.depth} and width {arguments.small_width}: validation, in % (eps = 0.1)")
     print("p                  epoch   at p     loss    clean  certified")
-    for name, overrides, color in (("inf throughout", ALWAYS_LINF, LIGHT), ("8 to 1000, then inf", (), DARK)):
+    for name, overrides, color in (("inf throughout", ALWAYS_LINF, LIGHT), ("schedule, then inf", (), DARK)):
         experiment = build_small_experiment(arguments, *overrides)
         curve: list[tuple[float, float]] = []
 

@@ -3,7 +3,7 @@
     python examples/universal_approximation.py [--tolerance T ...] [--output-dir FOLDER]
 
 The function of two inputs in [0, 1] is a mean of waves and distances. The sizes of the nets are printed before they are
-built. Then half of a classifier of two regions is certified: its logits are the function and its negative.
+built. Then a classifier of two regions is certified: its logits are the function minus 0.1, and the negative.
 """
 
 import argparse

@@ -79,8 +79,8 @@ def bound_table(report: BoundReport) -> Table:
         f"eps = {format_eps(report.eps)}; radii are for pixel values in [0, 1]; confidence {report.confidence:g}.",
         f"Size term: sqrt((D log ceil(2 G B std / delta) + log(T / (1 - confidence))) / (2 n)) with {constants}.",
         "Proven for independent images of one distribution, with architecture, mean and std fixed beforehand.",
-        "Published theorem: (L W^2 / delta + sqrt(log log_2(2 / delta)) + t) / sqrt(n), with 1 in place of the unstated "
-        "constant and logarithms.",
+        "Published theorem: (L W^2 / delta + sqrt(log log_2(2 / delta)) + t) / sqrt(n), with 1 in place of the "
+        "unstated constant and logarithms.",
     ]
     if report.bound >= 1 and report.needed_images is not None:
         notes.append(

@@ -68,8 +68,8 @@ class LinfNearestConfig(StoredImagesConfig):
             )
         hidden.weight.copy_(network.features.normalize(images).flatten(1))
         network.features.shifts[0].running_mean.zero_()
-        # Distances d_i of images are at most s, so |d_i - 2 s| >= s for other classes, and |d_i - s| <= s for the own one.
-        # The largest term is therefore 2 s minus the smallest distance to an image of another class.
+        # Distances d_i of images are at most s, so |d_i - 2 s| >= s for other classes, and |d_i - s| <= s for the own
+        # one. The largest term is therefore 2 s minus the smallest distance to an image of another class.
         largest = 1.0 / network.features.normalize.std
         is_own = labels == torch.arange(classes, device=labels.device)[:, None]
         last.weight.copy_(torch.where(is_own, largest, 2 * largest))

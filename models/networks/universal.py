@@ -1,7 +1,7 @@
 """Universal approximation by l_inf-dist nets, constructively: nets that approximate a given 1-Lipschitz function.
 
-Theorem (Zhang et al., ICML 2021): on a bounded domain, l_inf-dist nets of width at most d + 2 approximate every function
-of d inputs that is 1-Lipschitz in the l_inf norm. The nets here have weights in closed form. Let the balls of radius r
+Theorem (Zhang et al., ICML 2021): on a bounded domain, l_inf-dist nets of width at most d + 2 approximate every
+function of d inputs that is 1-Lipschitz in the l_inf norm. The nets here have weights in closed form. Let the balls of radius r
 around samples x_1, ..., x_N cover the box, and let f be the function. The McShane extension of the samples,
 
     u(x) = min_i (f(x_i) + ||x - x_i||_inf),
@@ -305,8 +305,8 @@ def _shallow(points: Tensor, values: Tensor, center: Tensor, half_side: float) -
 def _deep(points: Tensor, values: Tensor, center: Tensor, half_side: float) -> tuple[LinfDistNet, float]:
     """Return the deep net and C, which its last neurons add; see the module.
 
-    The state between layers is (x - center, m, t): d inputs, the largest -(f(x_i) + ||x - x_i||) so far for each output,
-    and t, which becomes the distance to the current sample in two steps, one for each sign of the differences.
+    The state between layers is (x - center, m, t): d inputs, the largest -(f(x_i) + ||x - x_i||) so far for each
+    output, and t, which becomes the distance to the current sample in two steps, one for each sign of the differences.
     """
     (samples, inputs), outputs = points.shape, values.shape[1]
     size = 4 * half_side + values.abs().max().item()  # bounds the state, and constants are at most as large
