@@ -1,8 +1,8 @@
 """Universal approximation by l_inf-dist nets, constructively: nets that approximate a given 1-Lipschitz function.
 
 Theorem (Zhang et al., ICML 2021): on a bounded domain, l_inf-dist nets of width at most d + 2 approximate every
-function of d inputs that is 1-Lipschitz in the l_inf norm. The nets here have weights in closed form. Let the balls of radius r
-around samples x_1, ..., x_N cover the box, and let f be the function. The McShane extension of the samples,
+function of d inputs that is 1-Lipschitz in the l_inf norm. The nets here have weights in closed form. Let the balls of
+radius r around samples x_1, ..., x_N cover the box, and let f be the function. The McShane extension of the samples,
 
     u(x) = min_i (f(x_i) + ||x - x_i||_inf),
 

@@ -104,7 +104,7 @@ def test_needed_images_make_a_vacuous_bound_informative() -> None:
     radii = torch.full((100,), 0.5)
     bound = generalization_bound(nets, radii, 0.1, 0.95)
     assert bound.is_vacuous and bound.needed_images is not None
-    more = generalization_bound(nets, radii.expand(1).repeat(bound.needed_images), 0.1, 0.95)
+    more = generalization_bound(nets, torch.full((bound.needed_images,), 0.5), 0.1, 0.95)
     assert not more.is_vacuous and more.bound > 0.9
     assert generalization_bound(nets, torch.zeros(9), 0.1, 0.95).needed_images is None
 
