@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from linflab.models.networks.base import StoredImagesConfig
-from linflab.models.networks.layers import LpDistance
+from linflab.models.networks.layers import LpDistance, MeanShift
 from linflab.models.networks.linf_dist import LinfDistNet, Width
 
 
@@ -56,8 +56,8 @@ class LinfNearestConfig(StoredImagesConfig):
     def store_images(self, network: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Set the weights of a network that `build` returned, in place; see `StoredImagesConfig.store_images`."""
         assert isinstance(network, LinfDistNet)
-        hidden, last = network.features.distances[0], network.last
-        assert isinstance(hidden, LpDistance)
+        hidden, shift, last = network.features.distances[0], network.features.shifts[0], network.last
+        assert isinstance(hidden, LpDistance) and isinstance(shift, MeanShift)
         classes = len(last.weight)
         if len(images) != self.samples:
             raise ValueError(f"samples={self.samples}: must be the number of images, {len(images)}; use it")
@@ -67,7 +67,7 @@ class LinfNearestConfig(StoredImagesConfig):
                 "more samples"
             )
         hidden.weight.copy_(network.features.normalize(images).flatten(1))
-        network.features.shifts[0].running_mean.zero_()
+        shift.running_mean.zero_()
         # Distances d_i of images are at most s, so |d_i - 2 s| >= s for other classes, and |d_i - s| <= s for the own
         # one. The largest term is therefore 2 s minus the smallest distance to an image of another class.
         largest = 1.0 / network.features.normalize.std

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from linflab.models.distance import lp_distance
-from linflab.models.networks.layers import LpDistance
+from linflab.models.networks.layers import LpDistance, MeanShift
 from linflab.models.networks.linf_dist import LinfDistNet
 
 Form = Literal["shallow", "deep"]
@@ -357,5 +357,6 @@ def _assemble(weights: Sequence[Tensor], shift: float = 0.0) -> LinfDistNet:
         layers.append(layer)
     network = LinfDistNet(layers, (0.0,), 1.0).to(weights[0])
     for mean_shift in network.features.shifts:
+        assert isinstance(mean_shift, MeanShift)
         mean_shift.running_mean.fill_(shift)
     return network
