@@ -1,5 +1,6 @@
 """Report of the robust generalization bound of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,8 @@ def report_bound(storage: Storage, run: str, images: int | None, confidence: flo
         folder, name = out or storage.reports, page_stem("bound", run_id[:8])
         folder.mkdir(parents=True, exist_ok=True)
         files = save_figure(bound_figure(report), folder, f"{name}_terms")
-        table = bound_table(report)
-        table.figures["margins of the training images and terms of the bound"] = f"{name}_terms.png"
-        return write_page(table, folder, name, files)
+        figures = {"margins of the training images and terms of the bound": f"{name}_terms.png"}
+        return write_page(replace(bound_table(report), figures=figures), folder, name, files)
 
 
 def _compute(storage: Storage, run_id: str, images: int | None, confidence: float) -> BoundReport:
