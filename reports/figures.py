@@ -125,7 +125,7 @@ def slice_figure(trials: pd.DataFrame, paths: Sequence[str], metric: str, object
         axes = figure.add_subplot(rows, columns, index + 1)
         plotted_trials = trials[trials[path].notna() & trials[metric].notna()]
         values = pd.to_numeric(plotted_trials[path], errors="coerce")
-        _style_axes(axes)
+        style_axes(axes)
         if values.notna().all() and len(values):
             if _prefers_log_axis(values):
                 axes.set_xscale("log")
@@ -183,7 +183,7 @@ def learning_curves(history: Mapping[str, Mapping[int, float]], title: str) -> F
     shown_panels = [panel for panel in panels if any(history.get(name) for name in panel[2])]
     for index, (y_label, unit, names) in enumerate(shown_panels):  # without distance layers, there is no p
         axes = figure.add_subplot(2, 2, index + 1)
-        _style_axes(axes)
+        style_axes(axes)
         for (name, label), style in zip(names.items(), ("-", "--"), strict=False):
             curve = history.get(name, {})
             values = [unit * curve.get(epoch, np.nan) for epoch in range(1, last + 1)]
@@ -312,11 +312,12 @@ def make_axes(title: str, size: tuple[float, float] = FIGURE_SIZE) -> tuple[Figu
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=9, parse_math=False)
-    _style_axes(axes)
+    style_axes(axes)
     return figure, axes
 
 
-def _style_axes(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Remove the frame's upper and right side, and add light horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)

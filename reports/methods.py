@@ -15,7 +15,9 @@ _NETWORKS = {
     "linf_dist_conv_net": "l_inf-dist Net",
     "sort_net": "SortNet",
     "group_sort": "Group Sort",
+    "l_inf_nearest": "l_inf nearest neighbor",
 }
+_UNTRAINED = ("l_inf_nearest",)  # networks that store training images; they have no objective
 _MARGIN_OBJECTIVES = ("hinge", "clipped_hinge_cross_entropy")
 _WORST_CASE_OBJECTIVES = ("worst_case_cross_entropy", "worst_case_hinge")
 _BOUNDS = {
@@ -60,6 +62,8 @@ def method_name(settings: Mapping[str, object]) -> str:
     model, net, objective, bound = kind_values(settings)
     if not model or not objective:
         return ""
+    if model in _UNTRAINED:
+        return _NETWORKS[model]
     training = _training(objective, bound)
     hybrid = model == "linf_dist_hybrid"
     network = _NETWORKS.get(net if hybrid else model)
@@ -107,5 +111,5 @@ _NAMES = {
     *_TRAININGS.values(),
     *_BOUNDS.values(),
     *_NETWORKS.values(),
-    *(f"{network}+MLP" for network in _NETWORKS.values() if network != "Group Sort"),
+    *(f"{network}+MLP" for network in _NETWORKS.values() if network not in ("Group Sort", "l_inf nearest neighbor")),
 }

@@ -16,6 +16,7 @@ from linflab.models.networks.layers import (
     SortDistance,
 )
 from linflab.models.networks.linf_dist import LinfDistConvNetConfig, LinfDistMLPConfig, LinfDistNet
+from linflab.models.networks.nearest import LinfNearestConfig
 from linflab.models.networks.sort_net import SortNetConfig
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LinfDistHybridConfig",
     "LinfDistMLPConfig",
     "LinfDistNet",
+    "LinfNearestConfig",
     "LpDistance",
     "LpDistanceConv2d",
     "MeanShift",

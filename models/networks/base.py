@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from linflab.models.registry import KindConfig
 
@@ -59,4 +59,26 @@ class NetworkConfig(KindConfig):
 
         Raises:
             ValueError: If settings are incompatible; the message starts with the name of the setting.
+        """
+
+
+class StoredImagesConfig(NetworkConfig):
+    """Base of the settings of networks that store training images instead of being trained."""
+
+    @property
+    @abstractmethod
+    def num_stored_images(self) -> int:
+        """Number of training images that the network stores."""
+
+    @abstractmethod
+    def store_images(self, network: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Set the weights of a network that `build` returned, in place.
+
+        Args:
+            network: The network.
+            images: (N, C, H, W) with pixel values in [0, 1], N = `num_stored_images`.
+            labels: (N,) classes.
+
+        Raises:
+            ValueError: If the number of images is not `num_stored_images`, or they do not suffice.
         """

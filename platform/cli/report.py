@@ -80,6 +80,24 @@ def report_run(
         print_page(report_run(storage, run, out))
 
 
+@report_app.command("bound")
+def report_bound(
+    run: Annotated[str, typer.Argument(help="Run name, id, or prefix of an id")],
+    images: Annotated[
+        int | None, typer.Option(help="Number of training images to use, the first ones; all by default")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Probability with which the bound holds")] = 0.95,
+    storage_dir: StorageFolder = DEFAULT_STORAGE,
+    out: OutFolder = None,
+    cluster: OnCluster = False,
+) -> None:
+    """Bound the robust test error of a distance net from its margins on training images."""
+    from linflab.platform.results.bound import report_bound
+
+    with open_storage(storage_dir, cluster) as storage:
+        print_page(report_bound(storage, run, images, confidence, out))
+
+
 @report_app.command("compare")
 def report_compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP", help="Run ids, run names or sweep names")],

@@ -1,5 +1,6 @@
 """Compatibility checks across sections: networks, objectives, certifiers and workers."""
 
+from linflab.models.networks.base import StoredImagesConfig
 from linflab.models.networks.sort_net import MASK_GROUP_SIZE
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.errors import InputError
@@ -55,6 +56,11 @@ def check_compatibility(experiment: ExperimentConfig) -> None:
         raise InputError(
             f"training.batch_size=1: must be at least 2, since linear layers of model.kind={kind} have batch "
             "normalization; use a larger batch"
+        )
+    if isinstance(model, StoredImagesConfig) and experiment.training.epochs != 1:
+        raise InputError(
+            f"training.epochs={experiment.training.epochs}: must be 1 for model.kind={kind}, which is not trained, but "
+            "stores training images; use 1"
         )
     try:
         model.check()

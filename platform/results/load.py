@@ -41,12 +41,20 @@ def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage 
             raise InputError(f"{run_or_weights}: not found, or not a regular file; use the path of a weights file")
         return path, None, ""
     storage = Storage.open_existing(storage_dir)
-    run = _run_id(storage, run_or_weights)
+    run = find_run_id(storage, run_or_weights)
     return download_weights(storage, run), storage, run
 
 
-def _run_id(storage: Storage, run: str) -> str:
-    """Return the id of the only run with this name or id prefix."""
+def find_run_id(storage: Storage, run: str) -> str:
+    """Return the id of the only run with this name or id prefix.
+
+    Args:
+        storage: Storage of the run.
+        run: Run name, or prefix of its id.
+
+    Raises:
+        InputError: If no run or several runs match, or the runs are not accessible.
+    """
     with wrap_errors(storage):
         runs = read_runs(storage.tracking_uri, {schema.KIND: "trial"})
         if runs.empty:

@@ -1,13 +1,16 @@
 """Complete training run without Ray, by the only worker or by one of several in torch.distributed."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from linflab.models.networks.base import StoredImagesConfig
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import Dataset
+from linflab.platform.errors import InputError
 from linflab.platform.training.checkpoints import CheckpointStore
 from linflab.platform.training.evaluation import evaluate, evaluation_spec, recalibrate
 from linflab.platform.training.loop import EpochMetrics, StepMetrics, TrainingResult, TrainingState, train_epochs
@@ -23,7 +26,7 @@ def fit(
     checkpoints: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train the network of a config on the device of the dataset.
+    """Train the network of a config on the device of the dataset, or store training images in it.
 
     Training is bitwise reproducible for the same config, machine and number of workers, also after an interruption and
     resumption from `checkpoints`. All workers hold the same network at all times.
@@ -47,6 +50,8 @@ def fit(
     """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     trainer = Trainer(experiment, dataset, rank, workers)
+    if isinstance(experiment.model, StoredImagesConfig):
+        return _store_images(experiment.model, trainer, dataset)
     losses = torch.zeros(trainer.steps_per_epoch, device=trainer.device)
     state = TrainingState(1, 0, 0.0, 0.0, losses, best=None)
     if checkpoints is not None and checkpoints.exist():
@@ -62,6 +67,23 @@ def fit(
     train_epochs(trainer, dataset, state, on_epoch, on_step, save, should_stop)
     assert state.best is not None  # there is at least one epoch
     return _finalize(state.best, trainer, dataset, state.elapsed_before)
+
+
+def _store_images(model: StoredImagesConfig, trainer: Trainer, dataset: Dataset) -> TrainingResult:
+    """Return a network that stores training images; the seed determines which ones, if it does not store all."""
+    start, experiment, train = time.perf_counter(), trainer.experiment, trainer.train
+    generator = torch.Generator().manual_seed(experiment.seed)
+    positions = torch.randperm(len(train), generator=generator)[: model.num_stored_images].sort().values
+    try:
+        model.store_images(trainer.network, *train.batch(positions.to(trainer.device)))
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
+    network = trainer.network.eval()
+    validation = None
+    if not experiment.training.include_validation:
+        spec = evaluation_spec(experiment, network, with_attacks=False)
+        (validation,) = evaluate(network, dataset.validation, spec, experiment.evaluation.batch_size)
+    return TrainingResult(network, 1, validation, time.perf_counter() - start)
 
 
 def _finalize(best: TrainingResult, trainer: Trainer, dataset: Dataset, seconds: float) -> TrainingResult:

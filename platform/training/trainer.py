@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from linflab.models.networks.base import StoredImagesConfig
 from linflab.models.networks.cost import count_parameters
 from linflab.models.networks.layers import DistanceLayer, LpDistance, LpDistanceConv2d, SortDistance, lp_weight_decay_
 from linflab.models.networks.linf_dist import DistanceNet, InputMasks
@@ -150,6 +151,12 @@ def check_dataset_compatibility(experiment: ExperimentConfig, dataset: Dataset) 
             f"model.kind={experiment.model.kind} has none with these settings; use false"
         )
     images = len(dataset.training_split(experiment.training.include_validation))
+    stored = experiment.model.num_stored_images if isinstance(experiment.model, StoredImagesConfig) else 0
+    if stored > images:
+        raise InputError(
+            f"model.samples={stored}: must be at most {images}, the number of training images of {dataset.name}; use "
+            f"model.samples={images}"
+        )
     if experiment.training.batch_size > images:
         raise InputError(
             f"training.batch_size={experiment.training.batch_size}: must be at most {images}, the number of training "

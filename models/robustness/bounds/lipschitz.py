@@ -75,13 +75,16 @@ def _distance_error(network: LinfDistNet) -> float:
                 f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
                 "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
             )
-        distance = size + layer.weight.abs().max().item()
-        error += u * distance
+        distances = size + error + layer.weight.detach().flatten(1).abs().amax(dim=1).double()
+        largest = distances.max().item()
+        error += u * largest
         if isinstance(layer, SortDistance):
-            error += gamma(layer.top_k + 1, network.bias.dtype) * distance
-        shift = network.bias if k == len(network.features.shifts) else network.features.shifts[k].running_mean
+            error += gamma(layer.top_k + 1, network.bias.dtype) * largest
+        shift = -network.bias if k == len(network.features.shifts) else network.features.shifts[k].running_mean
         assert isinstance(shift, Tensor)
-        size = distance + shift.abs().max().item()
+        # Distances are not negative, so a shift of nearly their size leaves small values; it must not be added to them.
+        shift = shift.detach().double()
+        size = torch.maximum(shift.abs(), (distances - shift).abs()).max().item()
         error += u * size
     return ROOM * error
 

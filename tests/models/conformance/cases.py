@@ -22,6 +22,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linf_dist_conv_net": [CONV],
     "sort_net": [SORT],
     "linf_dist_hybrid": [{"backbone": net, "hidden_size": 8} for net in (MLP, CONV, SORT)],
+    "l_inf_nearest": [{"samples": 12}],
     "group_sort": [{"depth": 3, "width": 14}],
     "conv_net": [{"size": "strided", "batch_norm": True}],
     "cnn7": [{"width": 2, "hidden_size": 10}],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from linflab.models.networks import NetworkConfig
 from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, Normalize, SortDistance
+from linflab.models.networks.universal import Form, approximate
 from linflab.models.robustness.bounds import Box, crown_bounds, ibp_bounds, perturbation_box
 from linflab.models.robustness.certification import certify
 from linflab.models.robustness.verification import verify
@@ -47,6 +48,15 @@ def run_onnxruntime(content: bytes, images: Tensor) -> Tensor:
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("form", ["shallow", "deep"])
+def test_approximating_nets_make_a_round_trip(form: Form) -> None:
+    network = approximate(lambda x: torch.stack([x.mean(dim=1), -x[:, 0]], dim=1), [0, 0], [1, 1], 0.2, form).float()
+    content, images = build_onnx(network, (1, 1, 2)).SerializeToString(), torch.rand(7, 1, 1, 2)
+    with torch.no_grad():
+        assert_same(run_onnxruntime(content, images), network(images))
+        assert_same(import_onnx(content, "model.onnx")(images), network(images))
 
 
 @pytest.mark.parametrize("config", list_network_configs())
