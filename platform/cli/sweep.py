@@ -154,7 +154,7 @@ def sweep(
     try:
         with signals.guarded(hint):
             with SweepProgress(console) as view:
-                verify = partial(verify_run, storage, plan.search.verify_images)
+                verify = partial(verify_run, storage, plan.search.num_verify_images)
                 num_failed = run_sweep(plan, storage, retry_failed, hint=hint, view=view, verify=verify)
             _finish_sweep(storage, plan.name, shlex.join(resume_command))
     except (KeyboardInterrupt, SystemExit):  # Ray may raise SystemExit

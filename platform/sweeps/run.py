@@ -105,7 +105,7 @@ def _search(
             assert verify is not None
             for spec in trials:
                 view.show_message(
-                    f"Verifying trial {spec.label} on {plan.search.verify_images} validation images: {len(trials)} "
+                    f"Verifying trial {spec.label} on {plan.search.num_verify_images} validation images: {len(trials)} "
                     "trials in all."
                 )
                 search.tell_verified(spec, verify(store.run_ids[spec.label], max_concurrent_trials(1, resources)))

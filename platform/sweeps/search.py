@@ -29,6 +29,7 @@ from linflab.reports import schema
 from linflab.search_spaces.space import SearchSpace, Value, to_optuna_choice
 
 MAX_COUNTED_POINTS = 100_000  # grid points; counting stops here
+VERIFY_IMAGES = 1000  # validation images to verify, unless the user selects another number
 REDUCTION_FACTOR = 3  # factor per rung: more epochs, fewer configurations
 
 
@@ -46,7 +47,9 @@ class SearchConfig(BaseModel):
     verify_front: int = Field(
         0, ge=0, description="Certify validation images by the cascade for the N best trials, before the best is chosen"
     )
-    verify_images: int = Field(1000, ge=1, description="Number of these images, a fixed random sample")
+    verify_images: int | None = Field(
+        None, ge=1, description=f"Number of these images, a fixed random sample; None for {VERIFY_IMAGES}"
+    )
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -69,7 +72,7 @@ class SearchConfig(BaseModel):
                 f"verify-front={self.verify_front}: requires certified as the first objective, not "
                 f"{self.objectives[0]}; use --objectives certified, or leave it out"
             )
-        if "verify_images" in self.model_fields_set and not self.verify_front:
+        if self.verify_images is not None and not self.verify_front:
             raise ValueError(
                 f"verify-images={self.verify_images}: requires --verify-front; add that option, or leave it out"
             )
@@ -81,6 +84,11 @@ class SearchConfig(BaseModel):
                 "nsga2, random or grid"
             )
         return self
+
+    @property
+    def num_verify_images(self) -> int:
+        """Number of validation images for the verification of a trial."""
+        return VERIFY_IMAGES if self.verify_images is None else self.verify_images
 
     @property
     def num_rungs(self) -> int:

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from linflab.models.robustness.certification.cascade import CascadeSettings
 from linflab.platform.errors import InputError, RunLockedError
 from linflab.platform.results.cascade import CascadeRun
 from linflab.platform.results.verdicts import FILE, ImageVerdict, VerdictStore
+from linflab.platform.tracking.storage import Storage
 from linflab.reports.intervals import proportion_interval
 from tests.conftest import FinishedTraining, RunCli, assert_rejected
 
@@ -40,7 +43,8 @@ def decisions(verdicts: list[ImageVerdict]) -> list[tuple[int, str, str]]:
 def test_command_prints_logs_and_keeps_verdicts(
     finished_training: FinishedTraining, run_cli: RunCli, tmp_path: Path
 ) -> None:
-    run = finished_training
+    folder = shutil.copytree(finished_training.storage, tmp_path / "runs")  # other tests count its evaluations
+    run = replace(finished_training, storage=Storage.open(folder).root)
     arguments = ["evaluate", run.id, "--storage", str(run.storage), "--certifier", "cascade", "--timeout", "0.5"]
     done = run_cli(*arguments, "--images", "20", "--json", "--radii-dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
