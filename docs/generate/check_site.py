@@ -1,4 +1,4 @@
-"""Checks of the built site: links and anchors lead somewhere, nothing is loaded from elsewhere, search finds key terms."""
+"""Checks of the built site: links lead somewhere, nothing is loaded from elsewhere, search finds key terms."""
 
 import json
 import re

@@ -99,7 +99,9 @@ def _expand(entries: list[Any], unlisted: set[str]) -> list[Any]:
             elif pages := _expand(content if isinstance(content, list) else [content], unlisted):
                 expanded.append({title: pages})
         elif entry.endswith("/*"):
-            expanded += sorted(path for path in unlisted if fnmatch(path, entry) and path.count("/") == entry.count("/"))
+            expanded += sorted(
+                path for path in unlisted if fnmatch(path, entry) and path.count("/") == entry.count("/")
+            )
         else:
             expanded.append(entry)
     return expanded

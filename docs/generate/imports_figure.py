@@ -18,8 +18,7 @@ def read_imports() -> dict[str, set[str]]:
     for file in (ROOT / "platform").rglob("*.py"):
         part = file.relative_to(ROOT / "platform").with_suffix("").parts[0]
         names = {
-            name.split(".")[1:3]
-            and (name.split(".")[2] if name.split(".")[1] == "platform" else name.split(".")[1])
+            name.split(".")[1:3] and (name.split(".")[2] if name.split(".")[1] == "platform" else name.split(".")[1])
             for name in _imported_names(ast.parse(file.read_text()))
             if name.startswith("linflab.") and name.count(".") >= 2
         }

@@ -1,8 +1,8 @@
 """A folder with the layout of the installed package, for tools that follow imports without running them.
 
-The folders `models/`, `platform/`, `reports/` and `search_spaces/` are parts of the package `linflab`, but are not inside
-`linflab/`. Such tools cannot follow the mapping in `pyproject.toml`, some skip `platform/`, which has no `__init__.py`,
-and some do not enter linked folders. They get folders of links to the files, in which everything is where they look.
+The folders `models/`, `platform/`, `reports/` and `search_spaces/` are parts of the package `linflab`, but are not
+inside `linflab/`. Such tools cannot follow the mapping in `pyproject.toml`, some skip `platform/`, which has no
+`__init__.py`, and some do not enter linked folders. They get folders with links to all files.
 """
 
 import shutil

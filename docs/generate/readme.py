@@ -49,7 +49,9 @@ def _best_published(row: Row) -> str:
     published = [
         other.cell("Certified")
         for other in measured_table().rows
-        if other.origin == "quoted" and other.group == row.group and method_of(other).removesuffix(" v2") == method_of(row)
+        if other.origin == "quoted"
+        and other.group == row.group
+        and method_of(other).removesuffix(" v2") == method_of(row)
     ]
     return max(published, key=lambda cell: cell.value or 0.0).text if published else "-"
 
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def draw_front(folder: Path) -> None:
-    """Draw clean against certified accuracy on Fashion-MNIST, for the measured rows with the best certified accuracy."""
+    """Draw clean against certified accuracy on Fashion-MNIST, for the measured rows that certify most."""
     rows = [row for row in measured_table().rows if row.origin == "measured" and row.group == FIGURE_TITLE]
     rows.sort(key=lambda row: row.cell("Certified").value or 0.0, reverse=True)
     measured = [dataclasses.replace(row, footnote_mark="") for row in rows[:FIGURE_ROWS]]

@@ -8,8 +8,8 @@ from linflab.platform.config.experiment import ExperimentConfig
 
 INTRODUCTION = """# Settings
 
-A recipe sets these by section; an override changes one by its dotted path, as in `model.width=128`. Rates, fractions and
-radii can be fractions such as `8/255`. eps, theta and radii are for pixel values in [0, 1]. `linflab schema recipe`
+A recipe sets these by section; an override changes one by its dotted path, as in `model.width=128`. Rates, fractions
+and radii can be fractions such as `8/255`. eps, theta and radii are for pixel values in [0, 1]. `linflab schema recipe`
 prints the JSON schema from which this page is written.
 """
 LIMITS = {"minimum": "≥", "ge": "≥", "exclusiveMinimum": ">", "gt": ">", "maximum": "≤", "le": "≤",

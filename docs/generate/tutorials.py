@@ -1,7 +1,7 @@
 """Tutorials: scripts that run as they are, shown as pages with their recorded output.
 
-A script is a sequence of cells that start with `# %%`. Comments at the start of a cell are the text of the page, the rest
-is code. `python docs/generate/tutorials.py NAME` runs a script and records the output of each cell in
+A script is a sequence of cells that start with `# %%`. Comments at the start of a cell are the text of the page, the
+rest is code. `python docs/generate/tutorials.py NAME` runs a script and records the output of each cell in
 docs/tutorials/recorded/NAME.json. Scripts are Python (.py) or shell (.sh).
 """
 
@@ -64,7 +64,7 @@ def tutorial_pages() -> dict[str, str]:
         for cell, output in zip(cells, outputs, strict=True):
             blocks.append(cell.text)
             blocks += [f"```{language}\n{cell.code}\n```"] if cell.code else []
-            blocks += [f"```text title=\"Output\"\n{output.rstrip()}\n```"] if output.strip() else []
+            blocks += [f'```text title="Output"\n{output.rstrip()}\n```'] if output.strip() else []
         blocks.append(f"The script of this page is `docs/tutorials/{path.name}`; the tests run it.")
         pages[f"tutorials/{path.stem}.md"] = "\n\n".join(blocks) + "\n"
         title, _, summary = cells[0].text.partition("\n")

@@ -1,10 +1,12 @@
+"""Tutorial: certify your own network."""
+
 # %%
 # # Certify your own network
 #
 # Train a small ReLU network on scikit-learn's digits in two ways, and certify both. You need no dataset files.
 #
-# Any `torch.nn.Module` of [supported layers](../how-to/own-networks.md) works the same way. Images are tensors (N, C, H, W)
-# with pixel values in [0, 1].
+# Any `torch.nn.Module` of [supported layers](../how-to/own-networks.md) works the same way. Images are tensors (N, C,
+# H, W) with pixel values in [0, 1].
 from collections import Counter
 
 import torch
@@ -24,9 +26,10 @@ print(images.shape, images.min().item(), images.max().item())
 # %%
 # ## Standard training
 #
-# `objective="cross_entropy"` minimizes the loss of the clean images. The network is accurate, but it is certified for few
-# images at eps = 0.05. `certify` returns one status per image: certified, falsified (misclassified) or unknown.
+# `objective="cross_entropy"` minimizes the loss of the clean images. The network is accurate, but it is certified for
+# few images at eps = 0.05. `certify` returns one status per image: certified, falsified (misclassified) or unknown.
 def make_network() -> nn.Module:
+    """Return a network with the same initial weights at each call."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -68,6 +71,6 @@ print(radii["radius"].describe().round(4))
 # %%
 # ## Next
 #
-# - Larger certified accuracy: `objective="mtl_ibp"` and other [methods](../methods/index.md), more epochs, or a network that
-#   is Lipschitz by construction, as in [Train on digits](train_on_digits.md).
+# - Larger certified accuracy: `objective="mtl_ibp"` and other [methods](../methods/index.md), more epochs, or a
+#   network that is Lipschitz by construction, as in [Train on digits](train_on_digits.md).
 # - Tighter certificates: other [certifiers](../concepts/certifiers.md).

@@ -4,8 +4,8 @@
 #
 # Tune settings with Optuna on Ray Tune, interrupt and extend the sweep, and read its report.
 #
-# A search space names the settings that vary. This one is short; [the format](../how-to/search-spaces.md) has conditions,
-# bounds by other settings, and initial points.
+# A search space names the settings that vary. This one is short; [the format](../how-to/search-spaces.md) has
+# conditions, bounds by other settings, and initial points.
 cat > space.yaml <<'YAML'
 description: Width and target radius
 parameters:
@@ -25,16 +25,16 @@ linflab sweeps
 # %%
 # ## Resume and extend
 #
-# The tracking store is the only state of a sweep. After Ctrl-C or a crash, `--resume` trains what is missing; with a larger
-# budget, it adds trials.
+# The tracking store is the only state of a sweep. After Ctrl-C or a crash, `--resume` trains what is missing; with a
+# larger budget, it adds trials.
 linflab sweep --resume small --budget 4 > log.txt
 linflab sweeps
 
 # %%
 # ## Read the report
 #
-# The report has one row per trial, a plot of certified over clean accuracy, and the effect of each setting. It is written
-# as Markdown, LaTeX, HTML and CSV.
+# The report has one row per trial, a plot of certified over clean accuracy, and the effect of each setting. It is
+# written as Markdown, LaTeX, HTML and CSV.
 linflab report sweep small --output-dir report > log.txt
 head -12 report/*small.md
 

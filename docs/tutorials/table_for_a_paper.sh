@@ -2,8 +2,8 @@
 # %%
 # # A table for a paper
 #
-# Make a LaTeX table of your runs next to published results. The runs of this tutorial are those that linflab ships, so it
-# needs no training.
+# Make a LaTeX table of your runs next to published results. The runs of this tutorial are those that linflab ships, so
+# it needs no training.
 #
 # Import the shipped runs, as you would import the runs of a colleague:
 linflab runs import "$(python -c 'from linflab.reports import papers; print(papers.__path__[0])')/measured.jsonl"
@@ -11,9 +11,9 @@ linflab runs import "$(python -c 'from linflab.reports import papers; print(pape
 # %%
 # ## Define the table
 #
-# A YAML file names the datasets, the columns, the published sources, and which runs belong to a row. Rows are means over
-# seeds. Of each method, the configuration with the best validation accuracy is shown, never the best on test images. Here,
-# only runs count that were retrained with the validation images.
+# A YAML file names the datasets, the columns, the published sources, and which runs belong to a row. Rows are means
+# over seeds. Of each method, the configuration with the best validation accuracy is shown, never the best on test
+# images. Here, only runs count that were retrained with the validation images.
 cat > table.yaml <<'YAML'
 title: Networks for two CPU cores
 columns: [Method, FLOPs, Clean, Robust, Certified, Runs]
