@@ -64,11 +64,13 @@ def generated_pages() -> dict[str, str]:
     """Return the Markdown of all pages that have no file, by path in the site."""
     if not _pages:
         notes = (ROOT / "reports" / "NOTES.md").read_text().replace("../docs/results/measured.md", "measured.md")
+        notes = re.sub(r"^  (?=\S)", "    ", notes, flags=re.MULTILINE)  # Python-Markdown nests by four spaces
         contributing = (ROOT / "CONTRIBUTING.md").read_text().replace("](docs/", "](../")
         _pages.update(
             {
                 **reference.reference_pages(),
                 **method_pages.index_page(),
+                **method_pages.tables_page(),
                 **tutorials.tutorial_pages(),
                 "results/notes.md": notes,
                 "about/contributing.md": contributing,

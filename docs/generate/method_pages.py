@@ -9,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from mkdocs.utils.meta import get_data
 
 from linflab.platform.config.recipes import recipe_files
 from linflab.platform.tracking.export import read_exported_runs, to_dataframe
 from linflab.reports.comparison import comparison_table, load_definition
+from linflab.reports.papers import list_tables
 from linflab.reports.rendering import to_markdown
 from linflab.reports.tables import Row, Table
 from linflab.search_spaces.strict_yaml import read_mapping
@@ -27,11 +29,32 @@ NOT_MEASURED = (
 
 
 @cache
+def measured_runs() -> pd.DataFrame:
+    """Return the shipped runs."""
+    runs_file = load_definition("measured", read_mapping).runs_file
+    assert runs_file is not None
+    return to_dataframe(read_exported_runs(runs_file))
+
+
+@cache
 def measured_table() -> Table:
     """Return the shipped table of measured results."""
-    definition = load_definition("measured", read_mapping)
-    assert definition.runs_file is not None
-    return comparison_table(definition, to_dataframe(read_exported_runs(definition.runs_file)))
+    return comparison_table(load_definition("measured", read_mapping), measured_runs())
+
+
+def tables_page() -> dict[str, str]:
+    """Return the page of all other shipped tables, with the shipped runs as measured rows."""
+    text = (
+        "# Tables\n\n`linflab report NAME` writes each of these tables, with the runs of your storage directory as measured "
+        "rows. Here, these are the runs that linflab ships.\n"
+    )
+    for name in list_tables():
+        if name != "measured":
+            table = comparison_table(load_definition(name, read_mapping), measured_runs())
+            rows = tuple(dataclasses.replace(row, reproduce_commands=()) for row in table.rows)
+            shown = to_markdown(dataclasses.replace(table, rows=rows)).replace("## ", "## " + f"`{name}`: ", 1)
+            text += "\n" + shown
+    return {"results/tables.md": text}
 
 
 def generated_sections(meta: Mapping[str, Any]) -> str:
