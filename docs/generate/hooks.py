@@ -54,8 +54,11 @@ def on_page_content(content: str, **_: Any) -> str:
     """Convert formulas to MathML, which browsers draw without scripts."""
 
     def to_mathml(match: re.Match[str]) -> str:
-        display = "block" if match[2] == "[" else "inline"
-        return convert(html.unescape(match[3]).strip(), display=display)
+        text, is_block = html.unescape(match[3]).strip(), match[2] == "["
+        if is_block:
+            text = text.replace(r"\max_", r"\max\limits_")
+        mathml = convert(text, display="block" if is_block else "inline")
+        return mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # norms of equal height
 
     return FORMULA.sub(to_mathml, content)
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 MARK = "<!-- imports -->"
 PACKAGES = ("models", "search_spaces", "reports")
 BASE = ("source", "files", "extras", "locks", "signals", "host", "errors")
-ROW, BOX, GAP, WIDTH = 64, 34, 16, 720
+ROW, BOX, GAP, WIDTH = 58, 34, 14, 660
 
 
 def read_imports() -> dict[str, set[str]]:
@@ -38,6 +38,20 @@ def layers(imports: dict[str, set[str]]) -> list[list[str]]:
     return [sorted(part for part in parts if depths[part] == level) for level in range(max(depths.values()) + 1)]
 
 
+def reduce_transitively(imports: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return the imports without those that follow from others, which would hide the rest."""
+
+    def reachable(part: str) -> set[str]:
+        direct = imports.get(part, set()) - set(BASE)
+        return direct.union(*map(reachable, direct)) if direct else set()
+
+    return {
+        part: {target for target in targets if not any(target in reachable(other) for other in targets - {target})}
+        for part, targets in imports.items()
+        if part not in BASE
+    }
+
+
 def draw_svg() -> str:
     """Return the picture as inline SVG, in the colors of the page."""
     imports = read_imports()
@@ -45,7 +59,7 @@ def draw_svg() -> str:
     centers: dict[str, tuple[float, float]] = {}
     boxes, arrows = [], []
     for level, row in enumerate(rows):
-        width = min(150, (WIDTH - GAP * (len(row) - 1)) / len(row))
+        width = min(120, (WIDTH - GAP * (len(row) - 1)) / len(row))
         start = (WIDTH - len(row) * width - GAP * (len(row) - 1)) / 2
         for index, part in enumerate(row):
             x, y = start + index * (width + GAP), level * ROW + 8
@@ -54,7 +68,7 @@ def draw_svg() -> str:
                 f'<rect class="part" x="{x:.0f}" y="{y}" width="{width:.0f}" height="{BOX}" rx="5"/>'
                 f'<text x="{x + width / 2:.0f}" y="{y + 22}">{escape(part + ("/" if part in PACKAGES else ""))}</text>'
             )
-    for part, targets in imports.items():
+    for part, targets in reduce_transitively(imports).items():
         for target in sorted(targets & (set(centers) - set(BASE) - set(PACKAGES))):
             if part in centers and part not in BASE:
                 (x1, y1), (x2, y2) = centers[part], centers[target]

@@ -16,7 +16,7 @@ from linflab.reports import schema
 from linflab.reports.literature import dataset_title
 from linflab.search_spaces.space import load_space, space_names
 
-GENERATED = "<!-- Generated from the code; see docs/generate/. -->\n\n"
+GENERATED = "\n<!-- Generated from the code; see docs/generate/. -->\n"
 
 
 def reference_pages() -> dict[str, str]:
@@ -28,7 +28,7 @@ def reference_pages() -> dict[str, str]:
         "reference/records.md": records_page(),
         **recipe_pages(),
     }
-    return {path: GENERATED + text for path, text in pages.items()}
+    return {path: text + GENERATED for path, text in pages.items()}
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
