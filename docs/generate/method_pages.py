@@ -45,8 +45,8 @@ def measured_table() -> Table:
 def tables_page() -> dict[str, str]:
     """Return the page of all other shipped tables, with the shipped runs as measured rows."""
     text = (
-        "---\nhide: [toc]\n---\n\n# Tables\n\n`linflab report NAME` writes each of these tables, with the runs of your storage directory as measured "
-        "rows. Here, these are the runs that linflab ships.\n"
+        "---\nhide: [toc]\n---\n\n# Tables\n\n`linflab report NAME` writes each of these tables, with the runs of "
+        "your storage directory as measured rows. Here, these are the runs that linflab ships.\n"
     )
     for name in list_tables():
         if name != "measured":

@@ -14,7 +14,7 @@ from linflab.models.networks import NetworkConfig
 from linflab.models.robustness.attacks import AttackMethod
 from linflab.models.robustness.certification import Certifier
 from linflab.models.robustness.objectives import ObjectiveConfig
-from linflab.platform.cli.main import app
+from linflab.platform.cli.main import GUIDES, app
 from linflab.platform.config.overrides import load_config
 from linflab.platform.config.recipes import recipe_files
 from linflab.reports.comparison import TableDefinition
@@ -170,3 +170,11 @@ def test_readme_is_short_and_has_eight_rows() -> None:
     assert len(lines) <= 130
     start, end = lines.index("<!-- measured -->"), lines.index("<!-- end -->")
     assert end - start - 3 == 8
+
+
+def test_help_of_every_command_names_its_page() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == set(GUIDES)
+    for name, page in GUIDES.items():
+        assert (ROOT / "docs" / page).is_file()
+        assert commands[name].epilog.endswith(f"docs/{page}")
