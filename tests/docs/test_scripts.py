@@ -1,5 +1,6 @@
 """Tutorials and examples run as they are; tutorials print what their pages show, apart from numbers."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,13 +12,10 @@ import pytest
 from tests.docs.pages import ROOT
 
 TUTORIALS = ROOT / "docs" / "tutorials"
+pytestmark = pytest.mark.slow
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SCRIPTS = sorted(path for path in TUTORIALS.iterdir() if path.suffix in (".py", ".sh"))
-FAST = {"certify_your_own_network", "own_module", "distance_net", "verify_onnx"}  # without Ray and several runs
-
-
-def mark(path: Path) -> object:
-    tier = pytest.mark.integration if path.stem in FAST else pytest.mark.slow
-    return pytest.param(path, id=path.stem, marks=tier)
 
 
 def shape(text: str) -> list[str]:
@@ -25,10 +23,8 @@ def shape(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]{2,}", re.sub(r"\b(?=\w*\d)[0-9a-f]{8,}\b|\.{3}", " ", text))
 
 
-@pytest.mark.parametrize("path", [mark(path) for path in SCRIPTS])
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_tutorials_print_what_their_pages_show(path: Path, tmp_path: Path) -> None:
-    import json
-
     code = (
         f"import sys, json; sys.path.insert(0, {str(ROOT / 'docs' / 'generate')!r}); import tutorials; "
         f"from pathlib import Path; outputs = tutorials.run_script(Path({str(path)!r}), Path({str(tmp_path)!r})); "
@@ -41,7 +37,7 @@ def test_tutorials_print_what_their_pages_show(path: Path, tmp_path: Path) -> No
     assert [shape(one.replace(str(tmp_path), ".")) for one in outputs] == [shape(one) for one in recorded]
 
 
-@pytest.mark.parametrize("path", [mark(path) for path in sorted((ROOT / "examples").glob("*.py"))])
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, env=without_storage()
