@@ -21,10 +21,10 @@ install: $(VENV)/.installed
 
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 \
-		-m "not integration and not slow and not browser and not cluster"
+		-m "not integration and not slow and not browser and not cluster and not slurm"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not browser and not cluster"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not browser and not cluster and not slurm"
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 # Top-level modules that linflab imports, by the extra that installs them.
 EXTRAS = {
     "platform": {
-        "PIL", "matplotlib", "mlflow", "optuna", "pandas", "psutil", "requests", "rich", "scipy", "sklearn",
+        "PIL", "matplotlib", "mlflow", "optuna", "pandas", "psutil", "requests", "rich", "sklearn",
         "sqlalchemy", "tabulate", "torchvision", "typer",
     },
     "cluster": {"cmaes", "grpc", "ray"},

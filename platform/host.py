@@ -16,6 +16,12 @@ def describe_hardware() -> str:
     return ", ".join([f"{cores} CPU cores ({machine.machine()}, {torch.backends.cpu.get_cpu_capability()})", *devices])
 
 
+def allocated_cpus() -> int | None:
+    """Return the number of CPUs that Slurm gave this job on this node; None outside of a Slurm job."""
+    number = os.environ.get("SLURM_CPUS_ON_NODE", "") if "SLURM_JOB_ID" in os.environ else ""
+    return int(number) if number.isdecimal() and int(number) > 0 else None
+
+
 def package_versions(*others: str) -> str:
     """Return the versions of Python, of the installed packages that affect results, and of others, as text."""
     versions = [f"python {machine.python_version()}"]

@@ -7,6 +7,7 @@ from typing import Any
 # then null or a mapping.
 ADDED_SETTINGS: Mapping[str, Any] = {
     "compute.tensor_cores": False,
+    "evaluation.time_limit": 30.0,
     "model.per_channel_std": False,
     "model.variant": "xu2020",
     "optimizer.algorithm": "adamw",

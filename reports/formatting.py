@@ -13,6 +13,8 @@ CERTIFIER_DESCRIPTIONS = {
     "lipschitz": "margin/2",
     "ibp": "interval bound propagation",
     "crown": "CROWN through ReLU, tanh and affine layers, IBP before them",
+    "alpha_crown": "CROWN with optimized slopes",
+    "complete": "branch and bound with a time limit per image",
 }
 
 

@@ -29,6 +29,7 @@ from linflab.reports.tables import (
     TEST,
     VALIDATION,
     VALIDATION_CLEAN,
+    VERIFIED,
     Row,
     Table,
     flops_cell,
@@ -48,8 +49,8 @@ MAX_LISTED_FAILURES = 20  # failures that the notes list with their reasons
 def sweep_table(sweep: str, trials: pd.DataFrame, importances: Mapping[str, float] | None = None) -> Table:
     """Return the table of a sweep, sorted from the best trial to the worst.
 
-    The first objective of the sweep, on the validation split, decides. In successive halving, later rungs come first.
-    Trials without results follow, then seed replicates.
+    Verified trials come first. The first objective of the sweep, on the validation split, decides. In successive
+    halving, later rungs come first. Trials without results follow, then seed replicates.
 
     Args:
         sweep: Name of the sweep.
@@ -67,6 +68,7 @@ def sweep_table(sweep: str, trials: pd.DataFrame, importances: Mapping[str, floa
                 FLOPS: flops_cell(trial[schema.FLOPS]),
                 VALIDATION_CLEAN: percent_cell(trial[schema.BEST_VALIDATION_CLEAN]),
                 VALIDATION: percent_cell(trial[schema.BEST_VALIDATION_CERTIFIED]),
+                VERIFIED: percent_cell(trial[schema.VERIFIED_VALIDATION]),
                 TEST: percent_cell(trial[schema.TEST_CLEAN]),
                 ROBUST: percent_cell(trial[schema.TEST_ROBUST]),
                 CERTIFIED: percent_cell(trial[schema.TEST_CERTIFIED]),
@@ -75,9 +77,11 @@ def sweep_table(sweep: str, trials: pd.DataFrame, importances: Mapping[str, floa
         )
         for trial in trials.to_dict("records")
     )
-    columns = [NUMBER, METHOD, SETTING, EPOCHS, FLOPS, VALIDATION_CLEAN, VALIDATION, TEST, ROBUST, CERTIFIED]
+    columns = [NUMBER, METHOD, SETTING, EPOCHS, FLOPS, VALIDATION_CLEAN, VALIDATION, VERIFIED, TEST, ROBUST, CERTIFIED]
     if trials[schema.EPOCHS].nunique() < 2:
         columns.remove(EPOCHS)
+    if trials[schema.VERIFIED_VALIDATION].isna().all():
+        columns.remove(VERIFIED)
     if "clean" not in sweep_objectives(trials):
         columns.remove(VALIDATION_CLEAN)
     title = f"Sweep {sweep}: {_common_value(trials['dataset'])}, eps = {_eps(trials)}"
@@ -111,6 +115,8 @@ def rank_trials(trials: pd.DataFrame) -> pd.DataFrame:
         schema.FAILURE,
         schema.BEST_VALIDATION_CERTIFIED,
         schema.BEST_VALIDATION_CLEAN,
+        schema.VERIFIED_VALIDATION,
+        schema.VERIFICATION,
         schema.TEST_CLEAN,
         schema.TEST_ROBUST,
         schema.TEST_CERTIFIED,
@@ -132,11 +138,12 @@ def rank_trials(trials: pd.DataFrame) -> pd.DataFrame:
         repeat=[repeat for *_, repeat in names],
         lost=trials[metric].isna(),
         round=[-round_ for _, round_, _ in names],
+        verified=-trials[schema.VERIFIED_VALIDATION].fillna(-1),
         first=trials[metric] * (-1 if is_maximized else 1),
         certified=-trials[schema.BEST_VALIDATION_CERTIFIED],
         clean=-trials[schema.BEST_VALIDATION_CLEAN],
         number=[number for number, *_ in names],
-    ).sort_values(["repeat", "lost", "round", "first", "certified", "clean", "number"])
+    ).sort_values(["repeat", "lost", "round", "verified", "first", "certified", "clean", "number"])
     return trials.loc[keys.index]
 
 
@@ -188,6 +195,12 @@ def _notes(trials: pd.DataFrame, setting_importances: Mapping[str, float]) -> li
         f"Certifier {describe_certifiers(trials)}.",
         f"Robust: accuracy under all attacks together: {describe_attacks(trials)}.",
     ]
+    verifications = dict.fromkeys(trials[schema.VERIFICATION].dropna())
+    if verifications:
+        notes.append(
+            "Val. verified: certified by the cascade of all certifiers; the best trial is chosen by it. "
+            f"{'; '.join(verifications)}."
+        )
     violations = trials[schema.TEST_VIOLATIONS]
     if violations.notna().any():
         notes.append(f"Certificate violations over all trials: {int(violations.sum())}.")

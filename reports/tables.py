@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 METHOD, MODEL, SETTING, EPOCHS, FLOPS = "Method", "Model", "Hyperparameters", "Epochs", "FLOPs"
-VALIDATION_CLEAN, VALIDATION = "Val. clean", "Val. certified"
+VALIDATION_CLEAN, VALIDATION, VERIFIED = "Val. clean", "Val. certified", "Val. verified"
 TEST, ROBUST, CERTIFIED = "Clean", "Robust", "Certified"
 INTERVALS = {column: f"{column} CI" for column in (TEST, ROBUST, CERTIFIED)}  # columns of half-widths
 EPOCH_SECONDS, HOURS, CPUS, RUNS = "Time/epoch (s)", "Hours", "CPUs", "Runs"

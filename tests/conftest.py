@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 RECIPE = "digits_eps0.1_linf_dist_net"
 QUICK = ["training.epochs=3", "evaluation.attack.steps=10", "evaluation.attack.restarts=1"]
 
-TIERS = ("integration", "slow", "cluster", "browser")  # tests without these markers are unit tests
+TIERS = ("integration", "slow", "cluster", "slurm", "browser")  # tests without these markers are unit tests
 # Tests with these fixtures are integration tests.
 COMMAND_FIXTURES = {"linflab", "run_cli", "digits_net", "finished_sweep", "finished_training"}
 

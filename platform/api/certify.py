@@ -1,8 +1,8 @@
 """Certification and attacks for any supported `torch.nn.Module`."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linflab.models.robustness.attacks import AttackConfig, AttackMethod, default_attacks, robust_under_attack
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.models.robustness.certification import default_certifier, make_certifier
+from linflab.models.robustness.certification import CascadeCertifier, default_certifier, make_certifier
 from linflab.models.robustness.inputs import check_batch, check_eps, check_labels, check_logits, compute_logits
 from linflab.models.robustness.margins import margin
 from linflab.platform.api.inputs import (
@@ -38,9 +38,13 @@ class Certificates:
         certified: (N) bool: True if every image within eps is proven to have the correct class. If eps was not given,
             True if the certified radius is positive.
         radius: (N) float64 certified radii, zero for misclassified images. None if eps was given.
-        status: (N) strings: "certified", "falsified" (the image itself is misclassified) or "unknown".
+        status: (N) strings: "certified", "falsified" (the image itself is misclassified, or `cascade` found such an
+            image within eps), "unknown", or, of `cascade`, "error".
         certifier: (N) names of the methods that gave the status; "forward" (a forward pass) for misclassified images.
-        seconds: (N) float64: duration of the image's batch in seconds, divided by the number of images in that batch.
+        seconds: (N) float64: duration of the image's batch in seconds, divided by the number of images in that batch;
+            of `cascade`, the duration of the image.
+        adversarial: Misclassified images (C, H, W) or (D,) within eps, by position, which `cascade` found.
+        message: Errors by position.
     """
 
     eps: float | None
@@ -49,6 +53,8 @@ class Certificates:
     status: tuple[str, ...]
     certifier: tuple[str, ...]
     seconds: Tensor
+    adversarial: Mapping[int, Tensor] = field(default_factory=dict)
+    message: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def certified_accuracy(self) -> float:
@@ -129,8 +135,9 @@ def certify(
         images: (N, C, H, W) or (N, D) with pixels in [0, 1], or an iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1]. If it is None, certified radii are computed.
-        certifier: `lipschitz`, `ibp`, `crown` or another registered certifier. `auto` selects `lipschitz` for networks
-            that are Lipschitz by construction, and `ibp` for all others.
+        certifier: `lipschitz`, `ibp`, `crown`, `alpha_crown`, `complete`, `cascade` or another registered certifier.
+            `auto` selects `lipschitz` for networks that are Lipschitz by construction, and `ibp` for all others.
+            `complete` and `cascade` spend up to 30 s on an image.
         sound: If True, the certificates account for all float32 rounding. If False, they hold for real arithmetic only.
         batch_size: Number of images that are certified at once.
 
@@ -146,6 +153,8 @@ def certify(
     instance = make_certifier(module, name, sound)
     if eps is not None:
         eps = check_eps(eps)
+    if eps is not None and isinstance(instance, CascadeCertifier):
+        return _judge(instance, _batches(images, labels, module, batch_size), eps)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch, classes in _batches(images, labels, module, batch_size):
         start = time.perf_counter()
@@ -167,6 +176,21 @@ def certify(
     )
     certifiers = tuple("forward" if one == "falsified" else name for one in status)
     return Certificates(eps, is_certified, values if eps is None else None, status, certifiers, seconds)
+
+
+def _judge(certifier: CascadeCertifier, batches: Iterator[tuple[Tensor, Tensor]], eps: float) -> Certificates:
+    """Return the verdicts of the cascade on batches of images and labels."""
+    verdicts = [verdict for batch, classes in batches for verdict in certifier.judge(batch, classes, eps)]
+    return Certificates(
+        eps,
+        torch.tensor([one.status == "certified" for one in verdicts], dtype=torch.bool),
+        None,
+        tuple(one.status for one in verdicts),
+        tuple(one.certifier for one in verdicts),
+        torch.tensor([one.seconds for one in verdicts], dtype=torch.float64),
+        {k: one.adversarial.cpu() for k, one in enumerate(verdicts) if one.adversarial is not None},
+        {k: one.message for k, one in enumerate(verdicts) if one.message},
+    )
 
 
 def attack(

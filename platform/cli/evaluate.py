@@ -23,7 +23,23 @@ def evaluate(
     eps: Annotated[
         str, typer.Option(help="Comma-separated eps, for pixel values in [0, 1]; default: that of the run")
     ] = "",
-    certifier: Annotated[str, typer.Option(help="lipschitz, ibp or crown; default: that of the run")] = "",
+    certifier: Annotated[
+        str,
+        typer.Option(
+            help="lipschitz, ibp, crown, alpha_crown, complete, or cascade, which decides image by image and keeps "
+            "each verdict; default: that of the run"
+        ),
+    ] = "",
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Branch and bound per image, for the cascade; default: that of the run"
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of test images, a fixed random sample, for the cascade"),
+    ] = None,
     sound: Annotated[bool | None, typer.Option("--sound/--real-arithmetic", help=SOUND)] = None,
     attacks: Annotated[
         str,
@@ -47,6 +63,31 @@ def evaluate(
     An image counts as robust if every attack that ran fails on it.
     """
     bounds = parse_eps_list(eps)
+    if certifier == "cascade":
+        if overrides or attacks:
+            given = f"attacks={attacks}" if attacks else (overrides or [""])[0]
+            raise InputError(
+                f"{given}: is not supported with --certifier cascade, which has its own attack; leave it out"
+            )
+        if timeout == 0:
+            raise InputError("timeout=0: must be positive; use 0.1 for almost no branch and bound")
+        from linflab.platform.cli.cascade import evaluate_by_cascade
+
+        evaluate_by_cascade(
+            run_or_weights,
+            bounds,
+            sound is not False,
+            timeout,
+            images,
+            workers,
+            radii_dir,
+            storage_dir,
+            as_json,
+        )
+        return
+    for name, value in (("timeout", timeout), ("images", images)):
+        if value is not None:
+            raise InputError(f"{name}={value}: requires --certifier cascade; leave it out, or add that option")
     settings = [*(overrides or [])]
     settings += [f"evaluation.certifier={certifier}"] if certifier else []
     if sound is not None or not any(setting.startswith("evaluation.sound=") for setting in settings):
@@ -136,8 +177,8 @@ def certify(
     certifier: Annotated[
         str,
         typer.Option(
-            help="lipschitz, ibp or crown; auto selects one by the kind of network, and for properties the tighter of "
-            "ibp and crown"
+            help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network, and for "
+            "properties the tighter of ibp and crown, and splits of neurons"
         ),
     ] = "auto",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,

@@ -19,6 +19,7 @@ from linflab.platform.cli.exchange import export
 from linflab.platform.cli.node import node_app
 from linflab.platform.cli.report import report_app
 from linflab.platform.cli.runs import runs_app
+from linflab.platform.cli.slurm import slurm_app
 from linflab.platform.cli.sweep import sweep, sweeps
 from linflab.platform.cli.train import train
 from linflab.platform.cli.ui import ui
@@ -47,6 +48,7 @@ GUIDES = {  # page of each command, which its help names
     "data": "how-to/data.md",
     "report": "how-to/report.md",
     "runs": "how-to/report.md",
+    "slurm": "how-to/slurm.md",
     "node": "how-to/cluster.md",
 }
 
@@ -65,6 +67,7 @@ for name, group in {
     "data": data_app,
     "report": report_app,
     "runs": runs_app,
+    "slurm": slurm_app,
     "node": node_app,
 }.items():
     app.add_typer(group, name=name, epilog=_guide(name))

@@ -4,6 +4,7 @@ import re
 import shlex
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,17 @@ def sweep(
     seeds: Annotated[
         int | None, typer.Option(help="Number of seeds to train the best configuration with; default: 1")
     ] = None,
+    verify_front: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Certify validation images by the cascade for the N best trials before the best one is chosen",
+        ),
+    ] = None,
+    verify_images: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Number of images for --verify-front, a fixed random sample; default: 1000"),
+    ] = None,
     resume: Annotated[
         str, typer.Option(metavar="NAME", help="Resume an interrupted sweep, or extend one with a larger --budget")
     ] = "",
@@ -91,13 +103,16 @@ def sweep(
         "sampler": sampler,
         "objectives": objectives.split(",") if objectives else None,
         "halving": halving,
+        "verify_front": verify_front,
+        "verify_images": verify_images,
     }
     if resume:
         fixed_options = {"recipe": recipe, "space": space, "overrides": overrides, "name": name, **search_options}
         for what, value in fixed_options.items():
             if value:
                 raise InputError(
-                    f"{what}={value}: is not supported with --resume {resume}, which fixes it; leave it out"
+                    f"{what.replace('_', '-')}={value}: is not supported with --resume {resume}, which fixes it; leave "
+                    "it out"
                 )
     else:
         if recipe is None or space is None:
@@ -110,6 +125,7 @@ def sweep(
     storage = Storage.from_path(storage_dir) if cluster else Storage.open(storage_dir)
 
     from linflab.platform.cli.sweep_view import SweepProgress
+    from linflab.platform.results.cascade import verify_run
     from linflab.platform.sweeps.plan import SweepPlan, check_name_available, parse_search_options, plan_sweep
     from linflab.platform.sweeps.run import run_sweep
     from linflab.platform.tracking.mlflow import STORE_ERRORS
@@ -123,6 +139,7 @@ def sweep(
         plan = plan_sweep(recipe, overrides or [], space, name, search, dataset)
     if cluster:
         options = {"budget": budget, "sampler": sampler, "objectives": objectives, "halving": halving, "seeds": seeds}
+        options |= {"verify-front": verify_front, "verify-images": verify_images}
         arguments = [f"--{flag}={value}" for flag, value in options.items() if value is not None]
         arguments += ["--retry-failed"] if retry_failed else []
         _sweep_on_cluster(None if resume else plan, resume or name, space or "", arguments, storage_dir)
@@ -137,7 +154,8 @@ def sweep(
     try:
         with signals.guarded(hint):
             with SweepProgress(console) as view:
-                num_failed = run_sweep(plan, storage, retry_failed, hint=hint, view=view)
+                verify = partial(verify_run, storage, plan.search.verify_images)
+                num_failed = run_sweep(plan, storage, retry_failed, hint=hint, view=view, verify=verify)
             _finish_sweep(storage, plan.name, shlex.join(resume_command))
     except (KeyboardInterrupt, SystemExit):  # Ray may raise SystemExit
         if not (storage.sweeps / plan.name / "sweep.yaml").exists():

@@ -61,7 +61,9 @@ def check_compatibility(experiment: ExperimentConfig) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     has_no_relaxation = model.is_lipschitz and not model.has_relu
-    if (certifier == "lipschitz" and not model.is_lipschitz) or (certifier == "crown" and has_no_relaxation):
+    if (certifier == "lipschitz" and not model.is_lipschitz) or (
+        certifier in ("crown", "alpha_crown") and has_no_relaxation
+    ):
         lacks = "a Lipschitz constant" if certifier == "lipschitz" else "a ReLU or tanh to relax"
         raise InputError(
             f"evaluation.certifier={certifier}: requires {lacks}, but model.kind={kind} has none; "

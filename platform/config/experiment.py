@@ -145,6 +145,11 @@ class EvaluationConfig(FrozenConfig):
     sound: bool = Field(
         True, description="true: certificates account for float32 rounding; false: they hold for real arithmetic"
     )
+    time_limit: float = Field(
+        30.0,
+        gt=0,
+        description="seconds per image of the certifiers complete and cascade; undecided images count as not certified",
+    )
     attack: AttackConfig = AttackConfig()
     batch_size: int = Field(1000, ge=1, description="samples per batch of an evaluation")
     calibration_images: int = Field(

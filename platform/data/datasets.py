@@ -11,7 +11,7 @@ import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 VALIDATION_FRACTION = 0.1  # of the training images of your own datasets
 MAX_CLASSES = 2**16  # of your own datasets; a larger label indicates an error
+
+
+SplitName = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+
+    def evaluation_split(self, name: SplitName) -> Split:
+        """Return the validation or the test split."""
+        return self.test if name == "test" else self.validation
 
     def training_split(self, include_validation: bool) -> Split:
         """Return the training split, with the validation images if `include_validation`."""

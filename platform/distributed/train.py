@@ -26,7 +26,7 @@ from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import data_dir, load_dataset
 from linflab.platform.distributed.address import check_address, configured_address
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
-from linflab.platform.host import configure_process
+from linflab.platform.host import allocated_cpus, configure_process
 from linflab.platform.signals import watch_again
 from linflab.platform.source import verify_source_hash
 from linflab.platform.tracking.mlflow import STORE_ERRORS
@@ -58,7 +58,14 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ["LINFLAB_DATA"] = str(data_dir())  # absolute: Ray's workers have other working directories
     try:
-        ray.init(address=address or "local", configure_logging=True, logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            address=address or "local",
+            num_cpus=allocated_cpus() if address is None else None,
+            namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
+            configure_logging=True,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
     except Exception as error:  # any exception, depending on cause and version of Ray
         if address is None:
             raise
@@ -312,14 +319,7 @@ def evaluate_distributed(
         TrainingError: If a worker failed; the message has the reason.
     """
     start_ray()
-    cluster_resources = ray.cluster_resources()
-    gpus = int(uses_gpus(experiment) and cluster_resources.get("GPU", 0) >= 1)  # without GPUs, use CPUs
-    cpus = min(experiment.compute.cpus_per_worker, int(cluster_resources.get("CPU", 0)) // workers)
-    if not cpus or gpus * workers > cluster_resources.get("GPU", 0):
-        raise InputError(
-            f"workers={workers}: requires a CPU per worker, and a GPU if the cluster has any; there are "
-            f"{cluster_resources.get('CPU', 0):g} CPUs and {cluster_resources.get('GPU', 0):g} GPUs; use fewer workers"
-        )
+    cpus, gpus = evaluation_resources(experiment, workers)
     state = ray.put({name: tensor.cpu() for name, tensor in network.state_dict().items()})
     scorer = ray.remote(num_cpus=cpus, num_gpus=gpus)(_EvaluationActor)
     pool = ActorPool([scorer.remote(experiment, state, spec, cpus) for _ in range(workers)])
@@ -327,6 +327,27 @@ def evaluate_distributed(
         yield from pool.map_unordered(lambda scorer, batch: scorer.score.remote(batch), batches)
     except ray.exceptions.RayError as error:
         raise TrainingError(f"a worker failed during evaluation: {' '.join(str(error).split())[-500:]}") from None
+
+
+def evaluation_resources(experiment: ExperimentConfig, workers: int) -> tuple[int, int]:
+    """Return the CPUs and GPUs of each worker of an evaluation on the running cluster.
+
+    Args:
+        experiment: Config of the run.
+        workers: Number of workers.
+
+    Raises:
+        InputError: If the cluster is too small.
+    """
+    resources = ray.cluster_resources()
+    gpus = int(uses_gpus(experiment) and resources.get("GPU", 0) >= 1)  # without GPUs, use CPUs
+    cpus = min(experiment.compute.cpus_per_worker, int(resources.get("CPU", 0)) // workers)
+    if not cpus or gpus * workers > resources.get("GPU", 0):
+        raise InputError(
+            f"workers={workers}: requires a CPU per worker, and a GPU if the cluster has any; there are "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; use fewer workers"
+        )
+    return cpus, gpus
 
 
 class _EvaluationActor:

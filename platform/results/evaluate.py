@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,13 +185,28 @@ def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None
         metrics[f"{schema.TEST_CERTIFIED}/{result.certificate}/eps-{row.eps!r}"] = row.certified
         if row.robust is not None:
             metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}"] = row.robust
+    log_files(storage, run, metrics, lambda folder: save_evaluation(folder, result))
+
+
+def log_files(storage: Storage, run: str, metrics: Mapping[str, float], save: Callable[[Path], object]) -> None:
+    """Log metrics and files as the next evaluation of a run.
+
+    Args:
+        storage: Storage of the run.
+        run: Run id.
+        metrics: Metrics by name.
+        save: Function that writes the files to a directory.
+
+    Raises:
+        TrainingError: If the run is not writable, for example because it was deleted.
+    """
     client = client_of(storage)
     try:
         folders = (schema.EVALUATIONS_DIR, schema.EARLIER_EVALUATIONS_DIR)
         number = 1 + sum(len(client.list_artifacts(run, folder)) for folder in folders)
-        Run(client, run).log_metrics(metrics, step=number)
+        Run(client, run).log_metrics(dict(metrics), step=number)
         with tempfile.TemporaryDirectory() as folder:
-            save_evaluation(Path(folder), result)
+            save(Path(folder))
             client.log_artifacts(run, folder, f"{schema.EVALUATIONS_DIR}/{number}")
     except (MlflowException, OSError) as error:  # the run was deleted, or the disk is full
         raise TrainingError(

@@ -175,7 +175,7 @@ def parse_search_options(budget: str, **settings: Any) -> SearchConfig:
         details = error.errors()[0]
         if details["type"] == "value_error":
             raise InputError(str(details["ctx"]["error"])) from None
-        name = str(details["loc"][0])
+        name = str(details["loc"][0]).replace("_", "-")
         message = details["msg"][0].lower() + details["msg"][1:]
         if name in limits:
             name, details["input"] = "budget", budget

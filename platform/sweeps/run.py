@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -19,12 +19,15 @@ from linflab.platform.errors import InputError
 from linflab.platform.locks import file_lock
 from linflab.platform.sweeps.observer import SweepObserver
 from linflab.platform.sweeps.plan import SweepPlan, plan_file
+from linflab.platform.sweeps.search import Search
 from linflab.platform.sweeps.store import SweepStore
 from linflab.platform.sweeps.tune import Proposals, TrainFunction, build_tuner
 from linflab.platform.tracking.runs import terminate_open_runs
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.trial import run_trial
 from linflab.reports import schema
+
+VerifyFunction = Callable[[str, int], float]  # of a run id and a number of Ray workers
 
 
 def run_sweep(
@@ -34,6 +37,7 @@ def run_sweep(
     train: TrainFunction = run_trial,
     hint: str = "",
     view: SweepObserver | None = None,
+    verify: VerifyFunction | None = None,
 ) -> int:
     """Run or resume a sweep, logging each trial as a child run of one parent run.
 
@@ -45,6 +49,8 @@ def run_sweep(
         hint: Text that follows the error message if the process has to exit. It explains what is kept and how to
             resume.
         view: Progress view of the trials; shows nothing by default.
+        verify: Function that certifies validation images for a run, logs the accuracy, and returns it; required for a
+            sweep with `verify_front`.
 
     Returns:
         Number of trials without a result.
@@ -75,7 +81,7 @@ def run_sweep(
         plan.save(storage)
         view.show_message(f"Running sweep {plan.name} in {storage.root}.")
         with watch_ray(hint):
-            return _search(SweepStore.open(plan, storage), retry_failed, train, resources, view)
+            return _search(SweepStore.open(plan, storage), retry_failed, train, resources, view, verify)
 
 
 def _search(
@@ -84,6 +90,7 @@ def _search(
     train: TrainFunction,
     resources: dict[str, float],
     view: SweepObserver,
+    verify: VerifyFunction | None,
 ) -> int:
     """Run the remaining trials of a sweep, and return the number of trials without a result."""
     plan, storage = store.plan, store.storage
@@ -93,17 +100,17 @@ def _search(
             shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
         else:
             view.expect(list(plan.space.parameters), search.total, len(search.results))
-            max_concurrent = partial(max_concurrent_trials, plan.base.compute.workers, resources)
-            proposals = Proposals(search, store, view, max_concurrent)
-            try:
-                with _stop_on_signals():
-                    build_tuner(plan, storage, proposals, view, train, resources).fit()
-            finally:
-                store.log_elapsed_time()
-                terminate_open_runs(storage, store.invocation, except_run=parent.id)
-                shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
-            if not proposals.is_finished or signals.was_interrupted():
-                raise KeyboardInterrupt  # Tune handled the signal and stopped
+            _train_trials(search, store, train, resources, view)
+        if trials := search.unverified():
+            assert verify is not None
+            for spec in trials:
+                view.show_message(
+                    f"Verifying trial {spec.label} on {plan.search.verify_images} validation images: {len(trials)} "
+                    "trials in all."
+                )
+                search.tell_verified(spec, verify(store.run_ids[spec.label], max_concurrent_trials(1, resources)))
+            if not search.is_finished():  # seeds of the best trial
+                _train_trials(search, store, train, resources, view)
         best = search.best()
         scores = None if best is None else search.results[best.label]
         if best is not None and scores is not None:
@@ -119,6 +126,27 @@ def _search(
                     f"({100 * constant:.1f}% on the validation split); use a smaller learning rate, or more epochs."
                 )
     return sum(scores is None and label not in store.deleted_labels for label, scores in search.results.items())
+
+
+def _train_trials(
+    search: Search, store: SweepStore, train: TrainFunction, resources: dict[str, float], view: SweepObserver
+) -> None:
+    """Train all trials that the search proposes.
+
+    Raises:
+        KeyboardInterrupt: If a signal ended Tune.
+    """
+    plan, storage = store.plan, store.storage
+    proposals = Proposals(search, store, view, partial(max_concurrent_trials, plan.base.compute.workers, resources))
+    try:
+        with _stop_on_signals():
+            build_tuner(plan, storage, proposals, view, train, resources).fit()
+    finally:
+        store.log_elapsed_time()
+        terminate_open_runs(storage, store.invocation, except_run=store.parent.id)
+        shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
+    if not proposals.is_finished or signals.was_interrupted():
+        raise KeyboardInterrupt  # Tune handled the signal and stopped
 
 
 @contextmanager

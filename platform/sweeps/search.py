@@ -43,6 +43,10 @@ class SearchConfig(BaseModel):
     hours: float | None = Field(None, gt=0, allow_inf_nan=False, description="Hours during which new trials may start")
     halving: int = Field(1, ge=1, description="Train first for 1/N of the epochs (N = 3, 9, ...); 1 for no halving")
     seeds: int = Field(1, ge=1, description="Number of seeds to train the best configuration with")
+    verify_front: int = Field(
+        0, ge=0, description="Certify validation images by the cascade for the N best trials, before the best is chosen"
+    )
+    verify_images: int = Field(1000, ge=1, description="Number of these images, a fixed random sample")
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -60,6 +64,15 @@ class SearchConfig(BaseModel):
             )
         if (self.trials is None) == (self.hours is None):
             raise ValueError("budget: must be either trials or hours; use one of them")
+        if self.verify_front and self.objectives[0] != "certified":
+            raise ValueError(
+                f"verify-front={self.verify_front}: requires certified as the first objective, not "
+                f"{self.objectives[0]}; use --objectives certified, or leave it out"
+            )
+        if "verify_images" in self.model_fields_set and not self.verify_front:
+            raise ValueError(
+                f"verify-images={self.verify_images}: requires --verify-front; add that option, or leave it out"
+            )
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives={','.join(self.objectives)}: must be unique; use each one once")
         if self.sampler == "cmaes" and len(self.objectives) > 1:
@@ -225,8 +238,30 @@ class Search:
         return sum(map(self._rung_capacity, range(1, self.config.num_rungs + 1))) + self.config.seeds - 1
 
     def best(self) -> TrialSpec | None:
-        """Return the best trial of the last rung by `rank`, or None if none has a result."""
-        return max(self._trials_at_rung(self.config.num_rungs), key=self.rank, default=None)
+        """Return the best trial of the last rung, or None if none has a result.
+
+        Verified trials come first, by verified accuracy; `rank` decides ties, and between other trials.
+        """
+
+        def key(spec: TrialSpec) -> tuple[float, ...]:
+            return self._verified(spec), *self.rank(spec)
+
+        return max(self._trials_at_rung(self.config.num_rungs), key=key, default=None)
+
+    def unverified(self) -> list[TrialSpec]:
+        """Return the trials to verify before the best one is known; empty until all trials have ended."""
+        if len(self.results) < len(self.started):
+            return []
+        trials = sorted(self._trials_at_rung(self.config.num_rungs), key=self.rank, reverse=True)
+        return [spec for spec in trials[: self.config.verify_front] if self._verified(spec) < 0]
+
+    def tell_verified(self, spec: TrialSpec, accuracy: float) -> None:
+        """Record the verified accuracy of a trial."""
+        self.results[spec.label] = {**(self.results[spec.label] or {}), schema.VERIFIED_VALIDATION: accuracy}
+
+    def _verified(self, spec: TrialSpec) -> float:
+        """Return the verified accuracy of a trial, or -1."""
+        return (self.results[spec.label] or {}).get(schema.VERIFIED_VALIDATION, -1.0)
 
     def rank(self, spec: TrialSpec) -> tuple[float, float, float, int]:
         """Return the sort key of a trial that has a result; the best trial of a rung has the largest key.
@@ -251,8 +286,8 @@ class Search:
             if dry:
                 return TrialSpec(number, {})
             return TrialSpec(number, self._ask(self._fixed_point(number)))
-        if len(self.results) < len(self.started):
-            return None  # the best trial is unknown until all trials have ended
+        if len(self.results) < len(self.started) or self.unverified():
+            return None  # the best trial is unknown until all trials have ended and the front is verified
         best = self.best()
         for seed_index in range(1, self.config.seeds):
             if best is not None:

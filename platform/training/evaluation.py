@@ -30,6 +30,7 @@ class EvaluationSpec:
         attack: Attacks for robust accuracy; None to skip attacks and robust accuracy.
         seed: Seed of the random draws of attacks; each eps uses the same draws.
         radii: Compute the certified radius of every sample too. All certifiers except `lipschitz` use bisection for it.
+        time_limit: Seconds per image of the certifiers that have such a limit.
         rounding_cost: Compute certificates for real arithmetic in addition to sound ones.
     """
 
@@ -39,6 +40,7 @@ class EvaluationSpec:
     attack: AttackConfig | None = None
     seed: int = 0
     radii: bool = False
+    time_limit: float = 30.0
     rounding_cost: bool = False
 
     @property
@@ -48,8 +50,12 @@ class EvaluationSpec:
 
     def certifiers(self, network: nn.Module) -> tuple[Certifier, Certifier | None]:
         """Return the certifier of a network, and one for real arithmetic if `rounding_cost` requires it."""
-        exact = make_certifier(network, self.certifier, sound=False) if self.sound and self.rounding_cost else None
-        return make_certifier(network, self.certifier, self.sound), exact
+        has_limit = "time_limit" in Certifier.registry[self.certifier].settings_class.model_fields
+        settings = {"time_limit": self.time_limit} if has_limit else {}
+        exact = None
+        if self.sound and self.rounding_cost:
+            exact = make_certifier(network, self.certifier, sound=False, **settings)
+        return make_certifier(network, self.certifier, self.sound, **settings), exact
 
 
 def evaluation_spec(experiment: ExperimentConfig, network: nn.Module, with_attacks: bool) -> EvaluationSpec:
@@ -65,7 +71,13 @@ def evaluation_spec(experiment: ExperimentConfig, network: nn.Module, with_attac
     certifier = default_certifier(network) if evaluation.certifier == "auto" else evaluation.certifier
     attack = evaluation.attack if with_attacks else None
     return EvaluationSpec(
-        (experiment.eps,), certifier, evaluation.sound, attack, experiment.seed, rounding_cost=with_attacks
+        (experiment.eps,),
+        certifier,
+        evaluation.sound,
+        attack,
+        experiment.seed,
+        time_limit=evaluation.time_limit,
+        rounding_cost=with_attacks,
     )
 
 

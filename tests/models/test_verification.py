@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from linflab.models.robustness.bounds import Box
 from linflab.models.robustness.bounds.ibp import trace_and_check
 from linflab.models.robustness.bounds.rounding import strict_float32
+from linflab.models.robustness.certification import make_certifier
 from linflab.models.robustness.verification import OutputBound, OutputSet, Region, robustness_region, verify
+from tests.models.relu_networks import SHAPE, build_relu_network
 
 NETWORKS = ("relu", "deep", "smooth", "affine", "pooled")
 
@@ -144,6 +146,49 @@ def test_answers_agree_with_a_grid(kind: str) -> None:
         assert verdict.answer == ("sat" if has_counterexample else verdict.answer)
         decided += verdict.answer in ("unsat", "sat")
     assert decided == 12
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("convolutional", "residual"))]
+)
+def test_regions_of_many_inputs_are_decided_by_splits_of_neurons(kind: str) -> None:
+    """The answers are those of the complete certifier, and bounds without splits leave some regions undecided."""
+    network = build_relu_network(kind, 1)
+    complete = make_certifier(network, "complete", time_limit=math.inf, max_subproblems=2000)
+    answers, undecided = [], 0
+    images = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    labels = network(images).argmax(dim=1)
+    radii = complete.compute_radius(images, labels).tolist()
+    for image, label, radius in zip(images.split(1), labels.split(1), radii, strict=True):
+        for eps in (0.99 * radius, 1.01 * radius):
+            lower, upper = ((image + sign * eps).clamp(0, 1).flatten() for sign in (-1, 1))
+            region = robustness_region(lower, upper, int(label), 5)
+            decision = complete.decide(image, label, eps)
+            answer = {"certified": "unsat", "falsified": "sat", "unknown": "unknown"}[decision.status]
+            verdict = verify(network, (region,), SHAPE)
+            assert answer != "unknown" and verdict.answer == answer
+            undecided += verify(network, (region,), SHAPE, "crown").answer == "unknown"
+            answers.append(answer)
+    assert answers == ["unsat", "sat"] and undecided
+
+
+def test_several_rows_and_offsets_with_many_inputs() -> None:
+    """A set is out of reach if an offset makes it so; sets of several rows stay unknown, as bounds leave them."""
+    network = build_relu_network("dense", 1)
+    lower, upper = torch.zeros(72, dtype=torch.float64), torch.full((72,), 0.2, dtype=torch.float64)
+    center, row = network((lower + upper).float().view(1, *SHAPE) / 2)[0].double(), [1.0, -1.0, 0.0, 0.0, 0.0]
+    value = float((center[0] - center[1]).detach())
+
+    def answer(*rows: tuple[list[float], float]) -> str:
+        unsafe = make_set([coefficients for coefficients, _ in rows], [offset for _, offset in rows])
+        return verify(network, (Region(lower, upper, (unsafe,)),), SHAPE).answer
+
+    assert answer((row, -value)) == "sat"
+    offsets = [-value + size for size in (0.5, 1.0, 2.0, 4.0, 8.0)]
+    answers = [answer((row, offset)) for offset in offsets]
+    assert answers == sorted(answers) and answers[-1] == "unsat" and "unknown" not in answers
+    barely = next(offset for offset, one in zip(offsets, answers, strict=True) if one == "unsat")
+    assert answer((row, barely), ([0.0] * 5, -1.0)) in ("unsat", "unknown")
 
 
 def test_regions_without_float32_numbers_use_the_nearest() -> None:

@@ -117,7 +117,7 @@ def test_own_kinds_are_checked_and_listed() -> None:
         (["model.kind=other"], "model.kind=other: .*cnn7.*own_network"),
         (["objective.kind=other"], "objective.kind=other: .*hinge.*own_objective"),
         (["evaluation.attack.methods=[other]"], r"evaluation.attack.methods.0=other: .*'pgd', .* or 'own_attack'"),
-        (["evaluation.certifier=other"], r"evaluation.certifier=other: .*'crown', 'own_certifier' or 'auto'"),
+        (["evaluation.certifier=other"], r"evaluation.certifier=other: .*'complete', 'own_certifier' or 'auto'"),
     ):
         with pytest.raises(InputError, match=message):
             load_config(RECIPE, settings)

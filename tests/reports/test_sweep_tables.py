@@ -87,6 +87,21 @@ def test_trials_are_ranked_by_validation_with_failed_last(table: Table) -> None:
     assert table.column("Hyperparameters")[0] == "width=96, p_start=8.12"
 
 
+def test_verified_trials_come_first(tracking_uri: str) -> None:
+    trials = read_trials(tracking_uri, "s")
+    verified = trials[schema.TRIAL].map({"1": 0.7, "3": 0.6})
+    description = verified.map(lambda accuracy: "100 validation images" if accuracy == accuracy else None)
+    trials = trials.assign(**{schema.VERIFIED_VALIDATION: verified, schema.VERIFICATION: description})
+    table = sweep_table("s", trials)
+    assert table.column("#") == ["1", "3", "4", "2"]
+    assert table.column("Val. verified") == [70, 60, None, None]
+    assert any("100 validation images" in note for note in table.notes)
+
+
+def test_sweeps_without_verification_have_no_such_column(table: Table) -> None:
+    assert "Val. verified" not in table.columns and not any("verified" in note for note in table.notes)
+
+
 HALVING_TRIALS = pd.DataFrame(
     [
         {

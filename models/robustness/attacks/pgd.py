@@ -62,6 +62,48 @@ def pgd_examples(
     return point
 
 
+def adversarial_images(
+    network: Callable[[Tensor], Tensor],
+    ball: LinfBall,
+    labels: Tensor,
+    targets: Tensor,
+    steps: int,
+    eps: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Ascend z_t - z_y from random points, and return the first misclassified points.
+
+    Step sizes decrease linearly from eps / 2.
+
+    Args:
+        network: Function from images to logits (B, K).
+        ball: Perturbation sets of images (B, C, H, W) or (B, D).
+        labels: (B,) true classes y.
+        targets: (B,) wrong classes t.
+        steps: Number of steps.
+        eps: Radius of the balls, for pixel values in [0, 1].
+        generator: CPU generator for the random starts.
+
+    Returns:
+        Which images (B,) were misclassified, and the points (B, ...) where this happened, or the last ones.
+    """
+    point = ball.sample_uniform(generator)
+    found, results = torch.zeros_like(labels, dtype=torch.bool), point
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            leaf = point.detach().requires_grad_()
+            logits = network(leaf)
+            gain = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).sum()
+            (gradient,) = torch.autograd.grad(gain, leaf)
+        is_new = ~found & ~(margin(logits.detach(), labels) > 0)  # true for NaN
+        found = found | is_new
+        results = torch.where((is_new | ~found).view(-1, *[1] * (point.dim() - 1)), leaf.detach(), results)
+        if step == steps or bool(found.all()):
+            break
+        point = ball.project(leaf.detach() + 0.5 * eps * (1 - step / steps) * gradient.sign())
+    return found, results
+
+
 def _ascent_step(
     network: Callable[[Tensor], Tensor], ball: LinfBall, point: Tensor, labels: Tensor, loss: AttackLoss, step: float
 ) -> tuple[Tensor, Tensor]:

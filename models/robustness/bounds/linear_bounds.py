@@ -35,27 +35,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linflab.models.robustness.bounds.activations import activation_error
 from linflab.models.robustness.bounds.affine import affine_map
-from linflab.models.robustness.bounds.boxes import Box, all_finite, max_magnitude
+from linflab.models.robustness.bounds.backward_steps import (
+    BackwardPropagation,
+    cast_box,
+    check_sound_dtype,
+    round_outward,
+)
+from linflab.models.robustness.bounds.boxes import Box, all_finite
 from linflab.models.robustness.bounds.coefficients import Coefficients, DenseCoefficients, PatchCoefficients
 from linflab.models.robustness.bounds.ibp import propagate_step
 from linflab.models.robustness.bounds.pooling import MaximumLines, get_pooling, is_max_pooling, maximum_lines
 from linflab.models.robustness.bounds.relaxations import (
-    FLOAT64_SLACK,
     LinearRelaxation,
     RelaxationKind,
     has_relaxation,
     relax,
 )
-from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma, round_up, unit_roundoff
+from linflab.models.robustness.bounds.rounding import gamma
 from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Add, Concat, Masking, Trace, TraceStep
 
 IntermediateMethod = Literal["crown", "ibp"]
 MAX_COEFFICIENTS = 2**24  # memory limit, number of coefficients
 
 
-class LinearBounds:
+class LinearBounds(BackwardPropagation):
     """Boxes of a network's values over a box of inputs, and bounds of linear functions of these values.
 
     Args:
@@ -79,21 +83,13 @@ class LinearBounds:
         sound: bool = False,
         boxes: dict[str, Box] | None = None,
     ) -> None:
-        if sound and box.lower.dtype != torch.float32:
-            raise TypeError(
-                f"sound=True: crown requires a network in torch.float32, not {box.lower.dtype}; use network.float(), "
-                "certifier=ibp, or sound=False"
-            )
+        check_sound_dtype("crown", sound, box)
         if not any(has_relaxation(step.layer) or is_max_pooling(step.layer) for step in traced.steps):
             raise TypeError("crown: requires an activation or max pooling with a linear relaxation; use ibp")
-        self.sound, self.output = sound, traced.output
-        self.dtype = torch.float64 if sound else box.lower.dtype
-        self.producers = {step.output: step for step in traced.steps}
-        self.order = [traced.input, *self.producers]
-        self.boxes = {traced.input: box} if boxes is None else boxes
+        start = {traced.input: box} if boxes is None else boxes
+        super().__init__(traced, start, sound, torch.float64 if sound else box.lower.dtype)
         self.lines: dict[str, LinearRelaxation] = {}
         self.maxima: dict[str, MaximumLines] = {}
-        self.errors: dict[str, Tensor] = {}
         self.same_slope = True  # if True, one pass gives both bounds
         refined_boxes: dict[str, Box] = {}
         for step in traced.steps:
@@ -104,8 +100,9 @@ class LinearBounds:
                 is_refined = first in refined_boxes or first in self.lines or first in self.maxima
                 if intermediate == "crown" and not is_refined:
                     refined_boxes[first] = self.bounds(first)
-                    self.boxes[first] = _round_outward(refined_boxes[first], box.lower.dtype)
-                range_ = _cast_box(self.dtype, refined_boxes.get(first, self.boxes[first]))
+                    self.boxes[first] = round_outward(refined_boxes[first], box.lower.dtype)
+                self.relaxed.add(step.output)
+                range_ = cast_box(self.dtype, refined_boxes.get(first, self.boxes[first]))
                 if pooling is None:
                     lines = relax(step.layer, range_, relaxation, sound)
                     assert lines is not None
@@ -190,7 +187,7 @@ class LinearBounds:
             a, step = pending.pop(value), self.producers.get(value)
             input_coefficients = None if step is None else self._backward_step(step, a, add)
             if input_coefficients is None:  # no linear relaxation: the box gives the bound
-                box = _cast_box(self.dtype, self.boxes[value])
+                box = cast_box(self.dtype, self.boxes[value])
                 add(a, (box.lower + box.upper) / 2, (box.upper - box.lower) / 2)
             else:
                 assert step is not None
@@ -229,23 +226,7 @@ class LinearBounds:
             add(negative, high)
             lower_part = positive.backward_through_pooling(maxima.lower, maxima.pooling, inputs)
             return [lower_part.add(negative.backward_through_pooling(maxima.upper, maxima.pooling, inputs))]
-        if isinstance(step.layer, Masking):
-            return [a.scale(step.layer.constant.to(a.a))]
-        if isinstance(step.layer, VIEW_LAYERS):
-            return [
-                a
-                if isinstance(a, PatchCoefficients)
-                else DenseCoefficients(a.a.flatten(2).unflatten(2, self._shape(step.inputs[0])))
-            ]
-        if isinstance(step.layer, Add):
-            return [a, a]
-        if isinstance(step.layer, Concat):
-            return a.split(step.layer.dim, [self._shape(name)[step.layer.dim - 1] for name in step.inputs])
-        affine = affine_map(step.layer, self._shape(step.inputs[0]))
-        if affine is None:
-            return None
-        add(a, affine.bias.to(a.a).expand(self._shape(step.output))[None])
-        return [a.backward_through(affine, self._shape(step.inputs[0]))]
+        return self._linear_step(step, a, add)
 
     def _max_patch_elements(self, name: str) -> int | None:
         """Return the largest patch size of a map's functions; None if dense coefficients are better."""
@@ -278,47 +259,3 @@ class LinearBounds:
             for input_name in step.inputs:
                 kernels[input_name] = tuple(map(max, kernel, kernels.get(input_name, kernel)))
         return largest if largest < rows else None
-
-    def _shape(self, name: str) -> torch.Size:
-        return self.boxes[name].lower.shape[1:]
-
-    def _error(self, name: str) -> Tensor:
-        """Return the error bound (B, *shape) of a value for computed inputs, including float64 errors."""
-        if name in self.errors:
-            return self.errors[name]
-        size, step, u = (
-            max_magnitude(_cast_box(self.dtype, self.boxes[name])),
-            self.producers.get(name),
-            unit_roundoff(torch.float32),
-        )
-        error = torch.zeros_like(size)
-        if step is not None:
-            input_sizes = [max_magnitude(_cast_box(self.dtype, self.boxes[name])) for name in step.inputs]
-            affine = affine_map(step.layer, input_sizes[0].shape[1:])
-            if affine is not None:
-                error = 2 * affine.rounding_error(input_sizes[0], torch.float32)
-            elif isinstance(step.layer, Add):
-                error = 4 * u * (input_sizes[0] + input_sizes[1])
-            elif isinstance(step.layer, Masking):
-                error = 4 * u * size
-            else:
-                layer_error = activation_error(step.layer, input_sizes[0], size, torch.float32)
-                error = error if layer_error is None else layer_error
-            if name in self.lines:
-                size = torch.maximum(size, input_sizes[0])
-            elif name in self.maxima:
-                size = torch.maximum(size, step.layer(input_sizes[0]))
-        self.errors[name] = error + FLOAT64_SLACK * size + UNDERFLOW_SLACK
-        return self.errors[name]
-
-
-def _cast_box(dtype: torch.dtype, box: Box) -> Box:
-    return Box(box.lower.to(dtype), box.upper.to(dtype))
-
-
-def _round_outward(box: Box, dtype: torch.dtype) -> Box:
-    """Return a box in `dtype` that contains this box."""
-    if box.lower.dtype == dtype:
-        return box
-    like = box.lower.to(dtype)
-    return Box(-round_up(-box.lower, like), round_up(box.upper, like))

@@ -109,7 +109,7 @@ def maximum_lines(
         relaxation: Choice of slopes.
         sound: If True, widen intercepts by the float64 errors of their computation.
     """
-    lower, upper = _extract_windows(box.lower, pooling), _extract_windows(box.upper, pooling)
+    lower, upper = extract_windows(box.lower, pooling), extract_windows(box.upper, pooling)
     highest, argmax = upper.max(dim=1, keepdim=True)
     runner_up = upper.scatter(1, argmax, -torch.inf).amax(dim=1, keepdim=True)
     low, floor = lower.gather(1, argmax), lower.amax(dim=1, keepdim=True)
@@ -131,7 +131,7 @@ def maximum_lines(
     return MaximumLines(pooling, lower_factors, lower_intercept[:, 0], upper_factors, upper_intercept[:, 0])
 
 
-def _extract_windows(values: Tensor, pooling: Pooling) -> Tensor:
+def extract_windows(values: Tensor, pooling: Pooling) -> Tensor:
     """Return the values (B, places in a window, C, H, W) of each output's window; -inf beyond the edges."""
     window, edges = pooling.window, []
     extents = window.receptive_field(window.outputs, pooling.size)

@@ -1,9 +1,11 @@
 """Base classes of certifiers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from linflab.models.registry import Kind
@@ -16,6 +18,37 @@ from linflab.models.robustness.inputs import check_batch, check_eps
 BISECTION_STEPS = 20  # radii are too small by at most 2^-20
 
 
+class CertifierSettings(BaseModel):
+    """Base of the settings of certifiers; most have none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def build_settings(kind: str, cls: type[CertifierSettings], values: Mapping[str, Any]) -> CertifierSettings:
+    """Return the settings of a certifier.
+
+    Args:
+        kind: Kind of the certifier, for messages.
+        cls: Class of its settings.
+        values: Settings by name.
+
+    Raises:
+        ValueError: If a setting does not exist or has an invalid value; the message names it.
+    """
+    known = cls.model_fields
+    if unknown := [name for name in values if name not in known]:
+        advice = f"use {', '.join(known)}" if known else "leave it out"
+        raise ValueError(f"{unknown[0]}={values[unknown[0]]}: is not a setting of certifier={kind}; {advice}")
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, reason = str(first["loc"][0]), first["msg"].lower()
+        raise ValueError(
+            f"{name}={first['input']}: {reason}; use a valid value for {name} ({known[name].description})"
+        ) from None
+
+
 class Certifier(Kind, ABC):
     """Base class of certifiers; each belongs to one network, and caches data about it across batches.
 
@@ -26,16 +59,20 @@ class Certifier(Kind, ABC):
     Args:
         network: Network in evaluation mode, in float32 or float64. Do not change it while its certifiers are in use.
         sound: Account for rounding in the network and in the certificate.
+        settings: Settings, of the class `settings_class`; None: the defaults.
 
     Attributes:
+        settings_class: Class of the settings.
         bisects: True if a radius is found by bisection, and so takes much longer than a certificate at one eps.
             Otherwise certificates follow from radii.
     """
 
     bisects: ClassVar[bool] = False
+    settings_class: ClassVar[type[CertifierSettings]] = CertifierSettings
 
-    def __init__(self, network: nn.Module, sound: bool = True) -> None:
+    def __init__(self, network: nn.Module, sound: bool = True, settings: CertifierSettings | None = None) -> None:
         self.network, self.sound = network, sound
+        self.settings = self.settings_class() if settings is None else settings
 
     @strict_float32()
     @torch.no_grad()
@@ -114,9 +151,13 @@ class BoxCertifier(Certifier):
 class TracingCertifier(BoxCertifier):
     """Base class of certifiers that propagate bounds through the traced layers of a network."""
 
-    def __init__(self, network: nn.Module, sound: bool = True) -> None:
-        super().__init__(network, sound)
+    def __init__(self, network: nn.Module, sound: bool = True, settings: CertifierSettings | None = None) -> None:
+        super().__init__(network, sound, settings)
         self._traces: dict[Any, Trace] = {}
+
+    def share_traces(self, other: "TracingCertifier") -> None:
+        """Use the traces of another certifier of the same network, now and later."""
+        self._traces = other._traces
 
     @abstractmethod
     def bound_margins(self, traced: Trace, box: Box, labels: Tensor) -> Tensor:
@@ -132,8 +173,12 @@ class TracingCertifier(BoxCertifier):
         """Return for which boxes (B,) all logit differences are proven negative."""
         if not len(labels):
             return self.verify(one_point(box), labels.new_zeros(1))[:0]
-        form = (box.lower.shape[1:], box.lower.dtype, box.lower.device)
-        traced = self._traces[form] = trace_and_check(self.network, box, self._traces.get(form))
-        differences = self.bound_margins(traced, box, labels).scatter(1, labels[:, None], -1.0)
+        differences = self.bound_margins(self.trace_network(box), box, labels).scatter(1, labels[:, None], -1.0)
         # Infinite logits make bounds of -inf, which prove nothing. Rounded up, -inf is the least finite number.
         return ((differences < 0) & (differences > torch.finfo(differences.dtype).min)).all(dim=1)
+
+    def trace_network(self, box: Box) -> Trace:
+        """Return the trace of the network for inputs like those of a box, checked at its corners."""
+        form = (box.lower.shape[1:], box.lower.dtype, box.lower.device)
+        traced = self._traces[form] = trace_and_check(self.network, box, self._traces.get(form))
+        return traced

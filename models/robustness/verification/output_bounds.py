@@ -25,7 +25,12 @@ class OutputBound(Kind, ABC):
 
     Args:
         sound: If True, bound outputs as computed in float32, rounding included; if False, in real arithmetic.
+
+    Attributes:
+        splits_neurons: True if regions that these bounds do not decide are searched by branch and bound on neurons.
     """
+
+    splits_neurons: ClassVar[bool] = False
 
     def __init__(self, sound: bool = True) -> None:
         self.sound = sound
@@ -96,9 +101,10 @@ class CROWNOutputBound(OutputBound):
 
 
 class TightestOutputBound(OutputBound):
-    """The larger of the bounds by IBP and CROWN, neither of which is always the tighter."""
+    """The larger of the bounds by IBP and CROWN, neither of which is always the tighter, then splits of neurons."""
 
     kind: ClassVar[str] = "auto"
+    splits_neurons: ClassVar[bool] = True
 
     def lower(self, traced: Trace, box: Box, functions: Tensor) -> Tensor:
         """Return lower bounds (B, R) of functions of the outputs; by IBP only if no layer has a linear relaxation."""

@@ -1,13 +1,18 @@
-"""Search for an unsafe output, and proofs that there is none: attacks, bounds, and splits of the input box."""
+"""Search for an unsafe output, and proofs that there is none: attacks, bounds, and splits of inputs or neurons."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from linflab.models.robustness.bounds.boxes import Box
+from linflab.models.robustness.bounds.alpha_crown import tight_boxes
+from linflab.models.robustness.bounds.boxes import Box, all_finite
+from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound
+from linflab.models.robustness.bounds.coefficients import DenseCoefficients
 from linflab.models.robustness.bounds.ibp import trace_and_check
+from linflab.models.robustness.bounds.reduction import Reduction
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.inputs import check_choice
 from linflab.models.robustness.verification.output_bounds import OutputBound
@@ -18,6 +23,8 @@ MAX_SPLIT_INPUTS = 20  # input boxes of more dimensions are not split
 BOXES_PER_BATCH = 256
 MAX_PENDING_BOXES = 2**20  # memory limit of the search
 ATTACK_STARTS, ATTACK_STEPS = 8, 40
+SLOPE_STEPS, NEURON_STEPS = 30, 10  # optimization steps of slopes for the outputs and for the bounds of neurons
+ROUNDING = 2.0**-50  # relative error of a sum with an offset
 
 
 class Verdict(NamedTuple):
@@ -45,14 +52,16 @@ def verify(
 ) -> Verdict:
     """Decide whether inputs of some region have unsafe outputs.
 
-    Each region is bounded, attacked, and split if it has at most 20 dimensions. A counterexample is always checked by a
+    Each region is bounded and attacked. Then its box is split if it has at most 20 dimensions; otherwise, its neurons
+    are (see `branch_and_bound`). A counterexample is always checked by a
     forward pass. The answer is `sat` if any region has a counterexample.
 
     Args:
         network: Network in evaluation mode, in float32, with outputs (B, K).
         regions: Regions of flattened inputs; without any, the answer is `unsat`.
         input_shape: Shape of an input of the network, without the batch.
-        certifier: `auto` (the tighter of IBP and CROWN), `ibp`, `crown` or another registered `OutputBound`.
+        certifier: `auto` (the tighter of IBP and CROWN, and splits of neurons), `ibp`, `crown` or another registered
+            `OutputBound`.
         sound: If True, `unsat` holds for outputs as computed in float32; if False, in real arithmetic.
         is_out_of_time: Function that is called between computations; the search ends when it returns True.
 
@@ -112,9 +121,52 @@ class _RegionSearch:
             for points in self._attack(self.region.unsafe[index]):
                 if (verdict := self._check(points)) is not None:
                     return verdict
-        if self.root.lower.shape[1] > MAX_SPLIT_INPUTS:
-            return Verdict("timeout" if self.is_out_of_time() else "unknown")
-        return self._split_until_decided()
+        if self.root.lower.shape[1] <= MAX_SPLIT_INPUTS:
+            return self._split_until_decided()
+        verdict = Verdict("unknown")
+        if self.bound.splits_neurons and not self.is_out_of_time():
+            is_open = (~is_refuted).tolist()
+            verdict = self._split_neurons(
+                [one for one, open_ in zip(self.region.unsafe, is_open, strict=True) if open_]
+            )
+        if verdict.answer == "unknown" and self.is_out_of_time():
+            return Verdict("timeout")
+        return verdict
+
+    @torch.no_grad()
+    def _split_neurons(self, unsafe: list[OutputSet]) -> Verdict:
+        """Return the verdict of branch and bound on neurons.
+
+        It proves that one function is positive everywhere, which a set of several rows does not require.
+
+        Args:
+            unsafe: Sets that no bound has refuted.
+        """
+        boxes = tight_boxes(self.traced, self._reshape(self.root), self.bound.sound)
+        if any(len(one.offsets) > 1 for one in unsafe) or not bool(all_finite(boxes)):
+            return Verdict("unknown")
+        reduction = Reduction(self.traced, boxes, self.bound.sound, NEURON_STEPS, split_distances=True)
+        if reduction.sources != [self.traced.input]:  # some layer is no maximum and has no linear relaxation
+            return Verdict("unknown")
+        coefficients = torch.cat([one.coefficients for one in unsafe])[None].to(reduction.dtype)
+        rows = reduction.rows(self.traced.output, DenseCoefficients(coefficients))
+        offsets = torch.cat([one.offsets for one in unsafe]).to(rows.constant)
+        constant = rows.constant + offsets
+        rows = rows._replace(constant=constant - ROUNDING * (rows.constant.abs() + offsets.abs()))
+        found: list[Verdict] = []
+
+        def is_counterexample(points: Tensor) -> Tensor:
+            is_found = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+            if not found and (verdict := self._check(points.to(self.inner.lower))) is not None:
+                found.append(verdict)
+                is_found[0] = True  # the search ends, whichever point it is
+            return is_found
+
+        search = BranchAndBound(reduction.network, rows, is_counterexample, BOXES_PER_BATCH)
+        result = search.run(SLOPE_STEPS, math.inf, self.is_out_of_time)
+        if found:
+            return found[0]
+        return Verdict("unsat" if result.status == "certified" else "unknown")
 
     def _reshape(self, box: Box) -> Box:
         return Box(*(bound.unflatten(1, self.shape) for bound in box))

@@ -90,8 +90,13 @@ def test_fit_accepts_arrays_bytes_and_loaders(fit_result: linflab.FitResult) -> 
     assert last.epoch == 1 and last.val_certified is None
 
 
-@pytest.mark.parametrize("eps", [None, 0.02])
-@pytest.mark.parametrize("certifier", ["auto", "ibp", "crown"])
+@pytest.mark.parametrize(
+    ("certifier", "eps"),
+    [
+        *((name, eps) for name in ("auto", "ibp", "crown") for eps in (None, 0.02)),
+        *((name, 0.02) for name in ("alpha_crown", "complete")),
+    ],
+)
 def test_certify_matches_the_certifiers(fit_result: linflab.FitResult, eps: float | None, certifier: str) -> None:
     images, labels = load_digits(700, 760)
     network, name = fit_result.network, "ibp" if certifier == "auto" else certifier

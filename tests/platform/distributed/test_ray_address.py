@@ -1,6 +1,9 @@
 """RAY_ADDRESS without a running cluster is rejected within seconds, before Ray uses it."""
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -73,3 +76,14 @@ def test_one_worker_without_address_needs_no_ray(monkeypatch: pytest.MonkeyPatch
 def test_train_rejects_address_without_cluster(run_cli: RunCli, tmp_path, workers: int) -> None:
     done = run_cli("train", RECIPE, f"compute.workers={workers}", "--storage", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
     assert_rejected(done, "RAY_ADDRESS=127.0.0.1:1")
+
+
+@pytest.mark.slow
+def test_local_ray_has_cpus_of_slurm_job_and_namespace_of_user() -> None:
+    code = "import ray; from linflab.platform.distributed.train import start_ray; start_ray()\n"
+    code += "print(ray.get_runtime_context().namespace, ray.cluster_resources()['CPU'])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "SLURM"))}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == [f"linflab-{os.getuid()}", "1.0"]

@@ -258,13 +258,13 @@ def test_hybrids_have_no_lipschitz_certificate(run_cli: RunCli, tmp_path: Path) 
     experiment = load_config(RECIPE, settings)
     save_weights(tmp_path / "w.pt", build_network(experiment), experiment, 0)
     found = {}
-    for certifier in ("ibp", "crown"):
+    for certifier in ("ibp", "crown", "alpha_crown"):
         done = run_cli(
             "evaluate", str(tmp_path / "w.pt"), "--eps", "0.001", "--certifier", certifier, "--json", "--sound"
         )
         assert done.returncode == 0, done.stderr
         found[certifier] = json.loads(done.stdout)["results"][0]["certified"]
-    assert 0 < found["ibp"] <= found["crown"]
+    assert 0 < found["ibp"] <= found["crown"] <= found["alpha_crown"]
     done = run_cli("evaluate", str(tmp_path / "w.pt"), "--certifier", "lipschitz")
     assert_rejected(done, "certifier=lipschitz", "ibp")
 

@@ -307,12 +307,42 @@ def test_search_adds_no_points_after_its_time_budget() -> None:
         ({"budget": "20", "sampler": "cmaes", "objectives": ["clean", "flops"]}, "sampler=cmaes"),
         ({"budget": "20", "sampler": "best"}, "sampler=best"),
         ({"budget": "20", "seeds": 0}, "seeds=0"),
+        ({"budget": "20", "verify_front": -1}, "verify-front=-1"),
+        ({"budget": "20", "verify_front": 2, "objectives": ["clean", "certified"]}, "verify-front=2"),
+        ({"budget": "20", "verify_images": 50}, "verify-images=50"),
     ],
 )
 def test_invalid_search_options_are_rejected(options: dict[str, object], setting: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_search_options(**options)  # type: ignore[arg-type]
     assert_rejected(caught, setting)
+
+
+def test_the_best_trial_is_chosen_after_verification() -> None:
+    """Seeds are replicated for the trial with the best verified accuracy, also after a resume."""
+    config = parse_search_options("5", sampler="random", seeds=2, verify_front=2)
+    search = Search(DEMO, config, seed=0)
+    values = {"1": 0.5, "2": 0.7, "3": 0.6, "4": 0.8, "5": 0.4}
+    for number in range(5):
+        spec = search.ask()
+        assert spec is not None and search.unverified() == []  # not all have ended
+        search.tell(spec, scores(values[str(number + 1)]))
+    assert search.is_finished() and search.ask() is None
+    assert [spec.label for spec in search.unverified()] == ["4", "2"]
+    search.tell_verified(search.unverified()[0], 0.81)
+    resumed = Search(DEMO, config, seed=0)
+    resumed.restore(
+        PastTrial(spec, 2.0 * k, 2.0 * k + 1, search.results[label])
+        for k, (label, spec) in enumerate(search.started.items())
+    )
+    for one in (search, resumed):
+        assert [spec.label for spec in one.unverified()] == ["2"] and one.ask() is None
+        one.tell_verified(one.unverified()[0], 0.83)
+        best, replicate = one.best(), one.ask()
+        assert best is not None and best.label == "2"
+        assert replicate is not None and replicate.label == "2-seed1" and not one.is_finished()
+        one.tell(replicate, scores(0.9))
+        assert one.is_finished() and one.unverified() == []
 
 
 def test_trial_labels_name_rung_and_seed() -> None:

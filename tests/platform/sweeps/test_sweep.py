@@ -158,6 +158,34 @@ def test_sweep_continues_after_failed_trials(tmp_path: Path, linflab: Command) -
 
 
 @pytest.mark.slow
+def test_the_best_trial_is_chosen_by_verified_accuracy(tmp_path: Path, linflab: Command) -> None:
+    """The two best trials are verified on validation images; the seed replicate is of the best of them."""
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "description: epochs\nparameters:\n  training.epochs: {distribution: categorical, choices: [1, 2, 3]}\n"
+    )
+    arguments = ("sweep", "digits_eps0.1_ibp", str(space), *QUICK[1:], "--budget", "3", "--sampler", "grid")
+    verification = ("--verify-front", "2", "--verify-images", "20", "--seeds", "2")
+    limits = ("evaluation.time_limit=0.5", "evaluation.sound=false")
+    done = linflab(*arguments, *limits, *verification, "--name", "verified", "--storage", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    trials = read_trials(Storage(tmp_path).tracking_uri, "verified").set_index(schema.TRIAL)
+    verified = trials[schema.VERIFIED_VALIDATION].dropna()
+    by_validation = trials.loc[["1", "2", "3"], schema.BEST_VALIDATION_CERTIFIED].sort_values(ascending=False)
+    assert set(verified.index) == set(by_validation.index[:2]) and verified.between(0, 1).all()
+    assert (20 * verified % 1).abs().max() < 1e-9
+    assert set(trials[schema.VERIFICATION].dropna()) == {
+        "20 validation images, up to 0.5 s of branch and bound per image, real arithmetic"
+    }
+    (replicate,) = [label for label in trials.index if label.endswith("-seed1")]
+    assert verified[replicate.removesuffix("-seed1")] == verified.max()
+    lines = (tmp_path / "reports" / "sweep-verified.csv").read_text().splitlines()
+    assert "Val. verified" in lines[0] and lines[1].startswith(replicate.removesuffix("-seed1"))
+    again = linflab("sweep", "--resume", "verified", "--storage", str(tmp_path))
+    assert again.returncode == 0 and "Verifying" not in again.stdout + again.stderr, again.stderr
+
+
+@pytest.mark.slow
 def test_two_workers_match_one_and_are_deterministic(tmp_path: Path, linflab: Command) -> None:
     losses, weights = [], []
     for number, workers in enumerate((1, 2, 2)):
