@@ -1,5 +1,6 @@
 # make demo: install and run a small sweep. make install: install. make unit: fast tests. make test: tests to run before
-# a contribution. make check: format, lint and types. make readme: update the table of measured results in README.md.
+# a contribution. make check: format, lint and types. make readme: update measured results in README.md and docs/.
+# make docs: build the documentation into build/site.
 # make dist: build dist/, with a wheel and a source distribution. make lowest: the lowest allowed versions exist.
 # make gpu: test, time, profile and train on a CUDA device in under 9 minutes (ARGS: see benchmarks/gpu.py).
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PHRASES := "will do|comes to|come to|so many|one's own|anew|for want of|says not
 
 SOURCES := pyproject.toml setup.py $(wildcard models/distance/csrc/*)  # changes in these require a new installation
 
-.PHONY: demo install unit test test-all check format readme gpu dist lowest clean
+.PHONY: demo install unit test test-all check format readme docs gpu dist lowest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linflab sweep digits_eps0.1_linf_dist_net demo --budget 8
@@ -55,12 +56,12 @@ lowest: $(VENV)/.installed-dev
 	$(BIN)/uv pip compile --quiet --resolution lowest-direct --all-extras --python-version 3.11 \
 		--output-file build/lowest.txt pyproject.toml
 
-readme: $(VENV)/.installed
-	grep -q "^<!-- measured -->" README.md && grep -q "^<!-- end -->" README.md
-	$(BIN)/linflab report measured --output-dir build/readme
-	sed -e '/^<!-- measured -->/,/^<!-- end -->/{//!d;}' -e '/^<!-- measured -->/r build/readme/measured.md' README.md \
-		> build/readme/README.md
-	cp build/readme/README.md README.md
+readme: $(VENV)/.installed-docs
+	$(BIN)/python docs/generate/readme.py
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/generate/check_site.py build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -80,5 +81,12 @@ $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 $(VENV)/.installed-dev: $(VENV)/.created $(SOURCES)
 	touch $@.new
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	cp -p $@.new $(VENV)/.installed
+	cp -p $@.new $(VENV)/.installed-docs
+	mv $@.new $@
+
+$(VENV)/.installed-docs: $(VENV)/.created $(SOURCES)
+	touch $@.new
+	$(BIN)/python -m pip install --quiet --editable '.[cluster,docs]'
 	cp -p $@.new $(VENV)/.installed
 	mv $@.new $@

@@ -44,7 +44,7 @@ SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".h")  # compiled files are not copie
 
 def linflab_version() -> str:
     """Return the version of the source code, which can differ from that of an earlier installation."""
-    return str(linflab.__version__)
+    return str(vars(linflab)["__version__"])  # mypy sees linflab as a namespace package
 
 
 def is_cluster_job() -> bool:

@@ -68,7 +68,7 @@ def front_figure(measured: Sequence[Row], quoted: Sequence[Row], title: str) -> 
             elinewidth=0.8,
             capsize=2,
             zorder=3,
-            label=f"{row.cell(METHOD).text} ({row.footnote_mark})",
+            label=row.cell(METHOD).text + (f" ({row.footnote_mark})" if row.footnote_mark else ""),
         )
     _number_points(axes, front)
     if hidden := sum(not is_shown(row) for row in quoted):

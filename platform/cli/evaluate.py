@@ -160,6 +160,7 @@ def evaluate(
         hint = "" if result.sound else "; rerun with --sound to account for float32 rounding"
         problems.append(
             f"certificate violation: attacks succeeded on {num_violations} images certified by {result.certifier}{hint}"
+            "; see docs/concepts/certificates.md"
         )
     if problems:
         raise TrainingError("; ".join(problems))

@@ -32,11 +32,40 @@ from linflab.reports.plain import one_line
 # PyTorch, Ray, MLflow and pandas take seconds to import, so each command imports only those that it needs. The
 # slowest ones are imported after validation of the input.
 
+GUIDES = {  # page of each command, which its help names
+    "train": "how-to/train.md",
+    "compare": "how-to/compare.md",
+    "sweep": "how-to/sweep.md",
+    "sweeps": "how-to/sweep.md",
+    "recipes": "how-to/networks-and-objectives.md",
+    "describe": "how-to/train.md",
+    "evaluate": "how-to/evaluate.md",
+    "certify": "how-to/evaluate.md",
+    "export": "how-to/export.md",
+    "push": "how-to/export.md",
+    "pull": "how-to/export.md",
+    "doctor": "how-to/install.md",
+    "ui": "how-to/report.md",
+    "schema": "how-to/search-spaces.md",
+    "import-weights": "how-to/evaluate.md",
+    "space": "how-to/search-spaces.md",
+    "data": "how-to/data.md",
+    "report": "how-to/report.md",
+    "runs": "how-to/report.md",
+    "slurm": "how-to/slurm.md",
+    "node": "how-to/cluster.md",
+}
+
+
+def _guide(name: str) -> str:
+    return f"Guide: docs/{GUIDES[name]}"
+
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for command in (train, compare, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor):
-    app.command()(command)
-app.command("schema")(json_schema)
-app.command("import-weights")(import_weights)
+    app.command(epilog=_guide(command.__name__))(command)
+app.command("schema", epilog=_guide("schema"))(json_schema)
+app.command("import-weights", epilog=_guide("import-weights"))(import_weights)
 for name, group in {
     "space": space_app,
     "data": data_app,
@@ -45,7 +74,7 @@ for name, group in {
     "slurm": slurm_app,
     "node": node_app,
 }.items():
-    app.add_typer(group, name=name)
+    app.add_typer(group, name=name, epilog=_guide(name))
 
 
 def _print_version(wanted: bool) -> None:

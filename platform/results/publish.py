@@ -39,6 +39,7 @@ from linflab.reports.rendering import to_markdown
 from linflab.reports.sweep_tables import rank_trials as trials_in_order
 from linflab.reports.tables import Table
 
+GUIDE = "docs/how-to/report.md"
 MAX_DESCRIPTION_CHARS = 8000  # MLflow truncates longer tags
 MAX_NOTES = 5  # table notes in a description
 
@@ -156,7 +157,11 @@ def truncated_description(table: Table) -> str:
     # A row contains a command and so has more than 100 characters, which limits the number of rows to try.
     for rows in range(min(len(table.rows), MAX_DESCRIPTION_CHARS // 100), 0, -1):
         num_omitted = len(table.rows) - rows
-        notes = table.notes[:MAX_NOTES] + ((f"{num_omitted} more rows are in the artifacts.",) if num_omitted else ())
+        notes = (
+            *table.notes[:MAX_NOTES],
+            *([f"{num_omitted} more rows are in the artifacts."] if num_omitted else []),
+            f"{GUIDE} describes tables and figures.",
+        )
         short_table = Table(table.title, table.columns, table.rows[:rows], notes)
         text = to_markdown(short_table)
         if len(text) <= MAX_DESCRIPTION_CHARS:

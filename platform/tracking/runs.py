@@ -27,6 +27,8 @@ from linflab.reports.added_settings import ADDED_TEXTS
 from linflab.reports.records import read_run, search_runs
 from linflab.reports.renames import CONFIG_HASH, current_tag
 
+DESCRIPTION = "docs/how-to/report.md describes the metrics, figures and files of a run."
+
 
 class Run:
     """An open MLflow run; as a context manager, it marks the run as finished, failed or killed at the end.
@@ -66,6 +68,7 @@ class Run:
         common_tags = {
             "mlflow.runName": name,
             "mlflow.source.name": "linflab",
+            schema.DESCRIPTION: DESCRIPTION,
             schema.METHOD: experiment.method,
             schema.CONFIG_HASH: experiment.config_hash(),
             **_host_tags(),

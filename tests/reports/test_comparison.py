@@ -296,8 +296,8 @@ def test_runs_and_sweeps_are_found_by_name() -> None:
         table_for_names(pd.DataFrame([make_run(7, 0.1, None)]), [f"{7:032x}"], quoted=False)
 
 
-def test_readme_table_is_valid_and_unused_settings_get_notes() -> None:
-    text = Path("README.md").read_text().split("```yaml\ntitle:")[1].split("```")[0]
+def test_documented_table_is_valid_and_unused_settings_get_notes() -> None:
+    text = Path("docs/how-to/report.md").read_text().split("```yaml\ntitle:")[1].split("```")[0]
     definition = TableDefinition.model_validate(yaml.safe_load(f"title:{text}"))
     hybrid = {"method": "Net+MLP", "model.width": None, "model.backbone.width": "64"}
     for runs in ([], [make_run(1, 0.7, 0.7), make_run(2, 0.7, 0.7, **hybrid)]):

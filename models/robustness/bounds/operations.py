@@ -315,7 +315,7 @@ LAYER_FOR_OPERATION: dict[str, Handler] = {
     "detach": _detach,
 }
 DEFAULT_ADVICE = (
-    "use an operation that README lists under 'Your own networks', or a layer of your own with a rule registered by "
+    "use an operation that docs/how-to/own-networks.md lists, or a layer of your own with a rule registered by "
     "`propagate_layer.register(MyLayer, rule)` of linflab.models.robustness.bounds"
 )
 ADVICE = {

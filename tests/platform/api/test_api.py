@@ -17,13 +17,13 @@ from tests.conftest import QUICK, RECIPE, TrainedOnDigits
 
 pytestmark = pytest.mark.integration
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
 
 
 def read_quickstart_scripts() -> list[str]:
-    """Return the Python scripts of the README's quickstart."""
-    section = README.read_text().split("## Quickstart in Python")[1].split("\n## ")[0]
-    return [block.split("```")[0] for block in section.split("```python\n")[1:]]
+    """Return the Python scripts of the README's quickstart, and of the page on Python."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/how-to/python.md")]
+    return [block.split("```")[0] for text in texts for block in text.split("```python\n")[1:]]
 
 
 def load_digits(first: int, last: int) -> tuple[Tensor, Tensor]:

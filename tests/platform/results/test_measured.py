@@ -49,9 +49,9 @@ def rebuild_config(recorded: pd.Series) -> ExperimentConfig:
     return build_config(tree, {})
 
 
-def test_readme_shows_the_table(table: Table) -> None:
+def test_page_of_results_shows_the_table(table: Table) -> None:
     """`make readme` writes it."""
-    _, shown = Path("README.md").read_text().split("<!-- measured -->\n")
+    _, shown = Path("docs/results/measured.md").read_text().split("<!-- measured -->\n")
     assert shown.split("<!-- end -->")[0] == to_markdown(table)
 
 

@@ -1,0 +1,80 @@
+"""Writes the measured results into README.md and docs/results/measured.md, and draws the README's figure.
+
+Run it with `make readme`, after a change of reports/papers/measured.jsonl.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from method_pages import measured_table, method_of
+from reference import markdown_table
+
+from linflab.reports.comparison import Group, quoted_rows_of
+from linflab.reports.figures import save_figure
+from linflab.reports.front import front_figure
+from linflab.reports.rendering import to_markdown
+from linflab.reports.tables import Row
+
+ROOT = Path(__file__).parents[2]
+START, END = "<!-- measured -->\n", "<!-- end -->"
+SHOWN = ("l_inf-dist Net", "l_inf-dist Net+MLP", "IBP", "CC-IBP")
+FIGURE_GROUP = Group(dataset="fashion_mnist", eps=0.1)
+FIGURE_TITLE, FIGURE_NAME, FIGURE_ROWS = "Fashion-MNIST (eps = 0.1)", "fashion_mnist_front", 8
+COLUMNS = ("Clean", "Robust", "Certified", "Hours")
+
+
+def readme_rows() -> str:
+    """Return the README's rows: dataset, method, accuracies, hours, and the best published certified accuracy."""
+    table, rows, group = measured_table(), [], ""
+    for row in table.rows:
+        if row.origin != "measured" or method_of(row) not in SHOWN:
+            continue
+        name = method_of(row) + ("" if len(row.runs) > 1 else "*")
+        cells = [row.cell(column).text for column in COLUMNS]
+        rows.append((row.group.replace(" (", ", ").rstrip(")") if row.group != group else "", name, *cells,
+                     _best_published(row)))  # fmt: skip
+        group = row.group
+    return markdown_table(("Dataset", "Method", *COLUMNS, "Published, larger nets"), rows)
+
+
+def replace_marked(text: str, content: str) -> str:
+    """Replace what is between the markers of a text."""
+    before, _, rest = text.partition(START)
+    assert rest, "the marker <!-- measured --> is missing"
+    return before + START + content + END + rest.partition(END)[2]
+
+
+def _best_published(row: Row) -> str:
+    """Return the best published certified accuracy of the row's method, in any version, as text."""
+    published = [
+        other.cell("Certified")
+        for other in measured_table().rows
+        if other.origin == "quoted"
+        and other.group == row.group
+        and method_of(other).removesuffix(" v2") == method_of(row)
+    ]
+    return max(published, key=lambda cell: cell.value or 0.0).text if published else "-"
+
+
+def main() -> None:
+    """Write both files and the figure."""
+    for path, content in (
+        (ROOT / "README.md", readme_rows()),
+        (ROOT / "docs" / "results" / "measured.md", to_markdown(measured_table())),
+    ):
+        path.write_text(replace_marked(path.read_text(), content))
+    draw_front(ROOT / "docs" / "images")
+
+
+def draw_front(folder: Path) -> None:
+    """Draw clean against certified accuracy on Fashion-MNIST, for the measured rows that certify most."""
+    rows = [row for row in measured_table().rows if row.origin == "measured" and row.group == FIGURE_TITLE]
+    rows.sort(key=lambda row: row.cell("Certified").value or 0.0, reverse=True)
+    measured = [dataclasses.replace(row, footnote_mark="") for row in rows[:FIGURE_ROWS]]
+    for path in save_figure(front_figure(measured, quoted_rows_of(FIGURE_GROUP), FIGURE_TITLE), folder, FIGURE_NAME):
+        if path.suffix == ".pdf":
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()
