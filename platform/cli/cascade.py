@@ -12,7 +12,7 @@ import typer
 from linflab.platform import signals
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.cli.progress import ProgressLine, format_clock
-from linflab.platform.errors import InputError, RunInterrupted, TrainingError, WorkerLostError
+from linflab.platform.errors import RunInterrupted, TrainingError, WorkerLostError
 
 if TYPE_CHECKING:
     from linflab.platform.results.cascade import CascadeResult, CascadeRun
@@ -55,6 +55,7 @@ def evaluate_by_cascade(
 
     path, storage, run = find_weights(run_or_weights, storage_dir)
     results: list[CascadeResult] = []
+    problems: list[str] = []
     settings = None if timeout is None else CascadeSettings(time_limit=timeout)
     radii: Sequence[float | None] = eps or [None]
     for radius in radii:
@@ -76,23 +77,29 @@ def evaluate_by_cascade(
                 try:
                     files = save_result(folder, results[-1], store)
                 except OSError as error:
-                    raise InputError(
-                        f"radii-dir={folder}: files cannot be written ({error}); use another directory"
-                    ) from None
-                for file in [] if as_json else files:
-                    console.print(f"  {file}")
+                    problems.append(f"radii-dir={folder}: files cannot be written ({error}); use another directory")
+                else:
+                    for file in [] if as_json else files:
+                        console.print(f"  {file}")
             if storage is not None and storage.is_writable:
-                log_result(storage, run, results[-1], store)
+                try:
+                    log_result(storage, run, results[-1], store)
+                except TrainingError as error:
+                    problems.append(str(error))
+            elif storage is not None:
+                problems.append(f"storage={storage.root}: cannot be written, so the result is not logged to its run")
     if as_json:
         typer.echo(json.dumps([result.to_dict() for result in results]))
     else:
         _print(results)
     errors = [one for result in results for one in result.verdicts if one.status == "error"]
     if errors:
-        raise TrainingError(
+        problems.append(
             f"{len(errors)} images have errors, the first one image {errors[0].image} in {errors[0].certifier} "
             f"({errors[0].message}); the same command tries them again"
         )
+    if problems:
+        raise TrainingError("; ".join(problems))
 
 
 def _certify(certification: "CascadeRun", store: "VerdictStore", silent: bool) -> None:

@@ -71,6 +71,7 @@ def evaluate(
             )
         if timeout == 0:
             raise InputError("timeout=0: must be positive; use 0.1 for almost no branch and bound")
+        _check_writable(radii_dir)
         from linflab.platform.cli.cascade import evaluate_by_cascade
 
         evaluate_by_cascade(
@@ -102,15 +103,7 @@ def evaluate(
     if kinds == ["none"] and any(setting.startswith("evaluation.attack.") for setting in settings):
         raise InputError("attacks=none: is not supported with settings of evaluation.attack; leave one of them out")
     settings += [f"evaluation.attack.methods=[{','.join(kinds)}]"] if kinds not in ([], ["none"]) else []
-    if radii_dir is not None:
-        try:
-            radii_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=radii_dir):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"radii-dir={radii_dir}: cannot be created or written to ({error.strerror}); use another directory"
-            ) from None
+    _check_writable(radii_dir)
     from linflab.platform.cli.progress import ProgressLine
     from linflab.platform.results.evaluate import evaluate_weights, log_evaluation, save_evaluation, to_dict
     from linflab.platform.results.load import find_weights
@@ -164,6 +157,24 @@ def evaluate(
         )
     if problems:
         raise TrainingError("; ".join(problems))
+
+
+def _check_writable(radii_dir: Path | None) -> None:
+    """Create the folder for radii or verdicts before the evaluation, which may take hours.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    if radii_dir is None:
+        return
+    try:
+        radii_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=radii_dir):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"radii-dir={radii_dir}: cannot be created or written to ({error.strerror}); use another directory"
+        ) from None
 
 
 def certify(

@@ -12,7 +12,7 @@ from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import SplitName, load_dataset
-from linflab.platform.distributed.train import evaluation_resources, start_ray
+from linflab.platform.distributed.train import evaluation_resources, start_ray, uses_gpus
 from linflab.platform.errors import TrainingError
 from linflab.platform.host import configure_process
 from linflab.platform.source import verify_source_hash
@@ -73,21 +73,35 @@ def judge_distributed(
             actor, chunk, deaths = running.pop(task)
             try:
                 verdicts = ray.get(task)
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                if getattr(error, "actor_init_failed", False) and deaths + 1 == MAX_DEATHS:  # no fault of the images
+                    raise TrainingError(f"a worker did not start: {_shorten(error)}") from None
                 idle.append(start_actor())
-                if deaths + 1 < MAX_DEATHS:
-                    waiting.appendleft((chunk, deaths + 1))
+                if deaths + 1 < MAX_DEATHS:  # one by one, since one image may be the cause
+                    waiting.extendleft(([image], deaths + 1) for image in chunk)
                     continue
-                message = f"worker died {MAX_DEATHS} times: {' '.join(str(error).split())[-200:]}"
+                message = f"worker died {MAX_DEATHS} times: {_shorten(error)}"
                 verdicts = [Verdict("error", CascadeCertifier.kind, 0.0, None, message)] * len(chunk)
             else:
                 idle.append(actor)
             yield from zip(chunk, verdicts, strict=True)
     except ray.exceptions.RayError as error:
-        raise TrainingError(f"a worker failed during certification: {' '.join(str(error).split())[-500:]}") from None
+        raise TrainingError(f"a worker failed during certification: {_shorten(error)}") from None
     finally:
         for actor in [*idle, *(actor for actor, _, _ in running.values())]:
             ray.kill(actor)
+
+
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[-500:]
+
+
+def max_judges(experiment: ExperimentConfig) -> int:
+    """Return the largest number of workers of `judge_distributed` on the nodes that are there."""
+    resources = ray.cluster_resources()
+    cpus = int(resources.get("CPU", 0)) // experiment.compute.cpus_per_worker
+    gpus = int(resources.get("GPU", 0)) if uses_gpus(experiment) else 0
+    return max(1, min(cpus, gpus) if gpus else cpus)
 
 
 class _JudgeActor:

@@ -17,13 +17,14 @@ import torch
 
 from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
-from linflab.platform.data.datasets import Dataset, SplitName, load_dataset
-from linflab.platform.errors import InputError
+from linflab.platform.data.datasets import Dataset, Split, SplitName, load_dataset
+from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.files import open_regular
 from linflab.platform.host import configure_process
 from linflab.platform.results.evaluate import log_files
 from linflab.platform.results.load import download_weights
 from linflab.platform.results.verdicts import ImageVerdict, VerdictPlan, VerdictStore, as_columns
+from linflab.platform.source import linflab_version
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
@@ -33,7 +34,7 @@ from linflab.reports import schema
 from linflab.reports.intervals import proportion_interval
 from linflab.reports.outputs import write_text_atomic, write_whole
 
-CHUNK = 16  # images that the first stages process at once
+CHUNK, WORKER_CHUNK = 16, 4  # images that the first stages process at once; a worker returns them together
 FOLDER = "verdicts"
 
 
@@ -158,7 +159,9 @@ class CascadeRun:
         with open_regular(path) as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         self.plan = VerdictPlan(
+            linflab_version(),
             digest,
+            _hash_images(self._split),
             self.weights.experiment.dataset,
             split,
             self.weights.experiment.eps if eps is None else eps,
@@ -215,7 +218,8 @@ class CascadeRun:
             on_verdict(record)
 
         remaining = self.remaining(store)
-        chunks = [remaining[start : start + CHUNK] for start in range(0, len(remaining), CHUNK)]
+        size = WORKER_CHUNK if self.workers else CHUNK
+        chunks = [remaining[start : start + size] for start in range(0, len(remaining), size)]
         for position, verdict in self._judge(chunks, add):
             add(position, verdict)
 
@@ -252,6 +256,14 @@ class CascadeRun:
 def _with_positions(chunk: Sequence[int], add: Callable[[int, Verdict], None]) -> Callable[[int, Verdict], None]:
     """Return `add` as a function of the index in a chunk of positions."""
     return lambda index, verdict: add(chunk[index], verdict)
+
+
+def _hash_images(split: Split) -> str:
+    """Return the SHA-256 of the images and labels of a split."""
+    digest = hashlib.sha256()
+    for part in (split.images, split.labels):
+        digest.update(part[split.indices].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_matching_dataset(weights: Weights) -> Dataset:
@@ -320,7 +332,7 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
 def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:
     """Certify validation images for a trained run by the cascade, and log the accuracy to the run.
 
-    Verdicts are kept, so that a verification can be interrupted. Images with errors count as not certified.
+    Verdicts are kept, so that a verification can be interrupted.
 
     Args:
         storage: Storage of the run.
@@ -330,6 +342,9 @@ def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:
 
     Returns:
         Certified accuracy, a fraction.
+
+    Raises:
+        TrainingError: If images have errors, or Ray is gone.
     """
     path = download_weights(storage, run)
     weights = load_weights(path)
@@ -338,9 +353,15 @@ def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:
     certification = CascadeRun(path, sound=sound, images=count, workers=workers, split="validation")
     with VerdictStore.open(storage.root / FOLDER, certification.plan) as store:
         certification.certify(store, lambda record: None)
-        certified = certification.result(store).certified
+        result = certification.result(store)
+    failed = [one for one in result.verdicts if one.status == "error"]
+    if failed:
+        raise TrainingError(
+            f"verification of run {run}: {len(failed)} images have errors, the first one validation image "
+            f"{failed[0].image} in {failed[0].certifier} ({failed[0].message})"
+        )
     record = Run(client_of(storage), run)
     size = f"{count} validation images, up to {certification.settings.time_limit:g} s of branch and bound per image"
     record.log_tags({schema.VERIFICATION: f"{size}{'' if sound else ', real arithmetic'}"})
-    record.log_metrics({schema.VERIFIED_VALIDATION: certified})
-    return certified
+    record.log_metrics({schema.VERIFIED_VALIDATION: result.certified})
+    return result.certified

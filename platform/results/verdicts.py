@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -54,7 +54,9 @@ class VerdictPlan:
     """What determines verdicts, besides the machine: verdicts of equal plans can be mixed.
 
     Attributes:
+        version: Version of linflab.
         weights: SHA-256 of the weights file.
+        images: SHA-256 of the images and labels of the split.
         dataset: Name of the dataset.
         split: Which of its images are certified.
         eps: Radius for pixel values in [0, 1].
@@ -63,7 +65,9 @@ class VerdictPlan:
         max_subproblems: Subproblems per image; None: no limit.
     """
 
+    version: str
     weights: str
+    images: str
     dataset: str
     split: SplitName
     eps: float
@@ -97,18 +101,20 @@ class VerdictStore:
             RunLockedError: If another process writes to it.
         """
         store = cls(root / plan.key)
-        try:
-            with file_lock(store.folder / "lock") as has_lock:
-                if not has_lock:
-                    raise RunLockedError(
-                        f"{store.folder}: another process certifies the same images; wait until it has ended"
-                    )
-                write_text_atomic(store.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))
-                (store.folder / ADVERSARIAL).mkdir(exist_ok=True)
-                store._read()
-                yield store
-        except OSError as error:
-            raise InputError(f"{store.folder}: {error.strerror or error}; use another storage directory") from None
+        with ExitStack() as stack:
+            try:
+                has_lock = stack.enter_context(file_lock(store.folder / "lock"))
+                if has_lock:
+                    write_text_atomic(store.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))
+                    (store.folder / ADVERSARIAL).mkdir(exist_ok=True)
+                    store._read()
+            except OSError as error:
+                raise InputError(f"{store.folder}: {error.strerror or error}; use another storage directory") from None
+            if not has_lock:
+                raise RunLockedError(
+                    f"{store.folder}: another process certifies the same images; wait until it has ended"
+                )
+            yield store
 
     def add(self, record: ImageVerdict, adversarial: np.ndarray | None) -> None:
         """Keep the verdict on an image, and the adversarial image (C, H, W) or (D,) if it has one."""

@@ -13,6 +13,7 @@ import torch
 from linflab.platform import signals
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import load_dataset
+from linflab.platform.distributed.judge import max_judges
 from linflab.platform.distributed.train import max_concurrent_trials, start_ray, wait_for_nodes, worker_resources
 from linflab.platform.distributed.watch import watch_ray
 from linflab.platform.errors import InputError
@@ -108,7 +109,7 @@ def _search(
                     f"Verifying trial {spec.label} on {plan.search.num_verify_images} validation images: {len(trials)} "
                     "trials in all."
                 )
-                search.tell_verified(spec, verify(store.run_ids[spec.label], max_concurrent_trials(1, resources)))
+                search.tell_verified(spec, verify(store.run_ids[spec.label], max_judges(plan.base)))
             if not search.is_finished():  # seeds of the best trial
                 _train_trials(search, store, train, resources, view)
         best = search.best()

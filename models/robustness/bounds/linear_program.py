@@ -17,6 +17,7 @@ from linflab.models.robustness.bounds.reduced import ReducedNetwork
 from linflab.models.robustness.bounds.reduced_levels import MaxLevel, RangeLevel, Rows, Values
 from linflab.models.robustness.bounds.subproblems import Subproblems
 
+TIME_LIMIT_S = 20.0  # per program; one that takes longer proves nothing
 COSTS = (1e2, 1e4, 1e6)  # costs of a violation, relative to the size of the function
 
 
@@ -85,6 +86,7 @@ class LinearProgram:
                 np.concatenate(self.equal_limits),
                 self.bounds,
                 method="highs",
+                options={"time_limit": TIME_LIMIT_S},
             )
             if found.status != 0:
                 continue

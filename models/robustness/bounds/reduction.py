@@ -36,21 +36,33 @@ class Reduction(BackwardPropagation):
         sound: If True, bound values as computed in float32, rounding included.
         steps: Number of optimization steps for the bounds of neurons.
         split_distances: If True, distances are maxima of pieces; if False, their boxes are inputs.
+        is_over: Function that returns True when bounds of neurons must no longer be optimized; None if the sources may
+            be boxes of values, otherwise nothing is reduced unless the only source is the input of the network.
 
     Attributes:
         network: Reduced network.
         sources: Names of values that are inputs of the reduced network.
     """
 
-    def __init__(self, traced: Trace, boxes: dict[str, Box], sound: bool, steps: int, split_distances: bool) -> None:
+    def __init__(
+        self,
+        traced: Trace,
+        boxes: dict[str, Box],
+        sound: bool,
+        steps: int,
+        split_distances: bool,
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:
         super().__init__(traced, dict(boxes), sound, torch.float64)
-        self.steps = steps
+        self.steps, self._is_over = steps, is_over
         self._passes: dict[str, Tensor] = {}
         self._winners: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._levels: dict[str, int] = {}
         self._pieces: dict[str, Pieces] = {}
         self.sources, needed = self._find_sources(traced, split_distances)
         self.sources.sort(key=self.order.index)
+        if is_over is not None and self.sources != [traced.input]:
+            return
         ends = [cast_box(self.dtype, self.boxes[name]) for name in self.sources]
         box = Box(*(torch.cat([end.flatten(1) for end in corner], dim=1) for corner in zip(*ends, strict=True)))
         self.network = ReducedNetwork(box, sound)
@@ -256,7 +268,8 @@ class Reduction(BackwardPropagation):
             for first in range(0, count, chunk):
                 picked = torch.arange(first, min(first + chunk, count), device=is_used.device).expand(len(is_used), -1)
                 params = network.start_params(depth, picked.shape[1])
-                parts.append(network.optimize(functions.select(picked), params, self.steps, target=None)[0])
+                steps = 0 if self._is_over is not None and self._is_over() else self.steps
+                parts.append(network.optimize(functions.select(picked), params, steps, target=None)[0])
             found.append(torch.cat(parts, dim=1))
         lower = torch.maximum(range_.lower, found[0])
         upper = torch.maximum(torch.minimum(range_.upper, -found[1]), lower)

@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         status: certified: all images within eps have the true class; falsified: one of them has not; unknown: no stage
-            decided within its limits; error: a stage failed.
+            decided within its limits; error: a stage failed, and no other one decided.
         certifier: Stage that decided or failed, or the last stage if none did: `forward` for misclassified images,
             `attack`, or the name of a certifier.
         seconds: Duration. Stages that process several images at once count equally for each.
@@ -113,6 +113,7 @@ class CascadeCertifier(Certifier):
             return []
         stages = self._stages(images[:1], labels[:1], cheap_only)
         verdicts: dict[int, Verdict] = {}
+        errors: dict[int, tuple[str, str]] = {}  # stage and message, by position
         seconds = [0.0] * len(images)
         for stage in stages:
             remaining = [k for k in range(len(images)) if k not in verdicts]
@@ -125,9 +126,14 @@ class CascadeCertifier(Certifier):
                 duration = (time.monotonic() - begin) / len(part)
                 for k, (status, adversarial, message) in zip(part, results, strict=True):
                     seconds[k] += duration
-                    if status == "unknown" and stage is not stages[-1]:
+                    if status == "error":
+                        errors.setdefault(k, (stage.name, message))
+                    if status in ("unknown", "error") and stage is not stages[-1]:
                         continue
-                    verdicts[k] = Verdict(status, stage.name, seconds[k], adversarial, message)
+                    name = stage.name
+                    if status in ("unknown", "error") and k in errors:  # no other stage has decided
+                        status, (name, message) = "error", errors[k]
+                    verdicts[k] = Verdict(status, name, seconds[k], adversarial, message)
                     on_verdict(k, verdicts[k])
         return [verdicts[k] for k in range(len(images))]
 

@@ -192,7 +192,10 @@ class CompleteCertifier(TracingCertifier):
 
         def is_counterexample(points: Tensor) -> Tensor:
             images = ball.project(points.to(box.lower).view(-1, *box.lower.shape[1:]))
-            return ~(margin(self._logits(images), label.expand(len(images))) > 0)
+            found = ~(margin(self._logits(images), label.expand(len(images))) > 0)
+            for k in found.nonzero()[:, 0]:  # alone, since rounding may differ
+                found[k] = not bool(margin(self._logits(images[k, None]), label) > 0)
+            return found
 
         def is_over() -> bool:
             return time.monotonic() >= deadline
@@ -209,7 +212,7 @@ class CompleteCertifier(TracingCertifier):
         boxes = tight_boxes(traced, box, self.sound)
         if not bool(all_finite(boxes)):
             return SearchResult("unknown", None, 0)
-        reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, split_distances=True)
+        reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, True, is_over)
         if reduction.sources != [traced.input]:
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)

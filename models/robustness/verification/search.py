@@ -145,7 +145,7 @@ class _RegionSearch:
         boxes = tight_boxes(self.traced, self._reshape(self.root), self.bound.sound)
         if any(len(one.offsets) > 1 for one in unsafe) or not bool(all_finite(boxes)):
             return Verdict("unknown")
-        reduction = Reduction(self.traced, boxes, self.bound.sound, NEURON_STEPS, split_distances=True)
+        reduction = Reduction(self.traced, boxes, self.bound.sound, NEURON_STEPS, True, self.is_out_of_time)
         if reduction.sources != [self.traced.input]:  # some layer is no maximum and has no linear relaxation
             return Verdict("unknown")
         coefficients = torch.cat([one.coefficients for one in unsafe])[None].to(reduction.dtype)
