@@ -3,6 +3,7 @@
 import re
 import shlex
 import time as clock
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,7 +98,7 @@ def slurm_train(
         resume, advice = command, RESUBMIT
     name = settings["name"] or default_run_name(settings["recipe"], settings["overrides"] or [])
     job = _job(settings, name, command, resume, '[ "${SLURM_RESTART_COUNT:-0}" != 0 ]', advice)
-    _write(job, allocation, submit_job)
+    _write(replace(job, resumes_own_runs=not settings["resume"]), allocation, submit_job)
 
 
 @slurm_app.command("sweep", context_settings=PASS_ON)

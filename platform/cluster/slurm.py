@@ -110,6 +110,8 @@ class Job:
         resume: Arguments of the command that resumes it.
         is_started: Bash condition under which the job resumes.
         advice: How to resume once the job is not requeued any more.
+        resumes_own_runs: Whether a training resumes only a run that the job started, not the latest one with its
+            settings.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Job:
     resume: tuple[str, ...]
     is_started: str
     advice: str
+    resumes_own_runs: bool = False
 
 
 def _seconds(time: str) -> int:
@@ -182,6 +185,7 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "gpus": str(allocation.gpus_per_node),
         "stop_timeout": str(STOP_TIMEOUT_S),
         "max_requeues": str(allocation.max_requeues),
+        "own_job": "$task" if job.resumes_own_runs else "",
         "advice": shlex.quote(job.advice),
     }
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], re.sub("@start@", lambda _: values["start"], _SCRIPT))
@@ -267,6 +271,7 @@ _SCRIPT = """\
 export PATH=@bin@:$PATH LINFLAB_DATA=@data@ PYTHONUNBUFFERED=1
 unset RAY_ADDRESS  # the job starts its own Ray
 @server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+export LINFLAB_SLURM_JOB=@own_job@
 log=@log@-$task.log
 storage=@storage@
 state=$storage/slurm-$SLURM_JOB_ID

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import RECIPE, RunCli, assert_rejected
+from tests.conftest import QUICK, RECIPE, RunCli, assert_rejected
 
 TIME = ("--time", "01:00:00")
 
@@ -102,6 +102,31 @@ def test_job_that_is_not_requeued_says_how_to_resume(
     result = subprocess.run(["bash", "-c", f"at_limit=yes status=1\n{end}"], env={}, capture_output=True, text=True)
     assert result.stdout.startswith("Not requeued, since the job has restarted 0 times; ") and result.returncode == 1
     assert advice in result.stdout and len(result.stdout.splitlines()) == 1 and not result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_requeued_job_resumes_its_own_run(run_cli: RunCli, tmp_path: Path) -> None:
+    assert run_cli("slurm", "train", RECIPE, *TIME, "--storage", str(tmp_path)).returncode == 0
+    (setting,) = re.findall("^task=.*\nexport .*", read_script(tmp_path), re.MULTILINE)
+
+    def train(number: str, *arguments: str) -> str:
+        shown = ["bash", "-c", f'{setting}\necho "$LINFLAB_SLURM_JOB"']
+        job = subprocess.run(shown, env={"SLURM_JOB_ID": number}, capture_output=True, text=True).stdout.strip()
+        command = ["train", RECIPE, "training.epochs=1", *QUICK[1:], *arguments, "--storage", str(tmp_path)]
+        done = run_cli(*command, LINFLAB_SLURM_JOB=job)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first, second = (re.findall("Logged run (\\w+)", train(number))[0] for number in ("1", "2"))
+    assert f"Run {first} has finished already" in train("1", "--resume")
+    assert f"Run {second} has finished already" in train("2", "--resume")
+    assert "No interrupted run found" in train("3", "--resume")
+
+
+def test_training_that_resumes_takes_the_run_of_another_job(run_cli: RunCli, tmp_path: Path) -> None:
+    assert run_cli("slurm", "train", RECIPE, "--resume", *TIME, "--storage", str(tmp_path)).returncode == 0
+    assert "export LINFLAB_SLURM_JOB=\n" in read_script(tmp_path)
 
 
 def test_array_task_has_its_own_setting_and_storage(run_cli: RunCli, tmp_path: Path) -> None:
