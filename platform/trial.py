@@ -140,7 +140,7 @@ class EarlierRun:
 
 
 def find_resumable_run(
-    storage: Storage, experiment: ExperimentConfig, prefer_finished: bool = False
+    storage: Storage, experiment: ExperimentConfig, prefer_finished: bool = False, slurm_job: str = ""
 ) -> EarlierRun | None:
     """Return the run of this config to resume, or None if there is no run.
 
@@ -152,10 +152,13 @@ def find_resumable_run(
         storage: Storage of the runs.
         experiment: All settings.
         prefer_finished: Return the last finished run, if any, even if interrupted runs are newer.
+        slurm_job: If given, ignore runs that this Slurm job did not start.
     """
     finished_run, with_checkpoint, without_checkpoint = None, [], []
     for run in find_runs(storage, experiment):
         metrics, tags = dict(run.data.metrics), run.data.tags
+        if slurm_job and tags.get(schema.SLURM_JOB) != slurm_job:
+            continue
         result = TrialResult(str(run.info.run_id), metrics, tags.get(schema.CERTIFIER, ""))
         earlier_run = EarlierRun(run.info.status == "FINISHED", result)
         if earlier_run.is_finished and schema.TEST_CERTIFIED in metrics:

@@ -10,6 +10,7 @@ EPOCHS = "training.epochs"
 SWEEP = "linflab.sweep"  # name of the sweep, on its parent run and its trials
 KIND = "linflab.kind"  # "sweep" (parent run) or "trial" (training run)
 INVOCATION_ID = "linflab.invocation_id"  # shared by all runs of one command
+SLURM_JOB = "linflab.slurm_job"  # number of the batch job that started a training, with that of the array task
 BUDGET = "linflab.budget"  # of a sweep, such as "20 trials" or "1.5 hours"
 SAMPLER = "linflab.sampler"
 OBJECTIVES = "linflab.objectives"  # comma-separated, on parent run and trials

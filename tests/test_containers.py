@@ -14,6 +14,7 @@ from linflab.platform.cluster.ports import MLFLOW_PORT
 
 ROOT = Path(__file__).parents[1]
 CONTAINERS = ROOT / "containers"
+RAY_SETTINGS = ("RAY_memory_monitor_refresh_ms", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 KUBERNETES = "1.31"  # oldest version whose schemas the dependency is required to have
 # Fields of KubeRay's API v1 (ray-operator/apis/ray/v1/raycluster_types.go and rayjob_types.go): allowed, and required.
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
@@ -95,6 +96,7 @@ def test_nodes_share_storage_and_use_the_mlflow_service() -> None:
     server = find_object("Deployment")["spec"]["template"]
     assert service["spec"]["selector"].items() <= server["metadata"]["labels"].items() and port == MLFLOW_PORT
     assert f"--port={port}" in server["spec"]["containers"][0]["command"]
+    exported = (ROOT / "cluster.yaml").read_text().split()  # Kubernetes sets Ray up as cluster.yaml does
     claims = {one["metadata"]["name"]: one["spec"]["accessModes"] for one in read_objects() if "Claim" in one["kind"]}
     for template in list_pod_templates()[:2]:
         environment = {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
@@ -103,6 +105,7 @@ def test_nodes_share_storage_and_use_the_mlflow_service() -> None:
         (work,) = [one for one in template["spec"]["volumes"] if one["name"] == mounts["/work"]]
         assert claims[work["persistentVolumeClaim"]["claimName"]] == ["ReadWriteMany"]
         assert all(environment[name].startswith("/work/") for name in ("LINFLAB_STORAGE", "LINFLAB_DATA"))
+        assert {f"{name}={environment.get(name)}" for name in RAY_SETTINGS} <= set(exported)
     selector = find_object("RayJob")["spec"]["clusterSelector"]
     assert selector == {"ray.io/cluster": find_object("RayCluster")["metadata"]["name"]}
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import time as clock
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from linflab.platform.tracking.storage import Storage
 if TYPE_CHECKING:
     from linflab.platform.data.datasets import Dataset
 
+RESUBMIT = "submit the script again"
 SEARCH_OPTIONS = ("sampler", "halving", "seeds", "verify_front", "verify_images")
 slurm_app = typer.Typer(
     help="Write or submit a batch script that trains or sweeps on nodes of a Slurm cluster.", no_args_is_help=True
@@ -83,16 +85,20 @@ def slurm_train(
     The command writes its state before the time limit, the job is requeued, and it resumes. The storage directory, the
     datasets and this installation must be on a file system that all nodes share.
     """
+    from linflab.platform.trial import default_run_name
+
     options = _sbatch_options(account, partition, sbatch)
     allocation = Allocation(nodes, gpus_per_node, cpus_per_node, time, stop_before, max_requeues, array, options)
     settings = _parse("train", arguments)
     _check_experiment(settings["recipe"], [*(settings["overrides"] or []), *_first_task(allocation)], allocation)
     command = ("train", *arguments, *_task_override(allocation))
-    resume = (*command, "--resume")
-    job = _job(
-        settings, settings["name"] or settings["recipe"], command, resume, '[ "${SLURM_RESTART_COUNT:-0}" != 0 ]'
-    )
-    _write(job, allocation, submit_job)
+    # The first start of another job with this script trains a new run, unless the command itself resumes.
+    resume, advice = (*command, "--resume"), "add --resume to the command linflab slurm train, and submit its script"
+    if settings["resume"]:
+        resume, advice = command, RESUBMIT
+    name = settings["name"] or default_run_name(settings["recipe"], settings["overrides"] or [])
+    job = _job(settings, name, command, resume, '[ "${SLURM_RESTART_COUNT:-0}" != 0 ]', advice)
+    _write(replace(job, resumes_own_runs=not settings["resume"]), allocation, submit_job)
 
 
 @slurm_app.command("sweep", context_settings=PASS_ON)
@@ -129,7 +135,7 @@ def slurm_sweep(
         raise InputError(f"array={array}: is not supported with --resume {name}; submit one job per sweep")
     else:
         resume, is_started = command, "false"
-    _write(_job(settings, name, command, resume, is_started), allocation, submit_job)
+    _write(_job(settings, name, command, resume, is_started, RESUBMIT), allocation, submit_job)
 
 
 def _sbatch_options(account: str, partition: str, others: list[str] | None) -> tuple[str, ...]:
@@ -196,12 +202,13 @@ def _check_sweep(settings: dict[str, Any], allocation: Allocation) -> str:
 
 
 def _job(
-    settings: dict[str, Any], name: str, command: tuple[str, ...], resume: tuple[str, ...], is_started: str
+    settings: dict[str, Any], name: str, command: tuple[str, ...], resume: tuple[str, ...], is_started: str, advice: str
 ) -> Job:
     from linflab.platform.data.datasets import data_dir
 
     storage = Storage.open(settings["storage_dir"])
-    return Job(job_name(name) or "job", storage.root, storage.tracking_server, data_dir(), command, resume, is_started)
+    name = job_name(name.replace("/", "_")) or "job"  # a slash in a name, such as eps=8/255, is not a path
+    return Job(name, storage.root, storage.tracking_server, data_dir(), command, resume, is_started, advice)
 
 
 def _write(job: Job, allocation: Allocation, submit_job: bool) -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from linflab.platform.training.estimate import StepTime
     from linflab.platform.trial import TrialRequest, TrialResult
 
+SLURM_JOB_VAR = "LINFLAB_SLURM_JOB"  # set by a batch script; a requeued job then resumes only its own run
+
 
 def train(
     recipe: Recipe,
@@ -98,13 +100,14 @@ def train(
         schema.RECIPE: recipe,
         schema.COMMAND: command,
         schema.MISSING: "model and figures",  # until they are logged
+        **({schema.SLURM_JOB: slurm_job} if (slurm_job := os.environ.get(SLURM_JOB_VAR, "")) else {}),
         **{schema.USER_TAG + key: value for key, value in own_tags.items()},
     }
     name = name or default_run_name(recipe, overrides or [])
     resume_command = " ".join([command, *map(shlex.quote, storage_options(storage)), "--resume"])
     try:
         with signals.guarded(f"resume with `{resume_command}`"):
-            earlier_run = find_resumable_run(storage, experiment) if resume else None
+            earlier_run = find_resumable_run(storage, experiment, slurm_job=slurm_job) if resume else None
             if earlier_run is not None and earlier_run.is_finished and again:
                 earlier_run = None
             run = earlier_run.result.run_id if earlier_run else None

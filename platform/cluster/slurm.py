@@ -3,6 +3,7 @@
 On several nodes, `ray symmetric-run` starts Ray on each node, runs the command on the first one, and stops Ray.
 """
 
+import itertools
 import re
 import shlex
 import shutil
@@ -18,7 +19,10 @@ from linflab.platform.errors import InputError
 STOP_TIMEOUT_S = 30  # for Ray on all nodes
 TASK = "$SLURM_ARRAY_TASK_ID"
 # Options of sbatch that `Allocation` sets itself, or on which the script relies.
-OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "array", "output")
+OWN_OPTIONS = (
+    "array", "chdir", "cpus-per-task", "error", "exclusive", "gpus-per-node", "job-name", "no-requeue", "nodes",
+    "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,10 @@ class Allocation:
                     "example"
                 )
             if name in OWN_OPTIONS:
-                raise InputError(f"sbatch={option}: --{name} is set by linflab; leave it out")
+                raise InputError(
+                    f"sbatch={option}: --{name} is set by linflab; leave it out, and use options of linflab such as "
+                    "--nodes or --cpus-per-node"
+                )
 
     @property
     def uses_whole_nodes(self) -> bool:
@@ -95,13 +102,16 @@ class Job:
     """A linflab command as a batch job.
 
     Attributes:
-        name: Name of the job, and of its script and log.
+        name: Name of the job, and beginning of the names of its script and log.
         storage: Absolute path of the storage directory, on a file system that all nodes share.
         tracking_server: URI of an MLflow server to use; None for the storage's database.
         data_dir: Absolute path of the datasets.
         command: Arguments of `linflab`, without the option --storage.
         resume: Arguments of the command that resumes it.
         is_started: Bash condition under which the job resumes.
+        advice: How to resume once the job is not requeued any more.
+        resumes_own_runs: Whether a training resumes only a run that the job started, not the latest one with its
+            settings.
     """
 
     name: str
@@ -111,6 +121,8 @@ class Job:
     command: tuple[str, ...]
     resume: tuple[str, ...]
     is_started: str
+    advice: str
+    resumes_own_runs: bool = False
 
 
 def _seconds(time: str) -> int:
@@ -124,17 +136,28 @@ def _seconds(time: str) -> int:
 def write_script(job: Job, allocation: Allocation) -> Path:
     """Write the batch script of a job to the storage's folder `slurm/`, and return its path.
 
+    A script with other content is kept, since it may still be submitted; the new script's name then ends in a number.
+
     Raises:
         InputError: If the script cannot be written.
     """
-    folder = job.storage / "slurm"
-    path = folder / f"{job.name}.sh"
+    folder, script = job.storage / "slurm", batch_script(job, allocation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(batch_script(job, allocation))
+        names = (f"{job.name}{f'-{number}' if number > 1 else ''}.sh" for number in itertools.count(1))
+        return next(folder / name for name in names if _create(folder / name, script))
     except OSError as error:
         raise InputError(f"storage={job.storage}: must be writable ({error}); use another folder") from None
-    return path
+
+
+def _create(path: Path, text: str) -> bool:
+    """Write a file unless it exists, and return whether it has this text."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return path.read_text() == text
+    return True
 
 
 def log_file(job: Job, allocation: Allocation, number: str) -> Path:
@@ -162,6 +185,8 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "gpus": str(allocation.gpus_per_node),
         "stop_timeout": str(STOP_TIMEOUT_S),
         "max_requeues": str(allocation.max_requeues),
+        "own_job": "$task" if job.resumes_own_runs else "",
+        "advice": shlex.quote(job.advice),
     }
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], re.sub("@start@", lambda _: values["start"], _SCRIPT))
 
@@ -208,7 +233,14 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN MLFLOW_TRACKING_TOKEN=$RAY_AUTH_TOKEN
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-180}
 # Address of this node, the first one. If other nodes cannot reach it, set LINFLAB_HEAD to another address of this node.
 head=${LINFLAB_HEAD:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
-head=$head:$(python -c 'from linflab.platform.cluster.ports import find_free_port; print(find_free_port())')
+ask_ports() {
+    python -c "from linflab.platform.cluster import ports; import sys; print(ports.$1(sys.argv[1]))" "$head"
+}
+no_proxy=$(ask_ports no_proxy_with) && port=$(ask_ports find_free_port) || exit
+head=$head:$port
+# On all nodes: workers reach MLflow without the HTTP proxy. Ray neither kills processes when memory is low, nor hides
+# the GPUs from workers that request none (see linflab.platform.distributed.train).
+export no_proxy NO_PROXY=$no_proxy RAY_memory_monitor_refresh_ms=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 ray_log=${log%.log}-ray.log
 echo "Output of Ray: $ray_log"
 run_on_first_node() {
@@ -239,6 +271,7 @@ _SCRIPT = """\
 export PATH=@bin@:$PATH LINFLAB_DATA=@data@ PYTHONUNBUFFERED=1
 unset RAY_ADDRESS  # the job starts its own Ray
 @server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+export LINFLAB_SLURM_JOB=@own_job@
 log=@log@-$task.log
 storage=@storage@
 state=$storage/slurm-$SLURM_JOB_ID
@@ -272,7 +305,7 @@ if [ -n "$at_limit" ] && [ "$status" -ne 0 ]; then
         echo "Requeueing job $task, which resumes."
         scontrol requeue "$task"
     else
-        echo "Not requeued, since this was restart $SLURM_RESTART_COUNT; submit the script again to resume."
+        echo "Not requeued, since the job has restarted ${SLURM_RESTART_COUNT:-0} times; to resume," @advice@.
     fi
 fi
 exit "$status"

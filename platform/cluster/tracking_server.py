@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from linflab.platform.cluster.ports import find_free_port
+from linflab.platform.cluster.ports import find_free_port, no_proxy_with
 from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.tracking.storage import Storage
 
@@ -59,17 +59,17 @@ def run_with_server(storage_dir: Path, host: str, command: Sequence[str]) -> NoR
     Args:
         storage_dir: Storage directory with the database; created if it is missing.
         host: Address of this machine at which the other nodes reach it.
-        command: Program with arguments; LINFLAB_TRACKING_URI is set for it.
+        command: Program with arguments; LINFLAB_TRACKING_URI is set for it, and the server bypasses an HTTP proxy.
 
     Raises:
-        InputError: If the token is missing, or the storage cannot be used.
+        InputError: If the token is missing, this machine does not have the address, or the storage cannot be used.
         TrainingError: If the server does not start; the message has the end of its log.
     """
     if not os.environ.get(TOKEN_VAR):
         raise InputError(f"{TOKEN_VAR}: must be set to the job's token; use the script that `linflab slurm` writes")
     storage = Storage.open(storage_dir)
     storage.ensure_store()
-    port, log = find_free_port(), storage.root / "mlflow.log"
+    port, log = find_free_port(host), storage.root / "mlflow.log"
     with log.open("ab") as file:
         server = subprocess.Popen(
             [sys.executable, "-m", MODULE, "serve", str(storage.root), host, str(port)],
@@ -85,11 +85,13 @@ def run_with_server(storage_dir: Path, host: str, command: Sequence[str]) -> NoR
             raise TrainingError(f"MLflow server did not start ({end}); see {log}")
         time.sleep(0.5)
     os.environ["LINFLAB_TRACKING_URI"] = f"http://{host}:{port}"
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = no_proxy_with(host)
     os.execvp(command[0], list(command))  # the server's parent is now the command
 
 
 def _is_healthy(uri: str) -> bool:
-    with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without the proxy in http_proxy
+    with suppress(OSError), opener.open(f"{uri}/health", timeout=5) as answer:
         return bool(answer.status == 200)
     return False
 

@@ -104,4 +104,4 @@ def test_gpus_are_requested_on_each_node(cluster: SlurmCluster) -> None:
     (script,) = (cluster.shared / "gpus" / "slurm").glob("*.sh")
     cluster.run("sbatch", "--test-only", str(script))
     rejected = cluster.run("linflab", *arguments, "--gpus-per-node", str(len(GPUS) + 1), "--submit", check=False)
-    assert rejected.startswith("linflab: ") and str(script) in rejected and "\n" not in rejected
+    assert rejected.startswith("linflab: ") and str(script.with_suffix("")) in rejected and "\n" not in rejected

@@ -41,7 +41,8 @@ print(run.info.run_id, uri.rpartition(":")[2])
 
 def test_server_requires_token_and_ends_with_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", MODULE, "run", str(tmp_path), "127.0.0.1", sys.executable, "-c", CLIENT]
-    environment = {**os.environ, TOKEN_VAR: "secret"}
+    environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    environment |= {TOKEN_VAR: "secret", "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     done = subprocess.run(
         [*command, str(tmp_path)],
         env=environment,
@@ -59,6 +60,12 @@ def test_server_requires_token_and_ends_with_command(tmp_path: Path) -> None:
     client = client_of(Storage(tmp_path))  # reads the database, without a server
     assert client.get_run(run).data.metrics == {"value": 3}
     assert Path(client.download_artifacts(run, "a.json", str(tmp_path))).read_text().split() == ["{", '"a":', "1", "}"]
+
+
+def test_address_of_another_machine_is_rejected(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", MODULE, "run", str(tmp_path), "192.0.2.1", "true"]
+    done = subprocess.run(command, env={**os.environ, TOKEN_VAR: "a"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "host=192.0.2.1" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_missing_token_is_rejected(tmp_path: Path) -> None:
