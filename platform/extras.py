@@ -6,7 +6,7 @@ from contextlib import contextmanager
 # Top-level modules that linflab imports, by the extra that installs them.
 EXTRAS = {
     "platform": {
-        "PIL", "matplotlib", "mlflow", "optuna", "packaging", "pandas", "psutil", "requests", "rich", "scipy",
+        "PIL", "matplotlib", "mlflow", "optuna", "packaging", "pandas", "psutil", "requests", "rich",
         "sklearn", "sqlalchemy", "tabulate", "torchvision", "typer",
     },
     "cluster": {"cmaes", "grpc", "ray"},
