@@ -1,7 +1,10 @@
 """Container files: what images install, the user that they run as, and the Kubernetes objects."""
 
 import re
+import socket
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ KUBERNETES = "1.31"  # oldest version whose schemas the dependency is required t
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "RayCluster": (
         {"headGroupSpec", "workerGroupSpecs", "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions",
-         "headServiceAnnotations", "suspend"},
+         "headServiceAnnotations", "suspend", "authOptions"},
         {"headGroupSpec"},
     ),
     "headGroupSpec": (
@@ -108,6 +111,33 @@ def test_nodes_share_storage_and_use_the_mlflow_service() -> None:
         assert {f"{name}={environment.get(name)}" for name in RAY_SETTINGS} <= set(exported)
     selector = find_object("RayJob")["spec"]["clusterSelector"]
     assert selector == {"ray.io/cluster": find_object("RayCluster")["metadata"]["name"]}
+
+
+def test_ray_needs_a_token_and_policies_cover_all_servers() -> None:
+    cluster = find_object("RayCluster")
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    # Authentication by token exists since Ray 2.52: docs.ray.io/en/latest/ray-security/token-auth.html
+    assert [int(part) for part in cluster["spec"]["rayVersion"].split(".")] >= [2, 52, 0]
+    policies = [one["spec"] for one in read_objects() if one["kind"] == "NetworkPolicy"]
+    covered = [policy["podSelector"]["matchLabels"] for policy in policies]
+    assert find_object("Deployment")["spec"]["template"]["metadata"]["labels"] in covered
+    assert {"ray.io/cluster": cluster["metadata"]["name"]} in covered
+    for policy in policies:
+        assert policy["policyTypes"] == ["Ingress"] and all(rule["from"] for rule in policy["ingress"])
+
+
+def test_documented_check_of_the_policies_tells_open_ports_from_closed_ones() -> None:
+    text = (CONTAINERS / "README.md").read_text()
+    (code,) = re.findall(r'-- python -c "\n(.*?)\n    "\n', text, re.DOTALL)
+    names = {one["metadata"]["name"] for one in read_objects() if one["kind"] == "Service"}
+    names.add(f"{find_object('RayCluster')['metadata']['name']}-head-svc")  # the service that KubeRay makes
+    assert set(re.findall(r"\('(linflab[\w-]*)'", code)) == names
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        targets = f"[('127.0.0.1', {server.getsockname()[1]}), ('127.0.0.1', 1)]"
+        code = re.sub(r"\[\(.*\)\]", targets, textwrap.dedent(code))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and lines[1] == "OPEN" and lines[3].startswith("closed"), done.stderr
 
 
 def test_images_copy_existing_files_and_end_without_root() -> None:

@@ -1,5 +1,6 @@
 """Networks in exported folders, at URLs and in repositories of the Hugging Face Hub."""
 
+import errno
 import hashlib
 import os
 import re
@@ -8,8 +9,9 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from linflab.platform.errors import InputError
@@ -20,9 +22,10 @@ from linflab.platform.exchange.manifest import (
     WEIGHTS_FILE,
     FileHash,
     parse_manifest,
+    verify_file,
 )
 from linflab.platform.extras import naming_extras
-from linflab.platform.files import exists
+from linflab.platform.files import read_bytes
 
 HUB_PREFIX = "hf://"
 MAX_WEIGHTS_BYTES = 2**33
@@ -66,7 +69,7 @@ def _fetch_from_url(url: str) -> Path:
             f"{url}: its manifest must list {WEIGHTS_FILE}; use a folder of `linflab export --format safetensors`"
         )
     folder = cache_dir() / hashlib.sha256(manifest).hexdigest()
-    if not exists(folder / WEIGHTS_FILE):
+    if not _is_intact(folder, manifest):
         try:
             _download(f"{base}/{WEIGHTS_FILE}", expected, manifest, folder)
         except OSError as error:
@@ -76,8 +79,21 @@ def _fetch_from_url(url: str) -> Path:
     return folder / WEIGHTS_FILE
 
 
+def _is_intact(folder: Path, manifest: bytes) -> bool:
+    """Return whether a folder of the cache has this manifest, and weights with the hash in it."""
+    try:
+        if read_bytes(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES) != manifest:
+            return False
+        verify_file(folder / WEIGHTS_FILE)
+    except (InputError, OSError):
+        return False
+    return True
+
+
 def _download(url: str, expected: FileHash, manifest: bytes, folder: Path) -> None:
-    """Download weights with their manifest to a new folder, completely or not at all.
+    """Download weights with their manifest to a folder, completely or not at all.
+
+    Files of the folder are replaced, since they are damaged, or the same ones from another process.
 
     Raises:
         InputError: If the weights cannot be downloaded or differ from the manifest.
@@ -96,8 +112,33 @@ def _download(url: str, expected: FileHash, manifest: bytes, folder: Path) -> No
                 file.write(chunk)
         if size != expected.num_bytes or digest.hexdigest() != expected.sha256:
             raise InputError(f"{url}: has another size or SHA-256 hash than in its manifest; use another copy")
-        if not folder.exists():  # another process may have downloaded it
+        try:
             partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _replace_files(partial, folder)
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move manifest and weights between folders of one file system; weights are never there without the manifest."""
+    for name in (MANIFEST_FILE, WEIGHTS_FILE):
+        os.replace(source / name, target / name)
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirections, whose URLs are checked before anything is sent to them."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """Return the request that follows a redirection.
+
+        Raises:
+            InputError: If its URL can be changed on its way.
+        """
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _Answer:
@@ -118,11 +159,12 @@ class _Answer:
 def _open_url(url: str) -> Iterator[_Answer]:
     _check_scheme(url)
     try:
-        response = urllib.request.urlopen(url, timeout=TIMEOUT_S)
+        response = urllib.request.build_opener(_CheckedRedirects).open(url, timeout=TIMEOUT_S)
+    except InputError:  # of a redirection
+        raise
     except (OSError, ValueError, HTTPException) as error:
         raise _unreachable(url, error) from None
     with response:
-        _check_scheme(response.geturl())  # after redirections
         yield _Answer(url, response)
 
 
@@ -211,16 +253,34 @@ def push_folder(folder: Path, repository: str, is_private: bool) -> str:
 def copy_network(weights: Path, output_dir: Path) -> list[Path]:
     """Copy downloaded weights and their manifest to a folder, and return the paths of the copies.
 
+    Both files appear whole, the manifest first, so that an interrupted copy leaves no weights without a hash and can be
+    repeated.
+
     Raises:
-        InputError: If the folder cannot be written, or has these files already.
+        InputError: If the folder cannot be written, or has other files of these names, or the weights differ from the
+            manifest.
     """
     targets = [output_dir / name for name in (WEIGHTS_FILE, MANIFEST_FILE)]
-    if existing := [str(path) for path in targets if os.path.lexists(path)]:
+    if existing := [str(path) for path in targets if os.path.lexists(path) and not _is_first_half(path, weights)]:
         raise InputError(f"output-dir={output_dir}: has {existing[0]}; use a new or empty directory")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for target in targets:
-            shutil.copyfile(weights.parent / target.name, target)
+        # Inside the folder, which may be a mounted file system of its own, to which nothing can be renamed.
+        with tempfile.TemporaryDirectory(dir=output_dir, prefix=".copy-") as temporary:
+            for target in targets:
+                shutil.copyfile(weights.parent / target.name, Path(temporary) / target.name)
+            verify_file(Path(temporary) / WEIGHTS_FILE)
+            _replace_files(Path(temporary), output_dir)
     except OSError as error:
         raise InputError(f"output-dir={output_dir}: cannot be written ({error}); use another directory") from None
     return targets
+
+
+def _is_first_half(path: Path, weights: Path) -> bool:
+    """Return whether a file is the manifest of the weights, which an interrupted copy wrote before them."""
+    try:
+        return path.name == MANIFEST_FILE and read_bytes(path, MAX_MANIFEST_BYTES) == read_bytes(
+            weights.parent / MANIFEST_FILE, MAX_MANIFEST_BYTES
+        )
+    except OSError:
+        return False

@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -203,6 +205,60 @@ def test_downloads_that_differ_from_the_manifest_leave_nothing(
     assert list((cache / "linflab" / "networks").iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1")])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, MANIFEST_FILE])
+def test_damaged_files_of_the_cache_are_downloaded_again(
+    exported: Path, site: str, cache: Path, finished_training: FinishedTraining, damage: object, name: str
+) -> None:
+    weights = sharing.fetch_weights(f"{site}/exported")
+    damage(weights.parent / name)  # type: ignore[operator]
+    assert sharing.fetch_weights(f"{site}/exported") == weights
+    assert (weights.parent / name).read_bytes() == (exported / name).read_bytes()
+    assert_same_network(linflab.load(f"{site}/exported"), finished_training)
+    assert list((cache / "linflab" / "networks").iterdir()) == [weights.parent]
+
+
+def test_simultaneous_downloads_share_the_cache(exported: Path, tmp_path: Path, cache: Path) -> None:
+    waiting = threading.Barrier(2, timeout=60)
+
+    class Together(Quiet):
+        def do_GET(self) -> None:
+            if self.path.endswith(WEIGHTS_FILE):  # each download has found the cache empty
+                waiting.wait()
+            super().do_GET()
+
+    for url in serve(partial(Together, directory=str(tmp_path))):
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(sharing.fetch_weights, [f"{url}/exported"] * 2)
+    assert first == second and first.read_bytes() == (exported / WEIGHTS_FILE).read_bytes()
+    assert list((cache / "linflab" / "networks").iterdir()) == [first.parent]
+
+
+def test_redirections_are_checked_before_they_are_followed(exported: Path, tmp_path: Path, site: str) -> None:
+    reached = []
+
+    class Insecure(Quiet):
+        def do_GET(self) -> None:
+            reached.append(self.path)
+
+    class Redirect(Quiet):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"{target}{self.path}")
+            self.end_headers()
+
+    for insecure in serve(partial(Insecure, directory=str(tmp_path))):
+        for url in serve(partial(Redirect, directory=str(tmp_path))):
+            # 127.0.0.2 is this machine too, but not one of the names that need no https.
+            target = insecure.replace("127.0.0.1", "127.0.0.2")
+            with pytest.raises(InputError) as caught:
+                sharing.fetch_weights(f"{url}/exported")
+            assert_rejected(caught, f"{target}/exported/{MANIFEST_FILE}", "https")
+            target = site
+            assert sharing.fetch_weights(f"{url}/exported").exists()
+    assert reached == []
+
+
 def test_insecure_and_missing_urls_are_rejected(site: str) -> None:
     with pytest.raises(InputError) as caught:
         linflab.load("http://example.org/network")
@@ -261,3 +317,28 @@ def test_copies_need_an_empty_place(exported: Path, tmp_path: Path) -> None:
         sharing.copy_network(exported / WEIGHTS_FILE, tmp_path / "file" / "folder")
     assert_rejected(caught, "output-dir")
     shutil.rmtree(tmp_path / "exported")
+
+
+@pytest.mark.parametrize("failing", [MANIFEST_FILE, WEIGHTS_FILE])
+def test_interrupted_copies_leave_no_unverified_weights_and_are_repeated(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    replace = os.replace
+
+    def interrupt(source: Path, target: Path) -> None:
+        if target.name == failing:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    copy = tmp_path / "copy"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupt)
+        sharing.copy_network(exported / WEIGHTS_FILE, copy)
+    assert {path.name for path in copy.iterdir()} <= {MANIFEST_FILE}
+    sharing.copy_network(exported / WEIGHTS_FILE, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        name: (exported / name).read_bytes() for name in (MANIFEST_FILE, WEIGHTS_FILE)
+    }
+    with pytest.raises(InputError) as caught:
+        sharing.copy_network(exported / WEIGHTS_FILE, copy)
+    assert_rejected(caught, "output-dir", WEIGHTS_FILE)
