@@ -15,6 +15,15 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 pytestmark = pytest.mark.slow
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Studies that take minutes or require datasets, in a size that takes seconds.
+STUDIES = {
+    "nearest_neighbor": ["digits=0.1"],
+    "training_of_distance_nets": [
+        *("--dataset", "digits", "--width", "32", "--steps", "8", "--depth", "2", "--small-width", "16"),
+        *("--epochs", "1", "--points", "3"),
+    ],
+    "universal_approximation": [],
+}
 SCRIPTS = sorted(path for path in TUTORIALS.iterdir() if path.suffix in (".py", ".sh"))
 
 
@@ -39,10 +48,14 @@ def test_tutorials_print_what_their_pages_show(path: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, env=without_storage()
-    )
+    is_study = path.stem in STUDIES
+    arguments = [*STUDIES[path.stem], "--output-dir", "figures"] if is_study else []
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=without_storage())
     assert done.returncode == 0, done.stdout + done.stderr
+    if is_study:
+        assert list((tmp_path / "figures").iterdir())
+        return
     accuracies = [float(number) for number in re.findall(r"([\d.]+)%", done.stdout)]
     assert all(10 < accuracy <= 100 for accuracy in accuracies), done.stdout
     if path.stem == "verify_onnx":
