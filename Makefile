@@ -53,7 +53,7 @@ dist: $(VENV)/.installed-dev
 	cp build/dist/*.tar.gz dist/
 
 lowest: $(VENV)/.installed-dev
-	$(BIN)/uv pip compile --quiet --resolution lowest-direct --all-extras --python-version 3.11 \
+	$(BIN)/uv pip compile --native-tls --quiet --resolution lowest-direct --all-extras --python-version 3.11 \
 		--output-file build/lowest.txt pyproject.toml
 
 readme: $(VENV)/.installed-docs

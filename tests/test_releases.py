@@ -100,7 +100,8 @@ def test_workflows_run_existing_targets_and_files(path: Path) -> None:
 def test_ci_and_workflows_run_the_same_commands() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
-    for target in ("check", "test", "lowest"):
+    assert "run: make lowest\n" in workflow  # only there, since it requires an index of all old versions
+    for target in ("check", "test"):
         assert re.search(rf"^(\S+=\S+ )?make {target}$", ci, re.MULTILINE), target
         assert f"run: make {target}\n" in workflow, target
     python_versions = yaml.safe_load(workflow)["jobs"]["test"]["strategy"]["matrix"]["python"]
