@@ -192,10 +192,12 @@ def test_logit_rounding_error_matches_by_hand() -> None:
         net.last.weight.copy_(torch.tensor([[1.0, 7.0, -1.0], [0.0, 0.0, 2.0]]))
         net.bias.copy_(torch.tensor([0.5, -3.0]))
     pixels = 0.75 / 0.5  # largest normalized pixel
-    first, shifted = pixels + 4, pixels + 4 + 5
-    second, logits = shifted + 7, shifted + 7 + 3
+    first = [pixels + largest for largest in (4, 2, 3)]  # distances are from 0 to these
+    shifted = max(abs(end - mean) for last, mean in zip(first, (1, -2, 5), strict=True) for end in (0, last))
+    second = [shifted + largest for largest in (7, 2)]
+    logits = max(abs(end + bias) for last, bias in zip(second, (0.5, -3), strict=True) for end in (0, last))
     assert lipschitz_rounding(net).logit_rounding_error == pytest.approx(
-        1.2 * 2**-24 * (2 * pixels + first + shifted + second + logits)
+        1.2 * 2**-24 * (2 * pixels + max(first) + shifted + max(second) + logits)
     )
 
 

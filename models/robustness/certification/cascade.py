@@ -143,7 +143,7 @@ class CascadeCertifier(Certifier):
 
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
         if not len(images):
-            return IBPCertifier(self.network, self.sound).compute_radius(images, labels)
+            return self._attack.compute_radius(images, labels)
         radii = [one.compute_radius(images, labels).double() for one in self._select(images[:1], labels[:1])]
         return torch.stack(radii).amax(dim=0)
 
