@@ -108,7 +108,7 @@ def _row(quantity: str, share: float | None, origin: str) -> Row:
 
 
 def bound_figure(report: BoundReport) -> Figure:
-    """Plot the margins of training images, and the terms of the bound over delta beside the measured errors."""
+    """Plot the margins of training images, and the terms of the bound over delta next to the measured errors."""
     figure = Figure(figsize=(2.2 * FIGURE_SIZE[0], FIGURE_SIZE[1]), layout="constrained")
     figure.suptitle(f"{report.dataset}, {len(report.radii):,} training images", fontsize=9, parse_math=False)
     left, right = figure.subplots(1, 2)

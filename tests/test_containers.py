@@ -105,9 +105,9 @@ def test_nodes_share_storage_and_use_the_mlflow_service() -> None:
         environment = {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
         assert environment["LINFLAB_TRACKING_URI"] == f"http://{name}:{port}"
         mounts = {one["mountPath"]: one["name"] for one in template["spec"]["containers"][0]["volumeMounts"]}
-        (work,) = [one for one in template["spec"]["volumes"] if one["name"] == mounts["/work"]]
+        (work,) = [one for one in template["spec"]["volumes"] if one["name"] == mounts["/linflab"]]
         assert claims[work["persistentVolumeClaim"]["claimName"]] == ["ReadWriteMany"]
-        assert all(environment[name].startswith("/work/") for name in ("LINFLAB_STORAGE", "LINFLAB_DATA"))
+        assert all(environment[name].startswith("/linflab/") for name in ("LINFLAB_STORAGE", "LINFLAB_DATA"))
         assert {f"{name}={environment.get(name)}" for name in RAY_SETTINGS} <= set(exported)
     selector = find_object("RayJob")["spec"]["clusterSelector"]
     assert selector == {"ray.io/cluster": find_object("RayCluster")["metadata"]["name"]}

@@ -126,7 +126,7 @@ def _certify(certification: "CascadeRun", store: "VerdictStore", silent: bool) -
 
 
 def _describe(least: float, most: float) -> str:
-    """Return an estimate of a duration in words."""
+    """Return an estimate of a duration as text."""
     if math.isinf(most):
         return f"at least {format_clock(least)}, without an upper limit"
     return f"{format_clock(least)} to {format_clock(max(least, most))} (h:mm:ss), by the first stages on a few images"

@@ -30,7 +30,7 @@ from linflab.reports.records import read_run
 
 
 def report_bound(storage: Storage, run: str, images: int | None, confidence: float, out: Path | None) -> Page:
-    """Write the bound on the robust test error of a run, beside the measured error.
+    """Write the bound on the robust test error of a run, next to the measured error.
 
     Args:
         storage: Storage of the run.

@@ -6,7 +6,7 @@ come from interval arithmetic in numpy over the largest box.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from linflab.models.networks.linf_dist import LinfDistNet
+from tests.models.affine_maps import extract_affine
 
 BOX_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)  # radii of boxes, tried one after the other; small ones give small constants
 
@@ -38,17 +39,6 @@ class DistanceLayer:
 
 
 Layer = ReLULayer | DistanceLayer
-
-
-def extract_affine(
-    function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the matrix and constant of an affine function, from its values at unit vectors."""
-    inputs = math.prod(shape)
-    with torch.no_grad():
-        zero = function(torch.zeros(1, *shape, dtype=torch.float64)).flatten(1)
-        units = function(torch.eye(inputs, dtype=torch.float64).view(inputs, *shape)).flatten(1)
-    return (units - zero).T.numpy(), zero[0].numpy()
 
 
 def describe_sequential(network: nn.Sequential, shape: Sequence[int]) -> list[Layer]:

@@ -1,7 +1,6 @@
 """Tests of IBP and CROWN bounds against an independent computation in float64 with dense matrices."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,21 +15,11 @@ from linflab.models.networks.linf_dist import LinfDistMLPConfig
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
 from linflab.models.robustness.bounds.relaxations import relax
 from linflab.models.robustness.margins import logit_differences
+from tests.models.affine_maps import extract_affine
 from tests.models.real_arithmetic import crown_bounds, crown_logit_differences, ibp_bounds, ibp_logit_differences
 from tests.models.relu_networks import RELU_NETS, SHAPE, Residual, build_relu_network
 
 Affine = tuple[np.ndarray, np.ndarray, int]  # matrix, constant, and number of leading outputs with a ReLU
-
-
-def extract_matrix(
-    function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the matrix and constant of an affine function, computed from its values at unit vectors."""
-    inputs = math.prod(shape)
-    with torch.no_grad():
-        zero = function(torch.zeros(1, *shape, dtype=torch.float64)).flatten(1)
-        units = function(torch.eye(inputs, dtype=torch.float64).view(inputs, *shape)).flatten(1)
-    return (units - zero).T.numpy(), zero[0].numpy()
 
 
 def to_affine_chain(net: nn.Module) -> list[Affine]:
@@ -46,7 +35,7 @@ def to_affine_chain(net: nn.Module) -> list[Affine]:
             groups.append([])
     for group in groups:
         affine = nn.Sequential(*(layer for layer in group if not isinstance(layer, nn.ReLU)))
-        matrix, constant = extract_matrix(affine, shape)
+        matrix, constant = extract_affine(affine, shape)
         with torch.no_grad():
             shape = tuple(affine(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
         chain.append((matrix, constant, len(matrix) if isinstance(group[-1], nn.ReLU) else 0))
@@ -55,11 +44,11 @@ def to_affine_chain(net: nn.Module) -> list[Affine]:
 
 def residual_to_affine_chain(net: Residual) -> list[Affine]:
     """Return the residual network as affine maps; the shortcut is part of the outputs without a ReLU."""
-    stem, c0 = extract_matrix(net.stem, SHAPE)
-    inner, c1 = extract_matrix(lambda x: net.norm(net.inner(x)), (4, 6, 6))
-    outer, c2 = extract_matrix(net.outer, (4, 6, 6))
-    shortcut, c3 = extract_matrix(net.shortcut, (4, 6, 6))
-    last, c4 = extract_matrix(lambda x: net.last(x.flatten(1)), (4, 6, 6))
+    stem, c0 = extract_affine(net.stem, SHAPE)
+    inner, c1 = extract_affine(lambda x: net.norm(net.inner(x)), (4, 6, 6))
+    outer, c2 = extract_affine(net.outer, (4, 6, 6))
+    shortcut, c3 = extract_affine(net.shortcut, (4, 6, 6))
+    last, c4 = extract_affine(lambda x: net.last(x.flatten(1)), (4, 6, 6))
     n = len(stem)
     return [
         (stem, c0, n),

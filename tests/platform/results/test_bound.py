@@ -1,4 +1,4 @@
-"""`linflab report bound`: a table of all terms beside the measured errors, a figure, and rejected runs."""
+"""`linflab report bound`: a table of all terms next to the measured errors, a figure, and rejected runs."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ from linflab.platform.results import sharing
 from linflab.platform.training.weights import load_weights
 from tests.conftest import FinishedTraining, RunCli, assert_rejected
 
-pytest.importorskip("huggingface_hub")
+pytest.importorskip("huggingface_hub", reason="requires the extra hub (huggingface_hub)")
 TOKEN = "hf_token_of_this_test"
 
 

@@ -159,7 +159,7 @@ def test_sweep_continues_after_failed_trials(tmp_path: Path, linflab: Command) -
 
 @pytest.mark.slow
 def test_the_best_trial_is_chosen_by_verified_accuracy(tmp_path: Path, linflab: Command) -> None:
-    """The two best trials are verified on validation images; the seed replicate is of the best of them."""
+    """The cascade certifies validation images for the two best trials; the better one gets a seed replicate."""
     space = tmp_path / "space.yaml"
     space.write_text(
         "description: epochs\nparameters:\n  training.epochs: {distribution: categorical, choices: [1, 2, 3]}\n"
