@@ -73,22 +73,30 @@ def tutorial_pages() -> dict[str, str]:
     return {**pages, "tutorials/index.md": index + "\n"}
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of a script, with linflab's command and 100 columns."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+
+
 def _run_python(codes: list[str]) -> list[str]:
     names: dict[str, object] = {"__name__": "__main__"}
     outputs = []
+    before = dict(os.environ)
+    os.environ.update(_environment())
     for code in codes:
         stdout = io.StringIO()
         with contextlib.redirect_stdout(stdout):
             exec(compile(code, "<tutorial>", "exec"), names)
         outputs.append(stdout.getvalue())
+    os.environ.clear()  # scripts may set variables
+    os.environ.update(before)
     return outputs
 
 
 def _run_shell(codes: list[str]) -> list[str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
     return [
         subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", code], env=environment, check=True, text=True, stdout=subprocess.PIPE
+            ["bash", "-euo", "pipefail", "-c", code], env=_environment(), check=True, text=True, stdout=subprocess.PIPE
         ).stdout
         for code in codes
     ]

@@ -132,14 +132,15 @@ def certify(
 
     Args:
         module: Network in evaluation mode, in float32 or float64, on any device.
-        images: (N, C, H, W) or (N, D) with pixels in [0, 1], or an iterable of batches of images and labels.
+        images: (N, C, H, W) or (N, D) with pixels in [0, 1], a tensor or NumPy array in the dtype of the module; or an
+            iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1]. If it is None, certified radii are computed.
         certifier: `lipschitz`, `ibp`, `crown`, `alpha_crown`, `complete`, `cascade` or another registered certifier.
             `auto` selects `lipschitz` for networks that are Lipschitz by construction, and `ibp` for all others.
             `complete` and `cascade` spend up to 30 s on an image.
         sound: If True, the certificates account for all float32 rounding. If False, they hold for real arithmetic only.
-        batch_size: Number of images that are certified at once.
+        batch_size: Number of images that are certified at once, by default 128.
 
     Returns:
         One certificate for each image.
@@ -207,12 +208,13 @@ def attack(
 
     Args:
         module: Network in evaluation mode, in float32 or float64, on any device.
-        images: (N, C, H, W) or (N, D) with pixels in [0, 1], or an iterable of batches of images and labels.
+        images: (N, C, H, W) or (N, D) with pixels in [0, 1], a tensor or NumPy array in the dtype of the module; or an
+            iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1].
         attacks: `default` (selected by the kind of network), `autoattack`, names of attacks, or an `AttackConfig`.
         seed: Seed of the attacks' random draws.
-        batch_size: Number of images that are attacked at once.
+        batch_size: Number of images that are attacked at once, by default 128.
 
     Returns:
         Clean and robust results for each image.

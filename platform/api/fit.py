@@ -82,12 +82,14 @@ def fit(
         module: Network that maps images (N, C, H, W) with pixels in [0, 1] to logits (N, K). The module itself must do
             any normalization. Training changes a copy of the module, on the same device.
         train: Pair of images and labels, or an iterable of such pairs, one per batch. All pairs are loaded into memory.
+            Images are tensors or NumPy arrays: uint8 from 0 to 255, or float32 or float64 in [0, 1]. Labels (N) are
+            integers from 0.
         eps: Target radius of the l_inf ball, for pixel values in [0, 1].
         epochs: Number of passes over the training images.
         objective: Training method, as a `kind` or as a config. With a `kind`, `eps_train` and `theta` are set to eps,
             and the other settings have their defaults.
         validation: Samples in the form of `train`, used to select the epoch. If None, the last epoch is selected.
-        batch_size: Number of images per step.
+        batch_size: Number of images per step, by default 128; at most the number of training images.
         learning_rate: Initial learning rate, which decays to zero by half a cosine. Ignored if `optimizer` is given.
         eps_schedule: Schedule of the objective's eps. By default, eps is 0 for the first tenth of training, and then
             grows for half of training.

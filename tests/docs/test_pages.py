@@ -3,11 +3,14 @@
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 from typer.main import get_command
 
 from linflab.models.networks import NetworkConfig
@@ -17,6 +20,8 @@ from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.cli.main import GUIDES, app
 from linflab.platform.config.overrides import load_config
 from linflab.platform.config.recipes import recipe_files
+from linflab.platform.data.datasets import VALIDATION_FRACTION, load_dataset
+from linflab.platform.data.info import DATASETS
 from linflab.reports.comparison import TableDefinition
 from linflab.search_spaces.space import SearchSpace, load_space
 from tests.conftest import FinishedTraining, RunCli
@@ -42,6 +47,7 @@ OTHER_PROGRAMS = {
 }
 CHEAP = ("recipes", "describe", "space", "schema")
 USES_A_RUN = ("docs/how-to/python.md", "docs/how-to/report.md")  # tested with a trained network
+USES_IMAGES = "docs/how-to/data.md"  # tested with image files
 
 
 def parse_command(words: list[str]) -> dict[str, Any]:
@@ -111,7 +117,8 @@ def test_yaml_is_a_valid_table_space_or_recipe(block: Block, tmp_path: Path) -> 
 @pytest.mark.integration
 def test_python_runs(tmp_path: Path) -> None:
     """All blocks run in one process, since imports take seconds; each has its own names."""
-    blocks = [(str(one), one.text) for one in read_blocks("python") if one.page not in (*USES_A_RUN, "README.md")]
+    others = (*USES_A_RUN, USES_IMAGES, "README.md")
+    blocks = [(str(one), one.text) for one in read_blocks("python") if one.page not in others]
     assert len(blocks) >= 4
     code = f"for name, text in {blocks!r}:\n    exec(compile(text, name, 'exec'), {{'__name__': '__main__'}})\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -128,6 +135,30 @@ def test_python_that_loads_a_run_works(finished_training: FinishedTraining, tmp_
     code += "assert torch.allclose(graph(images), network(images), atol=1e-5)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_image_folders_become_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gray = {"ants": 50, "bees": 200}
+    for split, name, number in product(("train", "test"), gray, range(4)):
+        folder = tmp_path / "photos" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (96, 80), (gray[name], number, 0)).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINFLAB_DATA", str(tmp_path / "datasets"))
+    (block,) = (one for one in read_blocks("python") if one.page == USES_IMAGES)
+    exec(compile(block.text, str(block), "exec"), {})
+    dataset = load_dataset("my_images")
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (7, 1, 8)
+    images, labels = dataset.test.batch(torch.arange(8))
+    assert images.shape == (8, 3, 64, 64) and labels.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(images[:, 0, 0, 0] * 255, torch.tensor([50.0, 200.0])[labels])
+
+
+def test_table_of_validation_images_agrees_with_the_code() -> None:
+    rows = dict(re.findall(r"^\| (`.*`) \| [\d,]+ \| ([\d,]+) \|$", (ROOT / USES_IMAGES).read_text(), re.MULTILINE))
+    sizes = {name: size for names, size in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert sizes == {name: f"{info.validation_size:,}" for name, info in DATASETS.items()}
+    assert VALIDATION_FRACTION == 0.1
 
 
 def test_every_kind_is_documented() -> None:
