@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
+CODE_IN_TABLE = re.compile(r"(?<=<td>)<code>([^<]+)</code>")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -51,16 +52,23 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Convert formulas to MathML, which browsers draw without scripts."""
+    """Convert formulas to MathML, which browsers draw without scripts; let settings in tables wrap at dots."""
 
     def to_mathml(match: re.Match[str]) -> str:
-        text, is_block = html.unescape(match[3]).strip(), match[2] == "["
-        if is_block:
-            text = text.replace(r"\max_", r"\max\limits_")
-        mathml = convert(text, display="block" if is_block else "inline")
-        return mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # norms of equal height
+        text = html.unescape(match[3]).strip()
+        if match[2] == "(":
+            return _to_mathml(text, "inline")
+        # Browsers do not break MathML, so the parts of a formula are formulas that wrap on narrow screens.
+        parts = [_to_mathml(part, "block") for part in text.replace(r"\max_", r"\max\limits_").split(r"\qquad")]
+        return f'<div class="formulas">{"".join(parts)}</div>'
 
+    content = CODE_IN_TABLE.sub(lambda match: match[0].replace(".", ".<wbr>").replace("_", "_<wbr>"), content)
     return FORMULA.sub(to_mathml, content)
+
+
+def _to_mathml(text: str, display: str) -> str:
+    mathml = convert(text.strip(), display=display)
+    return mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # norms of equal height
 
 
 def generated_pages() -> dict[str, str]:

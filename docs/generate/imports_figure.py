@@ -75,7 +75,7 @@ def draw_svg() -> str:
                 arrows.append(f'<line x1="{x1:.0f}" y1="{y1 + BOX}" x2="{x2:.0f}" y2="{y2 - 3}"/>')
     height = len(rows) * ROW
     return (
-        f'<figure class="imports"><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'<figure class="imports"><svg viewBox="-1 0 {WIDTH + 2} {height}" role="img" '
         'aria-label="Imports between the parts of linflab">'
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
         f'<path d="M0 0 8 4 0 8z"/></marker></defs>{"".join(arrows)}{"".join(boxes)}</svg></figure>\n'
