@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-CODE_IN_TABLE = re.compile(r"(?<=<td>)<code>([^<]+)</code>")
+CODE_IN_TABLE = re.compile(r"(<td[^>]*><code>)([^<]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def on_page_content(content: str, **_: Any) -> str:
         parts = [_to_mathml(part, "block") for part in text.replace(r"\max_", r"\max\limits_").split(r"\qquad")]
         return f'<div class="formulas">{"".join(parts)}</div>'
 
-    content = CODE_IN_TABLE.sub(lambda match: match[0].replace(".", ".<wbr>").replace("_", "_<wbr>"), content)
+    content = CODE_IN_TABLE.sub(lambda match: match[1] + re.sub(r"[._]", r"\g<0><wbr>", match[2]), content)
     return FORMULA.sub(to_mathml, content)
 
 

@@ -55,6 +55,16 @@ def test_formulas_become_mathml() -> None:
     assert "<math" in page and "&#x0003C;" in page and "arithmatex" not in page
 
 
+def test_parts_of_a_formula_become_formulas_that_wrap() -> None:
+    page = hooks.on_page_content(r'<div class="arithmatex">\[a = b, \qquad \max_x c\]</div>')
+    assert page.startswith('<div class="formulas">') and page.count("<math") == page.count('display="block"') == 2
+
+
+def test_settings_in_tables_wrap_at_dots() -> None:
+    row = '<td style="text-align: left;"><code>model.batch_norm</code></td><td>a.b</td>'
+    assert hooks.on_page_content(row) == row.replace("model.batch_norm", "model.<wbr>batch_<wbr>norm")
+
+
 def test_folders_in_the_navigation_list_other_pages() -> None:
     nav = [{"One": ["a/x.md", "a/*"]}, {"None": "b/*"}]
     assert hooks._expand(nav, {"a/y.md", "a/z.md", "a/deep/w.md"}) == [{"One": ["a/x.md", "a/y.md", "a/z.md"]}]
