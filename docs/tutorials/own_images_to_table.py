@@ -32,7 +32,11 @@ rows, columns = np.mgrid[:12, :12]
 def draw(kind: str) -> Image.Image:
     """Return a gray image of a bright shape at a random position."""
     y, x = abs(rows - generator.integers(4, 8)), abs(columns - generator.integers(4, 8))
-    shape = {"disk": y**2 + x**2 <= 10, "square": np.maximum(y, x) == 3, "cross": (np.minimum(y, x) == 0) & (y + x < 5)}
+    shape = {
+        "disk": y**2 + x**2 <= 10,
+        "square": np.maximum(y, x) == 3,
+        "cross": (np.minimum(y, x) == 0) & (y + x < 5),
+    }
     return Image.fromarray((130 * shape[kind] + generator.integers(0, 100, (12, 12))).astype(np.uint8))
 
 
