@@ -185,7 +185,7 @@ def _with_default_attacks(experiment: ExperimentConfig) -> ExperimentConfig:
     evaluation = experiment.evaluation
     if evaluation.attack.methods is not None:
         return experiment
-    kinds = DISTANCE_NET_ATTACKS if experiment.model.has_distances else OTHER_NET_ATTACKS
+    kinds = DISTANCE_NET_ATTACKS if any(part.has_distances for part in experiment.model.parts) else OTHER_NET_ATTACKS
     attack = evaluation.attack.model_copy(update={"methods": kinds})
     return experiment.model_copy(update={"evaluation": evaluation.model_copy(update={"attack": attack})})
 
