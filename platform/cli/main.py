@@ -15,6 +15,7 @@ from linflab.platform.cli.compare import compare
 from linflab.platform.cli.data import data_app
 from linflab.platform.cli.describe import describe, json_schema, recipes, space_app
 from linflab.platform.cli.doctor import doctor
+from linflab.platform.cli.ensemble import ensemble
 from linflab.platform.cli.evaluate import certify, evaluate, import_weights
 from linflab.platform.cli.exchange import export, pull, push
 from linflab.platform.cli.node import node_app
@@ -33,7 +34,9 @@ from linflab.reports.plain import one_line
 # slowest ones are imported after validation of the input.
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for command in (train, compare, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor):
+for command in (
+    train, compare, ensemble, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor,
+):  # fmt: skip
     app.command()(command)
 app.command("schema")(json_schema)
 app.command("import-weights")(import_weights)
