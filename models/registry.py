@@ -135,7 +135,11 @@ class OtherKinds:
         return handler(self._choice().core_schema)
 
     def _choice(self) -> TypeAdapter[Any]:
-        return _union(tuple(cls for kind, cls in self.base.kinds().items() if kind != self.excluded))
+        return _union(self.classes())
+
+    def classes(self) -> tuple[type[KindConfig], ...]:
+        """Return the accepted classes, in order of definition."""
+        return tuple(cls for kind, cls in self.base.kinds().items() if kind != self.excluded)
 
 
 @lru_cache

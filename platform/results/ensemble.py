@@ -74,24 +74,14 @@ def prepare_ensemble(storage: Storage, runs: Sequence[str]) -> EnsembleOfRuns:
             or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is missing.
     """
     if not 2 <= len(runs) <= MAX_MEMBERS:
-        raise InputError(f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs; use other runs")
+        raise InputError(
+            f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs; add runs to average, or leave some out"
+        )
     ids = [find_run_id(storage, run) for run in runs]
     for position, run_id in enumerate(ids):
         if run_id in ids[:position]:
             raise InputError(f"{runs[position]}: is given twice, as run {run_id}; use each run once")
-    client = client_of(storage)
-    for run, run_id in zip(runs, ids, strict=True):
-        status = read_run(client, run_id).info.status
-        if status != "FINISHED":
-            raise InputError(f"{run}: has not finished (status={status.lower()}); use a run that has finished")
-    members = [
-        Member(
-            run_id,
-            load_weights(download_weights(storage, run_id)),
-            read_run(client, run_id).data.metrics.get(schema.TRAIN_SECONDS),
-        )
-        for run_id in ids
-    ]
+    members = [_read_member(storage, run, run_id) for run, run_id in zip(runs, ids, strict=True)]
     _check_members(runs, members)
     experiment = _ensemble_config(members)
     network = build_network(experiment, members[0].weights.info)
@@ -102,11 +92,24 @@ def prepare_ensemble(storage: Storage, runs: Sequence[str]) -> EnsembleOfRuns:
     return EnsembleOfRuns(members, experiment, network.eval(), dataset)
 
 
+def _read_member(storage: Storage, name: str, run_id: str) -> Member:
+    """Return a trained run by its id; messages show its name.
+
+    Raises:
+        InputError: If the run has not finished or has no weights.
+    """
+    run = read_run(client_of(storage), run_id)
+    if run.info.status != "FINISHED":
+        raise InputError(f"{name}: has not finished (status={run.info.status.lower()}); use a run that has finished")
+    weights = load_weights(download_weights(storage, run_id))
+    return Member(run_id, weights, run.data.metrics.get(schema.TRAIN_SECONDS))
+
+
 def _check_members(runs: Sequence[str], members: Sequence[Member]) -> None:
     """Check that networks can be averaged.
 
     Raises:
-        InputError: If a run is an ensemble, or a run differs from the first one in dataset, eps, input shape or classes.
+        InputError: If a run is an ensemble, or differs from the first one in dataset, eps, input shape or classes.
     """
     for run, member in zip(runs, members, strict=True):
         if isinstance(member.weights.experiment.model, EnsembleConfig):
@@ -116,8 +119,8 @@ def _check_members(runs: Sequence[str], members: Sequence[Member]) -> None:
         for name, value in values.items():
             if value != first[name]:
                 raise InputError(
-                    f"{run}: has {name}={value}, but {runs[0]} has {name}={first[name]}; use runs with the same dataset, "
-                    "eps and input shape"
+                    f"{run}: has {name}={value}, but {runs[0]} has {name}={first[name]}; use runs with the same "
+                    "dataset, eps and input shape"
                 )
 
 
