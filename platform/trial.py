@@ -285,7 +285,7 @@ def evaluate_on_test(
     test: Split,
     spec: EvaluationSpec,
     experiment: ExperimentConfig,
-    on_report: Callable[[Report], None],
+    on_report: Callable[[ScoringReport], None],
     images: Path,
 ) -> dict[str, float]:
     """Evaluate on the test set and return the metrics.

@@ -6,7 +6,7 @@ the L_k, so its margin certifies images like that of a single network.
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -98,4 +98,4 @@ class LipschitzEnsemble(Ensemble):
     @property
     def lipschitz_constant(self) -> float:
         """Lipschitz constant of every logit in the l_inf norm of the pixel values: the mean of the members' ones."""
-        return statistics.fmean(member.lipschitz_constant for member in self.members)
+        return statistics.fmean(cast(float, member.lipschitz_constant) for member in self.members)
