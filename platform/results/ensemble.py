@@ -1,10 +1,11 @@
-"""Ensemble of trained runs: the mean of their logits, evaluated and logged as one run."""
+"""Ensemble of trained runs: the weighted mean of their logits, evaluated and logged as one run."""
 
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
 from linflab.platform.data.datasets import Dataset, load_dataset
 from linflab.platform.errors import InputError
+from linflab.platform.results.ensemble_weights import choose_weights
 from linflab.platform.results.load import download_weights, find_run_id
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
@@ -50,15 +52,25 @@ class EnsembleOfRuns:
         experiment: Config of the ensemble.
         network: The network, on the CPU and in evaluation mode.
         dataset: Dataset of all members.
+        has_chosen_weights: True if the weights were chosen on validation images.
     """
 
     members: Sequence[Member]
     experiment: ExperimentConfig
     network: nn.Module
     dataset: Dataset
+    has_chosen_weights: bool = False
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the members; none if they are equal."""
+        assert isinstance(self.experiment.model, EnsembleConfig)
+        return self.experiment.model.weights
 
 
-def prepare_ensemble(storage: Storage, runs: Sequence[str]) -> EnsembleOfRuns:
+def prepare_ensemble(
+    storage: Storage, runs: Sequence[str], weights: Sequence[float] | Literal["auto"] = ()
+) -> EnsembleOfRuns:
     """Return the ensemble of trained runs, after all checks of the input.
 
     Settings of the evaluation are those of the first run, with the attacks of all runs. The certifier is `auto` unless
@@ -68,10 +80,12 @@ def prepare_ensemble(storage: Storage, runs: Sequence[str]) -> EnsembleOfRuns:
     Args:
         storage: Storage of the runs.
         runs: Names of runs, or prefixes of their ids.
+        weights: Weight of each run in the mean; none: equal weights; auto: chosen on validation images.
 
     Raises:
         InputError: If there are fewer than two runs or too many, a run does not exist, is given twice, has no weights
-            or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is missing.
+            or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is missing; also if the
+            weights of the mean are invalid, or cannot be chosen.
     """
     if not 2 <= len(runs) <= MAX_MEMBERS:
         raise InputError(
@@ -83,13 +97,35 @@ def prepare_ensemble(storage: Storage, runs: Sequence[str]) -> EnsembleOfRuns:
             raise InputError(f"{runs[position]}: is given twice, as run {run_id}; use each run once")
     members = [_read_member(storage, run, run_id) for run, run_id in zip(runs, ids, strict=True)]
     _check_members(runs, members)
-    experiment = _ensemble_config(members)
+    is_auto = weights == "auto"
+    experiment = _ensemble_config(members, () if is_auto else weights)
+    if is_auto:
+        _check_held_out(runs, members)
+    dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    if is_auto:
+        device = select_device(experiment)
+        networks = [member.weights.network.to(device).eval() for member in members]
+        validation = dataset.to(device).validation
+        experiment = _ensemble_config(members, choose_weights(networks, runs, validation, experiment))
     network = build_network(experiment, members[0].weights.info)
     assert isinstance(network, Ensemble)
     for part, member in zip(network.members, members, strict=True):
         part.load_state_dict(member.weights.network.state_dict())
-    dataset = load_dataset(experiment.dataset, experiment.augmentation)
-    return EnsembleOfRuns(members, experiment, network.eval(), dataset)
+    return EnsembleOfRuns(members, experiment, network.eval(), dataset, is_auto)
+
+
+def _check_held_out(runs: Sequence[str], members: Sequence[Member]) -> None:
+    """Check that validation images can choose weights.
+
+    Raises:
+        InputError: If a run was trained on them.
+    """
+    for run, member in zip(runs, members, strict=True):
+        if member.weights.experiment.training.include_validation:
+            raise InputError(
+                f"weights=auto: {run} was trained on validation images (training.include_validation=true), so they "
+                "cannot choose weights; give numbers, as in --weights 1,10"
+            )
 
 
 def _read_member(storage: Storage, name: str, run_id: str) -> Member:
@@ -135,8 +171,12 @@ def _compared_values(member: Member) -> Mapping[str, object]:
     }
 
 
-def _ensemble_config(members: Sequence[Member]) -> ExperimentConfig:
-    """Return the config of an ensemble; see `prepare_ensemble`."""
+def _ensemble_config(members: Sequence[Member], weights: Sequence[float]) -> ExperimentConfig:
+    """Return the config of an ensemble; see `prepare_ensemble`.
+
+    Raises:
+        InputError: If the weights of the mean are invalid.
+    """
     experiments = [member.weights.experiment for member in members]
     tree = experiments[0].model_dump(mode="json")
     certifiers = {experiment.evaluation.certifier for experiment in experiments}
@@ -144,6 +184,7 @@ def _ensemble_config(members: Sequence[Member]) -> ExperimentConfig:
     tree["model"] = {
         "kind": "ensemble",
         "members": [experiment.model.model_dump(mode="json") for experiment in experiments],
+        "weights": list(weights),
         "runs": [member.run_id for member in members],
     }
     tree["method"] = ""
@@ -198,6 +239,9 @@ def log_ensemble(
             (validation,) = evaluate(network, dataset.validation, spec, experiment.evaluation.batch_size)
             metrics[schema.BEST_VALIDATION_CLEAN] = validation.clean
             metrics[schema.BEST_VALIDATION_CERTIFIED] = validation.certified
+        selection = f"mean of the selected networks of {len(members)} runs"
+        if ensemble.has_chosen_weights:
+            selection += ", with weights chosen on validation images"
         spec = evaluation_spec(experiment, network, with_attacks=True)
         images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
         metrics |= evaluate_on_test(network, dataset.test, spec, experiment, on_report, images)
@@ -205,7 +249,7 @@ def log_ensemble(
         run.log_tags(
             {
                 schema.CERTIFIER: spec.certificate,
-                schema.SELECTION: f"mean of the selected networks of {len(members)} runs",
+                schema.SELECTION: selection,
                 schema.ATTACK: experiment.evaluation.attack.describe(),
             }
         )

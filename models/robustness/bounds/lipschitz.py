@@ -63,17 +63,17 @@ def lipschitz_rounding(network: nn.Module) -> LipschitzRounding:
 
 
 def _ensemble_rounding(network: LipschitzEnsemble) -> LipschitzRounding:
-    """Bound the rounding of the mean of K logits, which has K - 1 sums and a division.
+    """Bound the rounding of the weighted mean of K logits, which has K products with rounded shares, and K - 1 sums.
 
     The mean passes on the mean of the members' errors. Its own rounding is relative to the mean of their magnitudes, by
-    gamma(K) in any order of summation. Halving a small number can underflow. The excess is at most the largest of the
-    members, and includes the rounding of the mean of their constants.
+    gamma(K + 1) in any order of summation. Products can underflow. The excess is at most the largest of the members,
+    and includes the rounding of the shares and of the mean of the constants in float64.
     """
     members = [lipschitz_rounding(member) for member in network.members]
     count = len(members)
-    largest = math.fsum(member.largest_logit for member in members) / count
-    error = math.fsum(member.logit_rounding_error for member in members) / count
-    error += ROOM * (gamma(count, _dtype(network)) * largest + UNDERFLOW_SLACK)
+    largest = network.mean_over_members(member.largest_logit for member in members)
+    error = network.mean_over_members(member.logit_rounding_error for member in members)
+    error += ROOM * (gamma(count + 1, _dtype(network)) * largest + count * UNDERFLOW_SLACK)
     excess = max(member.excess for member in members) * (1 + gamma(count + 8, torch.float64))
     return LipschitzRounding(error * (1 + gamma(count + 8, torch.float64)), excess, ROOM * largest)
 
