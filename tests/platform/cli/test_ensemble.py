@@ -12,8 +12,11 @@ import torch
 
 import linflab
 from linflab.models.networks import Ensemble, LipschitzEnsemble
+from linflab.models.robustness.certification import certify
 from linflab.models.robustness.margins import margin
 from linflab.platform.data.datasets import load_dataset
+from linflab.platform.results.ensemble import log_ensemble, prepare_ensemble
+from linflab.platform.results.ensemble_weights import refine_weights
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
@@ -105,14 +108,62 @@ def test_the_mean_of_runs_is_a_run(storage: Storage, run_cli: RunCli, tmp_path: 
     torch.testing.assert_close(torch.from_numpy(computed), network(images[:3]).detach(), rtol=0, atol=1e-4)
 
 
-def test_relu_networks_are_averaged_and_certified_by_ibp(storage: Storage, run_cli: RunCli) -> None:
-    done = run_cli("ensemble", "relu", "first", "--name", "mixed", "--storage", str(storage.root))
+def test_relu_networks_are_averaged_with_chosen_weights_and_certified_by_ibp(storage: Storage, run_cli: RunCli) -> None:
+    folder = ["--storage", str(storage.root)]
+    done = run_cli("ensemble", "relu", "first", "--name", "mixed", "--weights", "auto", *folder)
     assert done.returncode == 0, done.stderr
     latest = linflab.records(storage.root).iloc[0]
     assert latest[schema.CERTIFIER] == "ibp-sound" and latest[schema.TEST_VIOLATIONS] == 0
     for attack in ("pgd", "targeted_apgd", "surrogate_pgd"):  # those of both
         assert attack in latest["evaluation.attack.methods"]
-    assert type(linflab.load("mixed", storage.root)) is Ensemble
+    network = linflab.load("mixed", storage.root)
+    assert type(network) is Ensemble
+    assert latest[schema.SELECTION].endswith("with weights chosen on validation images")
+    tags = read_run(client_of(storage), latest["run_id"]).data.tags
+    (option,) = (word for word in shlex.split(tags[schema.COMMAND]) if word.startswith("--weights="))
+    weights = [float(number) for number in option.removeprefix("--weights=").split(",")]
+    assert network.shares == tuple(weight / sum(weights) for weight in weights)
+    assert weights[1] > weights[0]  # distances are smaller than logits of ReLU networks
+
+    # A factor of 64 nearly selects one member, so the mean certifies about as many validation images as each of them.
+    validation = load_dataset("digits").validation
+    images, labels = validation.batch(torch.arange(len(validation)))
+    counts = [
+        int(certify(linflab.load(run, storage.root), images, labels, 0.1, "ibp").sum())
+        for run in ("mixed", "relu", "first")
+    ]
+    assert counts[0] >= max(counts[1:]) - 2 and latest[schema.BEST_VALIDATION_CERTIFIED] == counts[0] / len(images)
+
+
+def test_given_weights_come_back(storage: Storage) -> None:
+    prepared = prepare_ensemble(storage, ["first", "second"], (1.0, 2.5))
+    assert prepared.weights == (1.0, 2.5) and not prepared.has_chosen_weights
+    assert prepared.experiment.to_flat_dict()["model.weights"] == [1.0, 2.5]
+    result = log_ensemble(storage, prepared, "weighted", {})
+    network = linflab.load(result.run_id, storage.root)
+    assert isinstance(network, LipschitzEnsemble) and network.shares == (1 / 3.5, 2.5 / 3.5)
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        first, second = (linflab.load(run, storage.root)(images) for run in ("first", "second"))
+        torch.testing.assert_close(network(images), (first + 2.5 * second) / 3.5)
+
+
+def test_search_balances_scales_and_prefers_weights_near_those_given() -> None:
+    """Three networks that each certify another image; only together do they certify all, if their sizes are similar."""
+    bounds = torch.tensor([[-3.0, 1.0, 1.0], [1.0, -3.0, 1.0], [1.0, 1.0, -3.0]])
+    parts = [torch.stack([row, torch.full((3,), -torch.inf)], dim=1) for row in bounds]
+    assert refine_weights([1.0, 1.0, 1.0], parts) == [1.0, 1.0, 1.0]
+    assert refine_weights([16.0, 1.0, 1.0], parts) == [1.0, 1.0, 1.0]
+    assert refine_weights([20.0, 1.0, 1.5], parts) == [1.25, 1.0, 1.5]
+    certified = [part - 10 for part in parts]
+    assert refine_weights([20.0, 1.0, 1.5], certified) == [20.0, 1.0, 1.5]  # all are certified with any weights
+
+
+def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Storage, run_cli: RunCli) -> None:
+    folder = ["--storage", str(storage.root)]
+    linflab.train(RECIPE, [*SHORT, "training.include_validation=true"], storage.root, "all images")
+    rejection = run_cli("ensemble", "first", "all images", "--name", "x", "--weights", "auto", *folder)
+    assert_rejected(rejection, "weights=auto", "all images", "training.include_validation=true", "--weights 1,10")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +175,11 @@ def test_relu_networks_are_averaged_and_certified_by_ibp(storage: Storage, run_c
         (["first", "missing", "--name", "x"], ["missing"]),
         (["first", "second", "--name", " "], ["name"]),
         (["first", "second", "--name", "x", "--tag", "k"], ["tag=k", "KEY=VALUE"]),
+        (["first", "second", "--name", "x", "--weights", "1,x"], ["weights=1,x", "auto"]),
+        (["first", "second", "--name", "x", "--weights", "1,0"], ["weights=1,0", "positive"]),
+        (["first", "second", "--name", "x", "--weights", "1,inf"], ["weights=1,inf", "positive"]),
+        (["first", "second", "--name", "x", "--weights", "1,2,3"], ["model.weights=1,2,3", "2 members"]),
+        (["first", "second", "--name", "x", "--weights", "1,1e12"], ["model.weights=1,1e+12", "factor"]),
     ],
 )
 def test_runs_that_cannot_be_averaged_are_rejected(
