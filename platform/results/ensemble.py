@@ -97,8 +97,8 @@ def prepare_ensemble(
             raise InputError(f"{runs[position]}: is given twice, as run {run_id}; use each run once")
     members = [_read_member(storage, run, run_id) for run, run_id in zip(runs, ids, strict=True)]
     _check_members(runs, members)
-    is_auto = weights == "auto"
-    experiment = _ensemble_config(members, () if is_auto else weights)
+    is_auto = isinstance(weights, str)
+    experiment = _ensemble_config(members, () if isinstance(weights, str) else weights)
     if is_auto:
         _check_held_out(runs, members)
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
