@@ -115,6 +115,33 @@ def _register(registry: dict[str, type[Any]], kind: str, cls: type[Any]) -> None
     registry[kind] = cls
 
 
+class OtherKinds:
+    """Metadata that restricts a setting to registered kinds other than one, as in `Annotated[Base, OtherKinds(...)]`.
+
+    A class of settings uses it for settings of its own base, since its schema would otherwise contain itself.
+
+    Args:
+        base: Class whose registered kinds are accepted.
+        excluded: Kind that is not accepted.
+    """
+
+    def __init__(self, base: type[KindConfig], excluded: str) -> None:
+        self.base, self.excluded = base, excluded
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: self._choice().validate_python(value))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(self._choice().core_schema)
+
+    def _choice(self) -> TypeAdapter[Any]:
+        return _union(self.classes())
+
+    def classes(self) -> tuple[type[KindConfig], ...]:
+        """Return the accepted classes, in order of definition."""
+        return tuple(cls for kind, cls in self.base.kinds().items() if kind != self.excluded)
+
+
 @lru_cache
 def _union(classes: tuple[type[KindConfig], ...]) -> TypeAdapter[Any]:
     """Return an adapter for the union of two or more classes, discriminated by `kind`."""

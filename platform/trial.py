@@ -274,7 +274,7 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         if request.evaluate_test:
             images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
-            metrics |= _evaluate(selected.network, dataset.test, spec, experiment, on_report, images)
+            metrics |= evaluate_on_test(selected.network, dataset.test, spec, experiment, on_report, images)
             tags[schema.ATTACK] = experiment.evaluation.attack.describe()
         save_weights(Path(folder) / schema.WEIGHTS_FILE, selected.network, experiment, selected.epoch)
         run.log_tags(tags)
@@ -283,12 +283,12 @@ def _train(
     return TrialResult(run.id, metrics, spec.certificate)
 
 
-def _evaluate(
+def evaluate_on_test(
     network: nn.Module,
     test: Split,
     spec: EvaluationSpec,
     experiment: ExperimentConfig,
-    on_report: Callable[[Report], None],
+    on_report: Callable[[ScoringReport], None],
     images: Path,
 ) -> dict[str, float]:
     """Evaluate on the test set and return the metrics.

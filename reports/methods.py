@@ -3,7 +3,9 @@
 A run's setting `method` is free text. Tables therefore compare kinds: the values of the settings in `KINDS`.
 """
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import count
 
 NETWORK_KINDS = ("model.kind", "model.backbone.kind")
 KINDS = (*NETWORK_KINDS, "objective.kind", "objective.bound")
@@ -64,6 +66,8 @@ def method_name(settings: Mapping[str, object]) -> str:
         return ""
     if model in _UNTRAINED:
         return _NETWORKS[model]
+    if model == "ensemble":
+        return _ensemble_name(settings)
     training = _training(objective, bound)
     hybrid = model == "linf_dist_hybrid"
     network = _NETWORKS.get(net if hybrid else model)
@@ -75,6 +79,22 @@ def method_name(settings: Mapping[str, object]) -> str:
         details.append(training)
     name = f"{network or net}+MLP" if hybrid else f"{network}"
     return f"{name} ({', '.join(details)})" if details else name
+
+
+def _ensemble_name(settings: Mapping[str, object]) -> str:
+    """Return the name of an ensemble, with its members' networks, such as `Ensemble (2 l_inf-dist Net, cnn7)`.
+
+    Tables of runs that vary in the networks group them by kind, so the members may be missing.
+    """
+    networks: Counter[str] = Counter()
+    for index in count():
+        kind = _text(settings.get(f"model.members.{index}.kind"))
+        if not kind:
+            break
+        inner = _text(settings.get(f"model.members.{index}.backbone.kind"))
+        networks[f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind)] += 1
+    names = [name if number == 1 else f"{number} {name}" for name, number in networks.items()]
+    return f"Ensemble ({', '.join(names)})" if names else "Ensemble"
 
 
 def describe_method(settings: Mapping[str, object], logged_name: object) -> str:

@@ -20,6 +20,7 @@ ASK_TIME = "linflab.ask_time_ms"  # when the sampler proposed the trial, by a mo
 TELL_TIME = "linflab.tell_time_ms"  # when the sampler got the result; samplers learn in this order
 START_EPOCHS = "linflab.start_epochs"  # epochs done when each process started; | separates invocations: "0,3|5"
 RECIPE = "linflab.recipe"
+MEMBERS = "linflab.members"  # of an ensemble: comma-separated ids of the runs whose networks it averages
 METHOD = "linflab.method"
 COMMAND = "linflab.command"  # reproduces the run
 SEARCHED_SETTINGS = "linflab.searched_settings"  # dotted paths, comma-separated

@@ -3,6 +3,7 @@
 from linflab.models.networks.base import NetworkConfig
 from linflab.models.networks.convnets import CNN7Config, ConvNetConfig, DenseNetConfig, ResNeXtConfig, WideResNetConfig
 from linflab.models.networks.cost import count_flops, count_parameters
+from linflab.models.networks.ensemble import Ensemble, EnsembleConfig, LipschitzEnsemble
 from linflab.models.networks.group_sort import GroupSortConfig, GroupSortNet
 from linflab.models.networks.hybrid import LinfDistHybrid, LinfDistHybridConfig
 from linflab.models.networks.layers import (
@@ -23,6 +24,8 @@ __all__ = [
     "CNN7Config",
     "ConvNetConfig",
     "DenseNetConfig",
+    "Ensemble",
+    "EnsembleConfig",
     "GroupSort",
     "GroupSortConfig",
     "GroupSortNet",
@@ -33,6 +36,7 @@ __all__ = [
     "LinfDistMLPConfig",
     "LinfDistNet",
     "LinfNearestConfig",
+    "LipschitzEnsemble",
     "LpDistance",
     "LpDistanceConv2d",
     "MeanShift",

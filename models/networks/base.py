@@ -35,6 +35,11 @@ class NetworkConfig(KindConfig):
         """True if `build` takes one standard deviation per channel as `std`."""
         return False
 
+    @property
+    def parts(self) -> tuple["NetworkConfig", ...]:
+        """Networks that this one combines; the settings themselves for a single network."""
+        return (self,)
+
     @abstractmethod
     def build(
         self, input_shape: Sequence[int], classes: int, mean: Sequence[float] = (0.0,), std: float = 1.0

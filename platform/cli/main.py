@@ -15,6 +15,7 @@ from linflab.platform.cli.compare import compare
 from linflab.platform.cli.data import data_app
 from linflab.platform.cli.describe import describe, json_schema, recipes, space_app
 from linflab.platform.cli.doctor import doctor
+from linflab.platform.cli.ensemble import ensemble
 from linflab.platform.cli.evaluate import certify, evaluate, import_weights
 from linflab.platform.cli.exchange import export, pull, push
 from linflab.platform.cli.node import node_app
@@ -35,6 +36,7 @@ from linflab.reports.plain import one_line
 GUIDES = {  # page of each command, which its help names
     "train": "how-to/train.md",
     "compare": "how-to/compare.md",
+    "ensemble": "how-to/ensemble.md",
     "sweep": "how-to/sweep.md",
     "sweeps": "how-to/sweep.md",
     "recipes": "how-to/networks-and-objectives.md",
@@ -62,7 +64,9 @@ def _guide(name: str) -> str:
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for command in (train, compare, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor):
+for command in (
+    train, compare, ensemble, sweep, sweeps, recipes, describe, evaluate, certify, export, push, pull, ui, doctor,
+):  # fmt: skip
     app.command(epilog=_guide(command.__name__))(command)
 app.command("schema", epilog=_guide("schema"))(json_schema)
 app.command("import-weights", epilog=_guide("import-weights"))(import_weights)

@@ -213,13 +213,15 @@ def print_estimate(experiment: "ExperimentConfig", dataset: "Dataset") -> None:
     """Time a few training steps, and print the estimated time and memory of a run.
 
     Raises:
-        InputError: If a step does not fit into memory.
+        InputError: If config and dataset are incompatible, or a step does not fit into memory.
     """
     from linflab.platform.host import describe_hardware
     from linflab.platform.training.estimate import estimate_cost
+    from linflab.platform.training.trainer import check_dataset_compatibility
     from linflab.platform.trial import check_local_resources, select_device
 
     check_local_resources(experiment)
+    check_dataset_compatibility(experiment, dataset)
     load = os.getloadavg()[0]
     with_p = experiment.model.has_distances
 

@@ -1,6 +1,7 @@
 """Compatibility checks across sections: networks, objectives, certifiers and workers."""
 
 from linflab.models.networks.base import StoredImagesConfig
+from linflab.models.networks.ensemble import EnsembleConfig
 from linflab.models.networks.sort_net import MASK_GROUP_SIZE
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.errors import InputError
@@ -12,8 +13,32 @@ def check_compatibility(experiment: ExperimentConfig) -> None:
     Raises:
         InputError: If settings are incompatible; the message names these settings.
     """
+    model, certifier = experiment.model, experiment.evaluation.certifier
+    if not isinstance(model, EnsembleConfig):  # others are trained, so settings of training matter
+        _check_training(experiment)
+    try:
+        model.check()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    has_no_relaxation = model.is_lipschitz and not model.has_relu
+    if (certifier == "lipschitz" and not model.is_lipschitz) or (
+        certifier in ("crown", "alpha_crown") and has_no_relaxation
+    ):
+        lacks = "a Lipschitz constant" if certifier == "lipschitz" else "a ReLU or tanh to relax"
+        raise InputError(
+            f"evaluation.certifier={certifier}: requires {lacks}, but model.kind={model.kind} has none; "
+            "use evaluation.certifier=ibp"
+        )
+
+
+def _check_training(experiment: ExperimentConfig) -> None:
+    """Check that network, objective, training and workers are compatible.
+
+    Raises:
+        InputError: If settings are incompatible; the message names these settings.
+    """
     model, objective, workers = experiment.model, experiment.objective, experiment.compute.workers
-    kind, certifier = model.kind, experiment.evaluation.certifier
+    kind = model.kind
     if experiment.training.batch_size % workers:
         raise InputError(
             f"training.batch_size={experiment.training.batch_size}: must be a multiple of "
@@ -61,19 +86,6 @@ def check_compatibility(experiment: ExperimentConfig) -> None:
         raise InputError(
             f"training.epochs={experiment.training.epochs}: must be 1 for model.kind={kind}, which is not trained, but "
             "stores training images; use 1"
-        )
-    try:
-        model.check()
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    has_no_relaxation = model.is_lipschitz and not model.has_relu
-    if (certifier == "lipschitz" and not model.is_lipschitz) or (
-        certifier in ("crown", "alpha_crown") and has_no_relaxation
-    ):
-        lacks = "a Lipschitz constant" if certifier == "lipschitz" else "a ReLU or tanh to relax"
-        raise InputError(
-            f"evaluation.certifier={certifier}: requires {lacks}, but model.kind={kind} has none; "
-            "use evaluation.certifier=ibp"
         )
     if model.uses_input_masks and MASK_GROUP_SIZE % workers:
         raise InputError(

@@ -230,9 +230,11 @@ class ExperimentConfig(FrozenConfig):
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return nested settings as pairs of dotted path and value."""
+    """Return nested settings as pairs of dotted path and value; sections in lists have their position in the path."""
     pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+            value = {str(index): one for index, one in enumerate(value)}
         pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
     return pairs
 
@@ -241,8 +243,12 @@ def _descriptions(section: BaseModel, prefix: str = "") -> list[tuple[str, str]]
     pairs: list[tuple[str, str]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        sections = value if isinstance(value, tuple) else ()
         if isinstance(value, BaseModel):
             pairs += _descriptions(value, f"{prefix}{name}.")
+        elif sections and all(isinstance(one, BaseModel) for one in sections):
+            for index, one in enumerate(sections):
+                pairs += _descriptions(one, f"{prefix}{name}.{index}.")
         else:
             pairs.append((prefix + name, field.description or ""))
     return pairs

@@ -8,12 +8,12 @@ invalid setting is one line that names the setting.
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from linflab.models.numbers import read_fraction
-from linflab.models.registry import KindConfig
+from linflab.models.registry import KindConfig, OtherKinds
 from linflab.models.robustness.attacks.suite import DISTANCE_NET_ATTACKS, OTHER_NET_ATTACKS
 from linflab.platform.config.compatibility import check_compatibility
 from linflab.platform.config.experiment import ExperimentConfig, flatten
@@ -185,7 +185,7 @@ def _with_default_attacks(experiment: ExperimentConfig) -> ExperimentConfig:
     evaluation = experiment.evaluation
     if evaluation.attack.methods is not None:
         return experiment
-    kinds = DISTANCE_NET_ATTACKS if experiment.model.has_distances else OTHER_NET_ATTACKS
+    kinds = DISTANCE_NET_ATTACKS if any(part.has_distances for part in experiment.model.parts) else OTHER_NET_ATTACKS
     attack = evaluation.attack.model_copy(update={"methods": kinds})
     return experiment.model_copy(update={"evaluation": evaluation.model_copy(update={"attack": attack})})
 
@@ -234,7 +234,10 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         if isinstance(node, Mapping) and part not in node and part is not details["loc"][-1]:
             continue
         path.append(str(part))
-        node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, list) and isinstance(part, int):
+            node = node[part]
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else None
     name = shorten(".".join(path))
     if details["type"] == "extra_forbidden":
         fields = list(_section(path[:-1], tree).model_fields)
@@ -245,7 +248,8 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         return f"{name}: {details['ctx']['error']}"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = details["input"].get("kind") if isinstance(details["input"], Mapping) else details["input"]
-        kinds = [model.model_fields["kind"].default for model in _models(_section(path[:-1], tree), path[-1])]
+        *outer, setting = path[:-1] if path[-1].isdigit() else path  # sections in a list accept the same kinds
+        kinds = [model.model_fields["kind"].default for model in _models(_section(outer, tree), setting)]
         problem = "missing" if kind is None else "unknown"
         return f"{name}.kind={shorten(kind)}: {problem}; use one of {', '.join(kinds)}".replace("=None", "")
     message = details["msg"].replace("Input should be", "must be")
@@ -261,9 +265,14 @@ def _section(path: Sequence[str], tree: Mapping[str, Any]) -> type[BaseModel]:
     """Return the config class of the section at a path, as determined by the kinds in the tree."""
     section: type[BaseModel] = ExperimentConfig
     node: Any = tree
+    models: list[type[BaseModel]] = []
     for part in path:
-        node = node[part]
-        models = _models(section, part)
+        if isinstance(node, list):
+            node = node[int(part)]
+        else:
+            node, models = node[part], _models(section, part)
+        if isinstance(node, list):  # the next part is a position
+            continue
         kind = node.get("kind")
         section = next(
             (m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == kind), models[0]
@@ -276,6 +285,10 @@ def _models(section: type[BaseModel], name: str) -> list[type[BaseModel]]:
     annotation = section.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, KindConfig):
         return list(annotation.kinds().values())
+    for element in get_args(annotation):
+        for metadata in getattr(element, "__metadata__", ()):
+            if isinstance(metadata, OtherKinds):  # a list of sections
+                return list(metadata.classes())
     options = [annotation, *getattr(annotation, "__args__", ())]
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 

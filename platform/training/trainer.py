@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from linflab.models.networks.base import StoredImagesConfig
 from linflab.models.networks.cost import count_parameters
+from linflab.models.networks.ensemble import EnsembleConfig
 from linflab.models.networks.layers import DistanceLayer, LpDistance, LpDistanceConv2d, SortDistance, lp_weight_decay_
 from linflab.models.networks.linf_dist import DistanceNet, InputMasks
 from linflab.models.networks.running_statistics import BATCH_NORMS, MEAN_SHIFTS, Kinds, layers_with_statistics
@@ -121,6 +122,10 @@ def check_dataset_compatibility(experiment: ExperimentConfig, dataset: Dataset) 
             that a setting requires.
     """
     info = dataset.info
+    if isinstance(experiment.model, EnsembleConfig):
+        raise InputError(
+            "model.kind=ensemble: is not trained; train its members, and average them with `linflab ensemble RUN RUN`"
+        )
     try:
         with torch.device("meta"):
             std = info.select_std(experiment.model.uses_channel_std)

@@ -238,8 +238,9 @@ def test_group_sort_rounding_bounds_the_error(seed: int, depth: int, scale: floa
     net = build_group_sort_net(seed, depth, 6, scale, std)
     images = torch.cat([torch.rand(2, 1, 5, 5), torch.rand(2, 1, 5, 5).round()])
     with torch.no_grad():
-        error, factor = lipschitz_rounding(net)
+        error, factor, largest = lipschitz_rounding(net)
         computed, norm = net(images).tolist(), Fraction(1)
+        assert max(abs(z) for row in computed for z in row) <= largest
         for row, exact in zip(computed, compute_exact_logits(net, images), strict=True):
             assert all(abs(Fraction(z) - e) <= Fraction(error) for z, e in zip(row, exact, strict=True))
         for layer in net.layers:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box, all_finite, max_magnitude, one_point
-from linflab.models.robustness.bounds.rounding import strict_float32
+from linflab.models.robustness.bounds.rounding import gamma, strict_float32
 from linflab.models.robustness.bounds.rules import has_rule, propagate_layer
 from linflab.models.robustness.bounds.steps import Add, Concat, Trace, TraceStep
 from linflab.models.robustness.bounds.tracing import trace
+from linflab.models.robustness.bounds.weighted_sum import WeightedSum, split_sum
 from linflab.models.robustness.inputs import check_box, check_classes, check_labels, check_network, check_precision
 
 TRACE_TOLERANCE = 1e-5  # relative, on outputs; detects half precision inside the network
+ROOM = 1.2  # factor of an error bound for its own rounding
 MAX_TABLE_ELEMENTS = 2**24  # memory limit for differences of weight rows
 
 
@@ -60,7 +62,8 @@ def ibp_logit_differences(network: nn.Module, box: Box, labels: Tensor, sound: b
     """Return upper bounds M (B, K) of z_j - z_y over a box of images, -inf at the true class y.
 
     If all M_j < 0, every image in the box has the true class. A final linear layer is merged with the
-    differences: bounding rows w_j - w_y is tighter than bounding the logits separately.
+    differences: bounding rows w_j - w_y is tighter than bounding the logits separately. If the logits are a sum with
+    positive weights, as in ensembles, the bound is the sum of the parts' own bounds with the same weights.
 
     Args:
         network: Network in evaluation mode.
@@ -92,17 +95,50 @@ def ibp_margins(traced: Trace, box: Box, labels: Tensor, sound: bool = True) -> 
     """
     boxes = propagate_bounds(traced, box, sound)
     check_classes(boxes[traced.output].lower.shape[1:], labels)
-    last = final_linear_step(traced)
-    if last is not None:
-        differences = final_layer_logit_differences(last.layer, boxes[last.inputs[0]], labels, sound)
+    logits = split_sum(traced)
+    if logits.roundings:
+        differences = _sum_differences(traced, logits, boxes, labels, sound)
     else:
-        lower, upper = boxes[traced.output]
-        differences = upper - lower.gather(1, labels[:, None])
-        if sound:  # the difference is rounded
-            differences = torch.nextafter(differences, torch.full_like(differences, math.inf))
+        differences = _value_differences(traced, traced.output, boxes, labels, sound)
     if sound:
         differences = differences.masked_fill(~all_finite(boxes)[:, None], math.inf)
     return differences.scatter(1, labels[:, None], -math.inf)
+
+
+def _value_differences(traced: Trace, name: str, boxes: Mapping[str, Box], labels: Tensor, sound: bool) -> Tensor:
+    """Return upper bounds (B, K) of v_j - v_y of a value v (B, K) of the network; column y is unspecified."""
+    last = linear_step(traced, name)
+    if last is not None:
+        return final_layer_logit_differences(last.layer, boxes[last.inputs[0]], labels, sound)
+    lower, upper = boxes[name]
+    differences = upper - lower.gather(1, labels[:, None])
+    if sound:  # the difference is rounded
+        differences = torch.nextafter(differences, torch.full_like(differences, math.inf))
+    return differences
+
+
+def _sum_differences(
+    traced: Trace, logits: WeightedSum, boxes: Mapping[str, Box], labels: Tensor, sound: bool
+) -> Tensor:
+    """Return upper bounds (B, K) of z_j - z_y of logits that are a weighted sum of values; column y is unspecified.
+
+    A sound bound allows for the rounding of both logits, and for that of its own sum. Each is relative to the sum of
+    the magnitudes, by at most gamma(R), with R = `logits.roundings`; underflow is added. `ROOM` covers the rounding of
+    the error itself. The box of the logits, which includes their rounding, is a bound too.
+    """
+    index = labels[:, None]
+    parts = [
+        (weight, _value_differences(traced, name, boxes, labels, sound).scatter(1, index, 0.0))
+        for name, weight in logits.parts
+    ]
+    total = torch.stack([weight * part for weight, part in parts]).sum(dim=0)
+    if not sound:
+        return total
+    magnitudes = torch.stack([weight * max_magnitude(boxes[name]) for name, weight in logits.parts]).sum(dim=0)
+    magnitudes = magnitudes + magnitudes.gather(1, index)
+    magnitudes = magnitudes + torch.stack([weight * part.abs() for weight, part in parts]).sum(dim=0)
+    error = ROOM * (gamma(logits.roundings, total.dtype) * magnitudes + 3 * logits.underflow)
+    return torch.minimum(total + error, _value_differences(traced, traced.output, boxes, labels, sound))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -117,17 +153,26 @@ def logit_difference_ranges(traced: Trace, boxes: Mapping[str, Box], labels: Ten
         boxes: Boxes of all its values, by name.
         labels: (B,) true classes y.
     """
-    last = final_linear_step(traced)
+    ranges = [(weight, *_value_ranges(traced, name, boxes, labels)) for name, weight in split_sum(traced).parts]
+    if len(ranges) == 1 and ranges[0][0] == 1:
+        return ranges[0][1:]
+    center = torch.stack([weight * center for weight, center, _ in ranges]).sum(dim=0)
+    return center, torch.stack([weight * radius for weight, _, radius in ranges]).sum(dim=0)
+
+
+def _value_ranges(traced: Trace, name: str, boxes: Mapping[str, Box], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centers and radii (B, K) of the ranges of v_j - v_y of a value v (B, K) of the network."""
+    last = linear_step(traced, name)
     if last is not None:
         return _final_layer_ranges(last.layer, boxes[last.inputs[0]], labels)
-    lower, upper = boxes[traced.output]
+    lower, upper = boxes[name]
     center, radius = (lower + upper) / 2, (upper - lower) / 2
     return center - center.gather(1, labels[:, None]), radius + radius.gather(1, labels[:, None])
 
 
-def final_linear_step(traced: Trace) -> TraceStep | None:
-    """Return the step that computes the outputs if its layer is linear, else None."""
-    last = next((step for step in traced.steps if step.output == traced.output), None)
+def linear_step(traced: Trace, name: str) -> TraceStep | None:
+    """Return the step that computes a value if its layer is linear, else None."""
+    last = next((step for step in traced.steps if step.output == name), None)
     return last if last is not None and isinstance(last.layer, nn.Linear) else None
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linflab.models.networks.ensemble import LipschitzEnsemble
 from linflab.models.networks.group_sort import GroupSortNet
 from linflab.models.networks.layers import DistanceLayer, GroupSort, L1ProjectedLinear, SortDistance
 from linflab.models.networks.linf_dist import LinfDistNet
@@ -26,10 +27,12 @@ class LipschitzRounding(NamedTuple):
         logit_rounding_error: E, the largest error of a logit, for images in [0, 1], against real arithmetic on the
             computed weights.
         excess: Largest ratio of the Lipschitz constant of the computed weights to that of the network.
+        largest_logit: Largest magnitude of a computed logit, for images in [0, 1].
     """
 
     logit_rounding_error: float
     excess: float
+    largest_logit: float
 
 
 def lipschitz_rounding(network: nn.Module) -> LipschitzRounding:
@@ -47,17 +50,40 @@ def lipschitz_rounding(network: nn.Module) -> LipschitzRounding:
                 "the computation; remove them"
             )
     if type(network) is LinfDistNet:
-        return LipschitzRounding(_distance_error(network), _distance_excess(network))
+        error, largest_logit = _distance_error(network)
+        return LipschitzRounding(error, _distance_excess(network), largest_logit)
     if type(network) is GroupSortNet:
         return _group_sort_rounding(network)
+    if type(network) is LipschitzEnsemble:
+        return _ensemble_rounding(network)
     raise TypeError(
         f"sound=True: {type(network).__name__} is not supported by certifier=lipschitz, since its rounding has no "
         "known bound; use certifier=ibp if its layers have rules, or sound=False for a certificate in real arithmetic"
     )
 
 
-def _distance_error(network: LinfDistNet) -> float:
-    """Return the error bound E of every logit.
+def _ensemble_rounding(network: LipschitzEnsemble) -> LipschitzRounding:
+    """Bound the rounding of the weighted mean of K logits, which has K products with rounded shares, and K - 1 sums.
+
+    The mean passes on the mean of the members' errors. Its own rounding is relative to the mean of their magnitudes, by
+    gamma(K + 1) in any order of summation. Products can underflow. The excess is at most the largest of the members,
+    and includes the rounding of the shares and of the mean of the constants in float64.
+    """
+    members = [lipschitz_rounding(member) for member in network.members]
+    count = len(members)
+    largest = network.mean_over_members(member.largest_logit for member in members)
+    error = network.mean_over_members(member.logit_rounding_error for member in members)
+    error += ROOM * (gamma(count + 1, _dtype(network)) * largest + count * UNDERFLOW_SLACK)
+    excess = max(member.excess for member in members) * (1 + gamma(count + 8, torch.float64))
+    return LipschitzRounding(error * (1 + gamma(count + 8, torch.float64)), excess, ROOM * largest)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _distance_error(network: LinfDistNet) -> tuple[float, float]:
+    """Return the error bound E of every logit, and the largest magnitude of a computed logit.
 
     Each layer is 1-Lipschitz, so it passes on errors of its inputs unchanged. The rounding errors of the layer itself
     are added. They are relative to magnitudes, which are bounded by the largest inputs and weights. A distance has one
@@ -86,7 +112,7 @@ def _distance_error(network: LinfDistNet) -> float:
         shift = shift.detach().double()
         size = torch.maximum(shift.abs(), (distances - shift).abs()).max().item()
         error += u * size
-    return ROOM * error
+    return ROOM * error, size + ROOM * error
 
 
 def _distance_excess(network: LinfDistNet) -> float:
@@ -140,4 +166,6 @@ def _group_sort_rounding(network: GroupSortNet) -> LipschitzRounding:
                 f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
                 "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
             )
-    return LipschitzRounding(ROOM * error.max().item(), excess)
+    largest_error = ROOM * error.max().item()
+    largest_logit = ROOM * torch.maximum(lower.abs(), upper.abs()).max().item() + largest_error
+    return LipschitzRounding(largest_error, excess, largest_logit)

@@ -11,7 +11,7 @@ from linflab.models.registry import Kind
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box, all_finite, max_magnitude
 from linflab.models.robustness.bounds.coefficients import DenseCoefficients
-from linflab.models.robustness.bounds.ibp import final_linear_step, propagate_bounds
+from linflab.models.robustness.bounds.ibp import linear_step, propagate_bounds
 from linflab.models.robustness.bounds.linear_bounds import MAX_COEFFICIENTS, LinearBounds
 from linflab.models.robustness.bounds.pooling import is_max_pooling
 from linflab.models.robustness.bounds.relaxations import FLOAT64_SLACK, has_relaxation
@@ -58,7 +58,7 @@ class IBPOutputBound(OutputBound):
         other half covers the float64 errors of this method, as in `linear_bounds`.
         """
         boxes = propagate_bounds(traced, box, self.sound)
-        last = final_linear_step(traced)
+        last = linear_step(traced, traced.output)
         if last is None:
             values = Box(*(bound.double() for bound in boxes[traced.output]))
             weight, offset = functions, functions.new_zeros(len(functions))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linflab.models.networks import NetworkConfig
+from linflab.models.networks import Ensemble, NetworkConfig
 from linflab.models.networks.linf_dist import DistanceNet
 from linflab.models.networks.sort_net import sample_masks
 from linflab.models.robustness.bounds.boxes import Box
@@ -15,6 +15,8 @@ from linflab.models.robustness.bounds.boxes import Box
 SHAPE, CLASSES, MEAN, STD = (2, 6, 6), 4, (0.4, 0.5), 0.4
 MLP = {"kind": "linf_dist_mlp", "depth": 3, "width": 14, "initialization": "normal"}
 CONV = {"kind": "linf_dist_conv_net", "width": 3, "hidden_size": 12, "initialization": "normal"}
+GROUP_SORT = {"kind": "group_sort", "depth": 3, "width": 14}
+RELU = {"kind": "conv_net", "size": "strided"}
 SORT = {"kind": "sort_net", "depth": 3, "width": 14, "q": 0.6}
 # Small settings for the shipped kinds; other kinds are tested with their defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -24,6 +26,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linf_dist_hybrid": [{"backbone": net, "hidden_size": 8} for net in (MLP, CONV, SORT)],
     "l_inf_nearest": [{"samples": 12}],
     "group_sort": [{"depth": 3, "width": 14}],
+    "ensemble": [{"members": list(nets)} for nets in ((MLP, MLP), (MLP, GROUP_SORT, CONV), (SORT, RELU))],
     "conv_net": [{"size": "strided", "batch_norm": True}],
     "cnn7": [{"width": 2, "hidden_size": 10}],
     "wide_resnet": [{"widen_factor": 1}],
@@ -34,14 +37,16 @@ LARGE_KINDS = ("resnext", "dense_net", "wide_resnet")  # bounds take seconds, an
 def list_network_configs() -> list[Any]:
     """Return the network configurations to test, as pytest parameters."""
     return [
-        pytest.param(cls.model_validate({**settings, "kind": kind}), id="-".join([kind, *_backbone_kinds(settings)]))
+        pytest.param(cls.model_validate({**settings, "kind": kind}), id="-".join([kind, *_inner_kinds(settings)]))
         for kind, cls in NetworkConfig.registry.items()
         for settings in SETTINGS.get(kind, [{}])
     ]
 
 
-def _backbone_kinds(settings: dict[str, Any]) -> list[str]:
-    return [settings["backbone"]["kind"]] if "backbone" in settings else []
+def _inner_kinds(settings: dict[str, Any]) -> list[str]:
+    """Return the kinds of the networks that a network contains."""
+    inner = [settings["backbone"]] if "backbone" in settings else settings.get("members", [])
+    return [network["kind"] for network in inner]
 
 
 def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
@@ -50,10 +55,11 @@ def build_network(config: NetworkConfig, seed: int = 0) -> nn.Module:
     network = config.build(SHAPE, CLASSES, MEAN, STD)
     images = torch.rand(16, *SHAPE)
     for _ in range(3):
-        if isinstance(network, DistanceNet):
-            network(images, math.inf, sample_masks(network, 16, 1, torch.Generator().manual_seed(seed)))
-        else:
-            network(images)
+        for part in network.members if isinstance(network, Ensemble) else [network]:
+            if isinstance(part, DistanceNet):
+                part(images, math.inf, sample_masks(part, 16, 1, torch.Generator().manual_seed(seed)))
+            else:
+                part(images)
     return network.eval()
 
 

@@ -35,7 +35,12 @@ ATTACK = AttackConfig(
 
 SEARCHES = ("alpha_crown", "complete", "cascade")  # their radii take many optimizations
 # Searches of these networks take minutes, and others have the same layers.
-LONG_SEARCHES = ("cnn7", "linf_dist_conv_net", "linf_dist_hybrid-linf_dist_conv_net")
+LONG_SEARCHES = (
+    "cnn7",
+    "linf_dist_conv_net",
+    "linf_dist_hybrid-linf_dist_conv_net",
+    "ensemble-linf_dist_mlp-group_sort-linf_dist_conv_net",
+)
 QUICK_SEARCHES = ("complete-linf_dist_mlp", "alpha_crown-linf_dist_hybrid-linf_dist_mlp")
 
 

@@ -1,0 +1,131 @@
+"""Ensembles: the weighted mean of the logits of several networks.
+
+If logits of member k are L_k-Lipschitz in the l_inf norm of the pixel values, their mean is Lipschitz with the mean of
+the L_k under the same weights, so its margin certifies images like that of a single network. Logits of different kinds
+of networks differ in scale: distances are about 0.1, logits of ReLU networks about 10. Weights balance them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, cast
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from linflab.models.networks.base import NetworkConfig
+from linflab.models.registry import OtherKinds
+
+MAX_MEMBERS = 100
+MAX_WEIGHT_RATIO = 1e9  # a smaller weight has next to no effect on logits in float32
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class EnsembleConfig(NetworkConfig):
+    """Settings of the mean of trained networks, which is not trained itself.
+
+    All members have the same input shape and the same kind of normalization. Members cannot be ensembles.
+    """
+
+    kind: Literal["ensemble"] = Field("ensemble", description="mean of the logits of trained networks")
+    members: Annotated[
+        tuple[Annotated[NetworkConfig, OtherKinds(NetworkConfig, "ensemble")], ...],
+        Field(min_length=2, max_length=MAX_MEMBERS, description="networks whose logits are averaged"),
+    ]
+    weights: tuple[Weight, ...] = Field((), description="weight of each member in the mean; none: equal weights")
+    runs: tuple[str, ...] = Field((), description="ids of the runs that trained the members, in the same order")
+
+    @property
+    def is_lipschitz(self) -> bool:  # type: ignore[override]
+        """True if logits of all members are Lipschitz by construction."""
+        return all(member.is_lipschitz for member in self.members)
+
+    @property
+    def has_relu(self) -> bool:  # type: ignore[override]
+        """True if a member has ReLUs."""
+        return any(member.has_relu for member in self.members)
+
+    @property
+    def parts(self) -> tuple[NetworkConfig, ...]:
+        """Networks whose logits are averaged."""
+        return self.members
+
+    @property
+    def uses_channel_std(self) -> bool:
+        """True if `build` takes one standard deviation per channel as `std`, as all members do."""
+        return all(member.uses_channel_std for member in self.members)
+
+    def check(self) -> None:
+        """Check the members, their weights, and that they normalize images in the same way.
+
+        Raises:
+            ValueError: If settings of a member are incompatible, only some members normalize each channel by its own
+                standard deviation, or weights are missing for some members or differ too much.
+        """
+        if self.weights and len(self.weights) != len(self.members):
+            raise ValueError(
+                f"model.weights={_format(self.weights)}: must be one number for each of the {len(self.members)} "
+                "members; give one each, or none for equal weights"
+            )
+        if self.weights and max(self.weights) / min(self.weights) > MAX_WEIGHT_RATIO:
+            raise ValueError(
+                f"model.weights={_format(self.weights)}: differ by more than a factor of {MAX_WEIGHT_RATIO:g}; use "
+                "weights of similar size, or leave out the member with the smallest one"
+            )
+        for member in self.members:
+            member.check()
+        if len({member.uses_channel_std for member in self.members}) > 1:
+            raise ValueError(
+                "model.members: only some have per_channel_std=true; use networks that normalize images in the same way"
+            )
+
+    def build(
+        self, input_shape: Sequence[int], classes: int, mean: Sequence[float] = (0.0,), std: float = 1.0
+    ) -> "Ensemble":
+        """Return the network for images (C, H, W) with pixel values in [0, 1]; see `NetworkConfig.build`."""
+        cls = LipschitzEnsemble if self.is_lipschitz else Ensemble
+        return cls([member.build(input_shape, classes, mean, std) for member in self.members], self.weights)
+
+
+class Ensemble(nn.Module):
+    """Weighted mean of the logits of networks, from images (B, C, H, W) to logits (B, classes).
+
+    Args:
+        members: Networks for the same images and classes.
+        weights: Positive weight of each member, of any sum; none: equal weights.
+
+    Attributes:
+        shares: Weights, divided by their sum.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        weights = weights or [1.0] * len(members)
+        total = math.fsum(weights)
+        self.shares = tuple(weight / total for _, weight in zip(members, weights, strict=True))
+
+    def mean_over_members(self, values: Iterable[float]) -> float:
+        """Return the weighted mean of one value per member."""
+        return math.fsum(share * value for share, value in zip(self.shares, values, strict=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return mean logits (B, classes) of images (B, C, H, W)."""
+        first, *others = (share * member(images) for share, member in zip(self.shares, self.members, strict=True))
+        total = first
+        for part in others:
+            total = total + part
+        return total
+
+
+class LipschitzEnsemble(Ensemble):
+    """Mean of the logits of networks that are Lipschitz by construction, each with a `lipschitz_constant`."""
+
+    @property
+    def lipschitz_constant(self) -> float:
+        """Lipschitz constant of every logit in the l_inf norm of the pixel values: the mean of the members' ones."""
+        return self.mean_over_members(cast(float, member.lipschitz_constant) for member in self.members)
+
+
+def _format(weights: Sequence[float]) -> str:
+    return ",".join(f"{weight:g}" for weight in weights)
