@@ -18,7 +18,7 @@ from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
 from linflab.models.robustness.bounds.boxes import Box, all_finite, ball_box, one_point
 from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound, SearchResult
 from linflab.models.robustness.bounds.input_splitting import is_proven, is_undecided, margins_of_box, split_inputs
-from linflab.models.robustness.bounds.reduction import Reduction
+from linflab.models.robustness.bounds.reduction import Reduction, ReductionTooLargeError
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.steps import Trace
 from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier, AlphaCROWNSettings
@@ -68,7 +68,8 @@ class CompleteCertifier(TracingCertifier):
     """Certifier by branch and bound, with an attack first; decides each image unless its time runs out.
 
     Neurons are split (see `branch_and_bound`) if every layer is affine, an activation, or a maximum such as an l_inf
-    distance. Other networks, such as SortNet, are split at their inputs (see `input_splitting`).
+    distance. Networks with other layers, such as SortNet, or with too many neurons for memory are split at their inputs
+    (see `input_splitting`).
 
     The time limit applies to the search for each image. The search for a certified radius starts from the radius of
     alpha-CROWN, which has no limit, and never returns less.
@@ -138,9 +139,9 @@ class CompleteCertifier(TracingCertifier):
 
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
         radii = self._radii_without_splits(images, labels)
-        for k, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
-            if radii[k] >= 0:
-                radii[k] = self._extend_radius(image, label, float(radii[k]))
+        for k in (radii >= 0).nonzero()[:, 0].tolist():
+            one = slice(k, k + 1)
+            radii[k] = self._extend_radius(images[one], labels[one], float(radii[k]))
         return radii
 
     def _radii_without_splits(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -229,8 +230,11 @@ class CompleteCertifier(TracingCertifier):
         boxes = tight_boxes(traced, box, self.sound)
         if not bool(all_finite(boxes)):
             return SearchResult("unknown", None, 0)
-        reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, True, is_over)
-        if reduction.sources != [traced.input]:
+        try:
+            reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, True, is_over)
+        except ReductionTooLargeError:
+            reduction = None
+        if reduction is None or reduction.sources != [traced.input]:
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)
         functions, others = reduction.logit_difference_rows(label)
