@@ -7,10 +7,10 @@ from contextlib import contextmanager
 EXTRAS = {
     "platform": {
         "PIL", "matplotlib", "mlflow", "optuna", "packaging", "pandas", "psutil", "requests", "rich",
-        "sklearn", "sqlalchemy", "tabulate", "torchvision", "typer",
+        "safetensors", "sklearn", "sqlalchemy", "tabulate", "torchvision", "typer",
     },
     "cluster": {"cmaes", "grpc", "ray"},
-    "exchange": {"onnx", "safetensors"},
+    "exchange": {"onnx"},
     "hub": {"huggingface_hub"},
 }  # fmt: skip
 

@@ -1,14 +1,18 @@
-"""Writes the measured results into README.md and docs/results/measured.md, and draws the README's figure.
+"""Writes measured results into README.md and docs/, and draws the README's figure.
 
-Run it with `make readme`, after a change of reports/papers/measured.jsonl.
+Run it with `make readme`, after a change of reports/papers/measured.jsonl or of shipped networks.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
+import yaml
 from method_pages import measured_table, method_of
 from reference import markdown_table
 
+from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from linflab.platform.pretrained import PREFIX, PRETRAINED_DIR, pretrained_names
 from linflab.reports.comparison import Group, quoted_rows_of
 from linflab.reports.figures import save_figure
 from linflab.reports.front import front_figure
@@ -37,6 +41,20 @@ def readme_rows() -> str:
     return markdown_table(("Dataset", "Method", *COLUMNS, "Published, larger nets"), rows)
 
 
+def pretrained_rows() -> str:
+    """Return the shipped networks: name, method, size and accuracies."""
+    rows = []
+    for name in pretrained_names():
+        folder = PRETRAINED_DIR / name
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        accuracies = (f"{100 * manifest[key]:.2f}" for key in ("clean", "robust", "certified"))
+        size = (folder / WEIGHTS_FILE).stat().st_size
+        method = yaml.safe_load((folder / "config.yaml").read_text())["method"]
+        rows.append((f"`{PREFIX}{name}`", method, f"{manifest['eps']:g}", *accuracies, manifest["certifier"],
+                     f"{size / 1000:.0f} kB"))  # fmt: skip
+    return markdown_table(("Name", "Method", "eps", "Clean", "Robust", "Certified", "Certifier", "Size"), rows)
+
+
 def replace_marked(text: str, content: str) -> str:
     """Replace what is between the markers of a text."""
     before, _, rest = text.partition(START)
@@ -57,10 +75,11 @@ def _best_published(row: Row) -> str:
 
 
 def main() -> None:
-    """Write both files and the figure."""
+    """Write all files and the figure."""
     for path, content in (
         (ROOT / "README.md", readme_rows()),
         (ROOT / "docs" / "results" / "measured.md", to_markdown(measured_table())),
+        (ROOT / "docs" / "how-to" / "export.md", pretrained_rows()),
     ):
         path.write_text(replace_marked(path.read_text(), content))
     draw_front(ROOT / "docs" / "images")

@@ -110,7 +110,8 @@ def load(run_id_or_path: str | os.PathLike[str], storage: str | os.PathLike[str]
 
     Args:
         run_id_or_path: Run id, prefix of a run id, run name, path of a weights file, path or https URL of a folder of
-            `linflab export --format safetensors`, or `hf://OWNER/NAME` for a repository of the Hugging Face Hub.
+            `linflab export --format safetensors`, `hf://OWNER/NAME` for a repository of the Hugging Face Hub, or
+            `pretrained:NAME` for a network that is shipped with linflab.
         storage: Storage directory of the run.
 
     Returns:

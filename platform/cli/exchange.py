@@ -32,6 +32,9 @@ def export(
     eps: Annotated[
         str, typer.Option(help="Radius of the properties, for pixel values in [0, 1]; default: eps of the run")
     ] = "",
+    float16: Annotated[
+        bool, typer.Option("--float16", help="Round weights to float16, and evaluate again; requires safetensors")
+    ] = False,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
 ) -> None:
     """Export a trained network for other tools, with an example and a manifest of hashes and results.
@@ -41,13 +44,15 @@ def export(
     """
     if format != "vnnlib" and (images or eps):
         raise InputError(f"format={format}: has no properties; use --format vnnlib, or neither --images nor --eps")
+    if float16 and format != "safetensors":
+        raise InputError(f"format={format}: has float32 weights; use --format safetensors, or leave out --float16")
     radii = parse_eps_list(eps)
     if len(radii) > 1:
         raise InputError(f"eps={eps}: must be one number from 0 to 1; export each eps to a directory of its own")
     from linflab.platform.results.export import PropertyImages, export_network
 
     chosen = PropertyImages(_parse_images(images), radii[0] if radii else None)
-    print_files(export_network(run_or_weights, storage_dir, format, output_dir, chosen), "Files:")
+    print_files(export_network(run_or_weights, storage_dir, format, output_dir, chosen, float16), "Files:")
 
 
 def push(

@@ -15,19 +15,23 @@ from linflab.platform.files import open_regular
 
 
 @naming_extras()
-def to_safetensors(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
+def to_safetensors(network: nn.Module, metadata: Mapping[str, str], float16: bool = False) -> bytes:
     """Return the parameters and buffers of a network in the safetensors format.
 
     Args:
         network: The network.
         metadata: Texts by name, stored in the header of the file.
+        float16: Store floating-point tensors in float16.
 
     Raises:
         ModuleNotFoundError: If `safetensors` is not installed; the message has the command that installs it.
     """
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        dtype = torch.float16 if float16 and tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     return save(tensors, dict(metadata))
 
 

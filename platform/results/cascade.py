@@ -17,7 +17,7 @@ import torch
 
 from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
-from linflab.platform.data.datasets import Dataset, Split, SplitName, load_dataset
+from linflab.platform.data.datasets import Split, SplitName
 from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.files import open_regular
 from linflab.platform.host import configure_process
@@ -28,7 +28,7 @@ from linflab.platform.source import linflab_version
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
-from linflab.platform.training.weights import Weights, load_weights
+from linflab.platform.training.weights import load_matching_dataset, load_weights
 from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.intervals import proportion_interval
@@ -264,23 +264,6 @@ def _hash_images(split: Split) -> str:
     for part in (split.images, split.labels):
         digest.update(part[split.indices].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def load_matching_dataset(weights: Weights) -> Dataset:
-    """Return the dataset of a run, whose images must be like those of training.
-
-    Raises:
-        InputError: If they are not.
-    """
-    experiment = weights.experiment
-    dataset = load_dataset(experiment.dataset, experiment.augmentation)
-    form, expected = (dataset.info.input_shape, dataset.info.classes), (weights.image_shape, weights.info.classes)
-    if form != expected:
-        raise InputError(
-            f"dataset={experiment.dataset}: must have images of shape {expected[0]} and {expected[1]} classes, like "
-            f"the training data of the network, not {form[0]} and {form[1]}; use the dataset of the training run"
-        )
-    return dataset
 
 
 def save_result(folder: Path, result: CascadeResult, store: VerdictStore) -> list[Path]:

@@ -13,7 +13,6 @@ import torch
 from mlflow.exceptions import MlflowException
 
 from linflab.platform.config.overrides import build_config, parse_override
-from linflab.platform.data.datasets import load_dataset
 from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
@@ -29,7 +28,7 @@ from linflab.platform.training.evaluation import (
     evaluation_spec,
     sort_by_position,
 )
-from linflab.platform.training.weights import load_weights
+from linflab.platform.training.weights import load_matching_dataset, load_weights
 from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.outputs import write_columns, write_text_atomic
@@ -111,14 +110,7 @@ def evaluate_weights(
     spec = evaluation_spec(experiment, network, with_attacks)
     eps_values = tuple(dict.fromkeys(eps)) or spec.eps
     spec = dataclasses.replace(spec, eps=eps_values, radii=radii, rounding_cost=True)
-    dataset = load_dataset(experiment.dataset, experiment.augmentation)
-    info, network_form = dataset.info, (weights.image_shape, weights.info.classes)
-    if (info.input_shape, info.classes) != network_form:
-        raise InputError(
-            f"dataset={experiment.dataset}: must have images of shape {network_form[0]} and {network_form[1]} classes, "
-            f"like the training data of the network, not {info.input_shape} and {info.classes}; use the dataset of the "
-            "training run"
-        )
+    dataset = load_matching_dataset(weights)
     batch_size = experiment.evaluation.batch_size
     batch_results: list[BatchResult] = []
 

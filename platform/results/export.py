@@ -14,7 +14,6 @@ from torch import Tensor
 
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.platform.data.datasets import load_dataset
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.folder import check_folder, write_folder
 from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
@@ -26,7 +25,8 @@ from linflab.platform.results.load import find_weights
 from linflab.platform.source import git_commit
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.storage import Storage
-from linflab.platform.training.weights import Weights, describe_dataset, load_weights
+from linflab.platform.training.evaluation import evaluate, evaluation_spec
+from linflab.platform.training.weights import Weights, describe_dataset, load_matching_dataset, load_weights
 from linflab.reports import schema
 from linflab.reports.records import read_run
 
@@ -50,7 +50,12 @@ class PropertyImages:
 
 
 def export_network(
-    run_or_weights: str, storage_dir: Path, format: ExportFormat, output_dir: Path, images: PropertyImages
+    run_or_weights: str,
+    storage_dir: Path,
+    format: ExportFormat,
+    output_dir: Path,
+    images: PropertyImages,
+    float16: bool = False,
 ) -> list[Path]:
     """Write a trained network to a folder, with an example input and output and a manifest.
 
@@ -60,6 +65,8 @@ def export_network(
         format: `onnx`, `torchscript`, `safetensors`, or `vnnlib`: ONNX with robustness properties.
         output_dir: New or empty folder.
         images: Test images of the properties; ignored by the other formats.
+        float16: Round the tensors of a safetensors file to float16. The rounded network, which computes in float32, is
+            evaluated on the test set with the settings of its run, and the manifest has its results.
 
     Returns:
         Paths of the files.
@@ -72,6 +79,7 @@ def export_network(
     check_folder(output_dir)
     path, storage, run = find_weights(run_or_weights, storage_dir)
     weights = load_weights(path)
+    results = _round_to_float16(weights) if float16 else {}
     files = _example_files(weights)
     properties: list[dict[str, Any]] = []
     if format == "safetensors":
@@ -82,7 +90,7 @@ def export_network(
             "input_shape": list(weights.image_shape),
             "dataset": describe_dataset(weights.experiment.dataset, weights.info),
         }
-        files[WEIGHTS_FILE] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)})
+        files[WEIGHTS_FILE] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)}, float16)
     else:
         model = build_onnx(weights.network, weights.image_shape).SerializeToString()
         if format == "torchscript":
@@ -92,12 +100,40 @@ def export_network(
         if format == "vnnlib":
             property_files, properties = _property_files(weights, images)
             files |= property_files
-    manifest = _manifest(weights, storage, run) | {"format": format, "properties": properties}
+    manifest = _manifest(weights, storage, run) | {"format": format, "properties": properties, "float16": float16}
+    manifest |= results
     manifest["files"] = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()
     }
     files[MANIFEST_FILE] = (json.dumps(manifest, indent=1) + "\n").encode()
     return write_folder(output_dir, files)
+
+
+def _round_to_float16(weights: Weights) -> dict[str, Any]:
+    """Round the tensors of a network to float16, in place, and return its results on the test set.
+
+    Raises:
+        InputError: If the test set is not found, a tensor exceeds float16, or a certified image is attacked
+            successfully.
+    """
+    experiment, network = weights.experiment, weights.network
+    test = load_matching_dataset(weights).test
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
+                if not bool(tensor.isfinite().all()):
+                    raise InputError(f"float16: {name} has values above 65504; export without --float16")
+    spec = evaluation_spec(experiment, network, with_attacks=True)
+    (accuracies,) = evaluate(network, test, spec, experiment.evaluation.batch_size)
+    if violations := accuracies.certificate_violations:
+        raise InputError(f"float16: attacks succeeded on {violations} certified images; export without --float16")
+    return {
+        "clean": accuracies.clean,
+        "robust": accuracies.robust,
+        "certified": accuracies.certified,
+        "certifier": spec.certificate,
+    }
 
 
 def _example_files(weights: Weights) -> dict[str, bytes]:
@@ -123,18 +159,13 @@ def _property_files(weights: Weights, images: PropertyImages) -> tuple[dict[str,
     """
     experiment = weights.experiment
     eps = experiment.eps if images.eps is None else images.eps
-    test = load_dataset(experiment.dataset, experiment.augmentation).test
+    test = load_matching_dataset(weights).test
     if not images.positions or max(images.positions) >= len(test):
         raise InputError(
             f"images={max(images.positions, default='')}: must be positions in the test set of {experiment.dataset}, "
             f"from 0 to {len(test) - 1}; use --images 0,1,2 or a number of images"
         )
     batch, labels = test.batch(torch.tensor(images.positions))
-    if tuple(batch.shape[1:]) != weights.image_shape or int(labels.max()) >= weights.info.classes:
-        raise InputError(
-            f"dataset={experiment.dataset}: must have images of shape {weights.image_shape} in {weights.info.classes} "
-            "classes, like the training data of the network; use the dataset of the training run"
-        )
     with torch.no_grad(), strict_float32():
         predictions = weights.network(batch).argmax(dim=1).tolist()
     box = perturbation_box(batch, eps)

@@ -8,6 +8,7 @@ from mlflow.exceptions import MlflowException
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from linflab.platform.files import exists
+from linflab.platform.pretrained import PREFIX, pretrained_weights
 from linflab.platform.results.sharing import fetch_weights, is_remote
 from linflab.platform.tracking.mlflow import client_of, wrap_errors
 from linflab.platform.tracking.storage import Storage
@@ -17,10 +18,11 @@ from linflab.reports.records import read_run, read_runs
 
 
 def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage | None, str]:
-    """Find weights by path, URL, repository, run name, or prefix of a run id.
+    """Find weights by path, URL, repository, name of a shipped network, run name, or prefix of a run id.
 
     Args:
-        run_or_weights: Path of a weights file or exported folder, URL of such a folder, `hf://OWNER/NAME`, name or id.
+        run_or_weights: Path of a weights file or exported folder, URL of such a folder, `hf://OWNER/NAME`,
+            `pretrained:NAME` for a shipped network, run name or id.
         storage_dir: Storage directory.
 
     Returns:
@@ -29,6 +31,8 @@ def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage 
     Raises:
         InputError: If there is no such file or run, the run has no weights, or a download fails.
     """
+    if run_or_weights.startswith(PREFIX):
+        return pretrained_weights(run_or_weights), None, ""
     if is_remote(run_or_weights):
         return fetch_weights(run_or_weights), None, ""
     path = Path(run_or_weights)

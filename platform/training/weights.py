@@ -14,7 +14,7 @@ from torch import nn
 from linflab.models.networks.layers import Normalize
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
-from linflab.platform.data.datasets import MAX_CLASSES, dataset_info
+from linflab.platform.data.datasets import MAX_CLASSES, Dataset, dataset_info, load_dataset
 from linflab.platform.data.info import DatasetInfo
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.manifest import verify_file
@@ -182,3 +182,20 @@ def image_shape(experiment: ExperimentConfig, info: DatasetInfo) -> tuple[int, i
     """Return the shape (C, H, W) of the network's input images, after augmentation."""
     channels, height, width = info.input_shape
     return (channels, *experiment.augmentation.output_size(height, width))
+
+
+def load_matching_dataset(weights: Weights) -> Dataset:
+    """Return the dataset of a run, whose images must be like those of training.
+
+    Raises:
+        InputError: If they are not.
+    """
+    experiment = weights.experiment
+    dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    form, expected = (dataset.info.input_shape, dataset.info.classes), (weights.image_shape, weights.info.classes)
+    if form != expected:
+        raise InputError(
+            f"dataset={experiment.dataset}: must have images of shape {expected[0]} and {expected[1]} classes, like "
+            f"the training data of the network, not {form[0]} and {form[1]}; use the dataset of the training run"
+        )
+    return dataset

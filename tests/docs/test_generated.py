@@ -1,6 +1,7 @@
 """Modules in docs/generate/: the reference pages, formulas, import picture and the checks of the built site."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ check_site, hooks, imports_figure = map(load_generator, ("check_site", "hooks", 
 readme, reference, settings_reference = map(load_generator, ("readme", "reference", "settings_reference"))
 
 
-def test_readme_shows_the_measured_rows() -> None:
+@pytest.mark.parametrize(
+    ("page", "rows"), [("README.md", readme.readme_rows), ("docs/how-to/export.md", readme.pretrained_rows)]
+)
+def test_pages_show_the_measured_rows(page: str, rows: Callable[[], str]) -> None:
     """`make readme` writes them."""
-    shown = (ROOT / "README.md").read_text().split(readme.START)[1].split(readme.END)[0]
-    assert shown == readme.readme_rows()
+    shown = (ROOT / page).read_text().split(readme.START)[1].split(readme.END)[0]
+    assert shown == rows()
 
 
 def test_every_setting_is_in_the_reference() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linflab.models.robustness.attacks import AttackConfig, robust_under_attack
+from linflab.models.robustness.bounds import reduction
 from linflab.models.robustness.bounds.alpha_crown import tight_boxes
 from linflab.models.robustness.bounds.boxes import perturbation_box
 from linflab.models.robustness.bounds.ibp import propagate_bounds, trace_and_check
@@ -22,6 +23,7 @@ from linflab.models.robustness.certification import (
     AlphaCROWNCertifier,
     CompleteCertifier,
     CompleteSettings,
+    Decision,
     certify,
     make_certifier,
 )
@@ -250,6 +252,58 @@ def test_limits_end_the_search_without_a_decision() -> None:
     start = time.monotonic()
     assert make_certifier(network, "complete").decide(images, label, 1.4 * radius, start).status != "certified"
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolutional", "linf_dist"])
+@pytest.mark.parametrize("limit", [{"time_limit": 1e-6}, {"max_subproblems": 0}, {"time_limit": 0.5}])
+def test_radii_within_limits_are_at_least_those_without_splits(kind: str, limit: dict[str, float]) -> None:
+    network = build_small_network(kind, 3)
+    images, labels = find_images(network, kind, 3, 3)
+    base = "ibp" if kind == "linf_dist" else "alpha_crown"
+    expected = make_certifier(network, base).compute_radius(images, labels)
+    assert (expected > 0).all()
+    for name in ("complete", "cascade"):
+        certifier = make_certifier(network, name, **limit)
+        radii = certifier.compute_radius(images, labels)
+        assert (radii >= expected).all()
+        assert (certifier.compute_radius(images, (labels + 1) % 3) <= 0).all()
+
+
+def test_one_step_of_a_radius_leaves_time_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the exact radius, branch and bound takes all the time that it gets; smaller radii still get some."""
+    network = build_small_network("dense", 3)
+    images, labels = find_images(network, "dense", 1, 3)
+    start = make_certifier(network, "alpha_crown").compute_radius(images, labels).item()
+    limits = []
+
+    def decide_slowly(self: CompleteCertifier, image: Tensor, label: Tensor, eps: float, deadline: float) -> Decision:
+        limits.append(deadline - time.monotonic())
+        if eps < 1.1 * start:
+            return Decision("certified", None, 0.0, 0)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return Decision("unknown", None, 0.0, 0)
+
+    monkeypatch.setattr(CompleteCertifier, "_decide", decide_slowly)
+    begin = time.monotonic()
+    radius = CompleteCertifier(network, True, CompleteSettings(time_limit=3)).compute_radius(images, labels).item()
+    assert 1.05 * start < radius < 1.1 * start
+    assert time.monotonic() - begin < 20 and max(limits) < 1.5
+
+
+def test_networks_too_large_for_memory_are_still_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for branch and bound on neurons, the input is split; alpha-CROWN is then as tight as CROWN."""
+    monkeypatch.setattr(reduction, "MAX_ROWS_SIZE", 8)
+    for kind in ("dense", "linf_dist"):
+        network = build_small_network(kind, 3)
+        images, labels = find_images(network, kind, 2, 3)
+        bounds = [name for name in ("ibp", "crown") if kind == "dense" or name == "ibp"]
+        expected = torch.stack([make_certifier(network, name).compute_radius(images, labels) for name in bounds])
+        radii = make_certifier(network, "complete", time_limit=1).compute_radius(images, labels)
+        assert (radii >= expected.amax(dim=0)).all()
+        if kind == "dense":
+            assert (make_certifier(network, "alpha_crown").compute_radius(images, labels) >= expected.amax(dim=0)).all()
+        label, image, layers = int(labels[0]), images[0], describe(copy.deepcopy(network), kind)
+        assert radii[0] <= exact_radius(layers, image.double().flatten().numpy(), label) + TOLERANCE
 
 
 def test_wrong_settings_are_rejected() -> None:

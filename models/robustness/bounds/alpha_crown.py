@@ -8,7 +8,7 @@ from linflab.models.robustness.bounds.boxes import Box, all_finite
 from linflab.models.robustness.bounds.ibp import propagate_bounds, propagate_step
 from linflab.models.robustness.bounds.linear_bounds import MAX_COEFFICIENTS, LinearBounds
 from linflab.models.robustness.bounds.pooling import is_max_pooling
-from linflab.models.robustness.bounds.reduction import Reduction
+from linflab.models.robustness.bounds.reduction import Reduction, ReductionTooLargeError
 from linflab.models.robustness.bounds.relaxations import has_relaxation
 from linflab.models.robustness.bounds.steps import Trace
 
@@ -40,6 +40,8 @@ def alpha_crown_margins(
 ) -> Tensor:
     """Return upper bounds M (B, K) of z_j - z_y over a box of images, -inf at the true class y.
 
+    Bounds are inf for images whose functions exceed the memory limit (see `Reduction`).
+
     Args:
         traced: Steps of the network, one with a linear relaxation.
         box: Lower and upper bounds of images, (B, C, H, W) or (B, D), not empty.
@@ -66,7 +68,13 @@ def alpha_crown_margins(
 def _bound_margins(
     traced: Trace, boxes: dict[str, Box], labels: Tensor, steps: int, neuron_steps: int, sound: bool
 ) -> Tensor:
-    reduction = Reduction(traced, boxes, sound, neuron_steps, split_distances=False)
+    try:
+        reduction = Reduction(traced, boxes, sound, neuron_steps, split_distances=False)
+    except ReductionTooLargeError:  # only CROWN bounds such networks
+        classes = boxes[traced.output].lower.shape[1]
+        return torch.full((len(labels), classes), torch.inf, dtype=torch.float64, device=labels.device).scatter(
+            1, labels[:, None], -torch.inf
+        )
     functions, others = reduction.logit_difference_rows(labels)
     network = reduction.network
     params = network.start_params(len(network.levels), functions.constant.shape[1])

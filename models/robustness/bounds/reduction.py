@@ -26,6 +26,12 @@ from linflab.models.robustness.bounds.relaxations import has_relaxation
 from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma, unit_roundoff
 from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Add, Concat, Masking, Trace, TraceStep
 
+MAX_ROWS_SIZE = 2**27  # memory limit: coefficients in float64 of the rows of one layer, 1 GiB
+
+
+class ReductionTooLargeError(Exception):
+    """The reduced network would need too much memory."""
+
 
 class Reduction(BackwardPropagation):
     """A network, reduced over boxes of inputs.
@@ -42,6 +48,9 @@ class Reduction(BackwardPropagation):
     Attributes:
         network: Reduced network.
         sources: Names of values that are inputs of the reduced network.
+
+    Raises:
+        ReductionTooLargeError: If the rows of a layer exceed the memory limit.
     """
 
     def __init__(
@@ -76,16 +85,25 @@ class Reduction(BackwardPropagation):
 
     def rows(self, name: str, functions: DenseCoefficients) -> Rows:
         """Return linear functions (B, R) of a value as functions of the inputs and of the levels so far."""
+        parts = functions.a.split(self._chunk_size(len(functions.a)), dim=1)
+        return _concatenate([self._rows(name, DenseCoefficients(part)) for part in parts])
+
+    def _rows_of_elements(self, name: str, index: Tensor, sign: Tensor) -> Rows:
+        """Return the elements of a value at flat indices (B, R), times signs, which are zero at padding."""
+        self._check_size(index.numel())
+        chunk = self._chunk_size(len(index))
+        parts = zip(index.split(chunk, dim=1), sign.to(self.dtype).split(chunk, dim=1), strict=True)
+        return _concatenate([self._rows(name, _units(self._shape(name), *part)) for part in parts])
+
+    def _chunk_size(self, batch: int) -> int:
         size = max(box.lower[0].numel() for box in self.boxes.values())
-        chunk = max(1, MAX_COEFFICIENTS // (size * len(functions.a)))
-        parts = [self._rows(name, DenseCoefficients(part)) for part in functions.a.split(chunk, dim=1)]
-        outputs = zip(*(part.outputs for part in parts), strict=True)
-        return Rows(
-            torch.cat([part.inputs for part in parts], dim=1),
-            tuple(torch.cat(list(same), dim=1) for same in outputs),
-            torch.cat([part.constant for part in parts], dim=1),
-            torch.cat([part.error for part in parts], dim=1),
-        )
+        return max(1, MAX_COEFFICIENTS // (size * batch))
+
+    def _check_size(self, count: int) -> None:
+        """Check the memory of `count` linear functions of the inputs and of the levels so far."""
+        width = self.network.center.shape[1] + sum(level.size for level in self.network.levels)
+        if count * width > MAX_ROWS_SIZE:
+            raise ReductionTooLargeError
 
     def logit_difference_rows(self, labels: Tensor) -> tuple[Rows, Tensor]:
         """Return z_y - z_j (B, K - 1) of the network's outputs z, and the classes j (B, K - 1)."""
@@ -182,8 +200,7 @@ class Reduction(BackwardPropagation):
         selected = (lower < 0) & (upper > 0) if is_relu else torch.ones_like(lower, dtype=torch.bool)
         index, is_used = _padded_indices(selected)
         if index.shape[1]:
-            units = _units(shape, index, is_used, self.dtype)
-            rows = self.rows(name, units)
+            rows = self._rows_of_elements(name, index, is_used)
             range_ = self._optimized_range(rows, Box(lower.gather(1, index), upper.gather(1, index)), is_used)
             self._write(name, index, is_used, range_)
             box = cast_box(self.dtype, self.boxes[name])
@@ -204,7 +221,7 @@ class Reduction(BackwardPropagation):
 
     def _add_max_level(self, step: TraceStep, pieces: Pieces) -> None:
         name = step.inputs[0]
-        box, shape = cast_box(self.dtype, self.boxes[name]), self._shape(name)
+        box = cast_box(self.dtype, self.boxes[name])
         lower, upper = self._piece_range(pieces, box.lower.flatten(1), box.upper.flatten(1))
         floor = lower.amax(dim=2, keepdim=True)
         candidates = upper >= floor
@@ -225,9 +242,7 @@ class Reduction(BackwardPropagation):
             return x.gather(1, neurons[..., None].expand(-1, -1, x.shape[2])).gather(2, order)
 
         signs, offsets = pick(pieces.sign) * exists, torch.where(exists, pick(pieces.offset), 0.0)
-        units = _units(shape, pick(pieces.places).clamp_min(0).flatten(1), exists.flatten(1), self.dtype)
-        units = DenseCoefficients(units.a * signs.flatten(1).view(*units.a.shape[:2], *[1] * len(shape)))
-        rows = self.rows(name, units)
+        rows = self._rows_of_elements(name, pick(pieces.places).clamp_min(0).flatten(1), signs.flatten(1))
         range_ = Box(*(pick(end).masked_fill(~exists, 0.0) for end in (lower, upper)))
         error = rows.error
         if self.sound and pieces.is_rounded:
@@ -307,11 +322,21 @@ def _padded_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.arange(largest, device=mask.device) < counts[:, None]
 
 
-def _units(shape: torch.Size, index: Tensor, is_used: Tensor, dtype: torch.dtype) -> DenseCoefficients:
-    """Return the functions (B, R) that select the values at flat indices; zero at padding."""
-    units = torch.zeros(*index.shape, shape.numel(), dtype=dtype, device=index.device)
-    units.scatter_(2, index[..., None], is_used[..., None].to(dtype))
+def _units(shape: torch.Size, index: Tensor, sign: Tensor) -> DenseCoefficients:
+    """Return the functions (B, R) that select the values at flat indices, times signs."""
+    units = torch.zeros(*index.shape, shape.numel(), dtype=sign.dtype, device=index.device)
+    units.scatter_(2, index[..., None], sign[..., None])
     return DenseCoefficients(units.unflatten(2, shape))
+
+
+def _concatenate(parts: list[Rows]) -> Rows:
+    outputs = zip(*(part.outputs for part in parts), strict=True)
+    return Rows(
+        torch.cat([part.inputs for part in parts], dim=1),
+        tuple(torch.cat(list(same), dim=1) for same in outputs),
+        torch.cat([part.constant for part in parts], dim=1),
+        torch.cat([part.error for part in parts], dim=1),
+    )
 
 
 def _zero_padding(rows: Rows, is_used: Tensor) -> Rows:

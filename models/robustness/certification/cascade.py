@@ -144,8 +144,10 @@ class CascadeCertifier(Certifier):
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
         if not len(images):
             return self._attack.compute_radius(images, labels)
-        radii = [one.compute_radius(images, labels).double() for one in self._select(images[:1], labels[:1])]
-        return torch.stack(radii).amax(dim=0)
+        selected = self._select(images[:1], labels[:1])
+        if isinstance(selected[-1], CompleteCertifier):  # finds at least the radius of alpha-CROWN, and IBP's without
+            selected = [one for one in selected if isinstance(one, LipschitzCertifier)] + [self._attack]
+        return torch.stack([one.compute_radius(images, labels).double() for one in selected]).amax(dim=0)
 
     def _stages(self, image: Tensor, label: Tensor, cheap_only: bool) -> list[_Stage]:
         """Return the stages that support the network, for images like this one."""

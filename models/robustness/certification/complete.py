@@ -13,19 +13,22 @@ from linflab.models.robustness.attacks.linf_ball import LinfBall, linf_ball
 from linflab.models.robustness.attacks.pgd import adversarial_images
 from linflab.models.robustness.attacks.suite import default_attacks
 from linflab.models.robustness.attacks.surrogate import surrogate_gradients
-from linflab.models.robustness.bounds.alpha_crown import tight_boxes
+from linflab.models.robustness.bounds.alpha_crown import has_linear_bounds, tight_boxes
 from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
-from linflab.models.robustness.bounds.boxes import Box, all_finite, ball_box
+from linflab.models.robustness.bounds.boxes import Box, all_finite, ball_box, one_point
 from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound, SearchResult
 from linflab.models.robustness.bounds.input_splitting import is_proven, is_undecided, margins_of_box, split_inputs
-from linflab.models.robustness.bounds.reduction import Reduction
+from linflab.models.robustness.bounds.reduction import Reduction, ReductionTooLargeError
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.steps import Trace
+from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier, AlphaCROWNSettings
 from linflab.models.robustness.certification.base import BISECTION_STEPS, CertifierSettings, TracingCertifier
+from linflab.models.robustness.certification.ibp import IBPCertifier
 from linflab.models.robustness.inputs import check_batch, check_eps, check_logits, compute_logits
 from linflab.models.robustness.margins import margin
 
 SURROGATE_P = 32.0
+STEP_SHARE = 1 / 3  # of the remaining time for one step of the bisection of a radius
 
 
 class CompleteSettings(CertifierSettings):
@@ -65,9 +68,11 @@ class CompleteCertifier(TracingCertifier):
     """Certifier by branch and bound, with an attack first; decides each image unless its time runs out.
 
     Neurons are split (see `branch_and_bound`) if every layer is affine, an activation, or a maximum such as an l_inf
-    distance. Other networks, such as SortNet, are split at their inputs (see `input_splitting`).
+    distance. Networks with other layers, such as SortNet, or with too many neurons for memory are split at their inputs
+    (see `input_splitting`).
 
-    The time limit applies to each image: to one certificate, or to all certificates behind a certified radius.
+    The time limit applies to the search for each image. The search for a certified radius starts from the radius of
+    alpha-CROWN, which has no limit, and never returns less.
     """
 
     kind: ClassVar[str] = "complete"
@@ -133,20 +138,33 @@ class CompleteCertifier(TracingCertifier):
         return torch.tensor([status == "certified" for status in statuses], device=images.device)
 
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
-        if not len(images):
-            return super()._compute_radius(images, labels)
-        pairs = zip(images.split(1), labels.split(1), strict=True)
-        radii = [self._find_radius(image, label) for image, label in pairs]
-        return torch.tensor(radii, dtype=torch.float64, device=images.device)
+        radii = self._radii_without_splits(images, labels)
+        for k in (radii >= 0).nonzero()[:, 0].tolist():
+            one = slice(k, k + 1)
+            radii[k] = self._extend_radius(images[one], labels[one], float(radii[k]))
+        return radii
 
-    def _find_radius(self, image: Tensor, label: Tensor) -> float:
-        deadline = self._deadline()
-        if self._decide(image, label, 0.0, deadline).status != "certified":
-            return -1.0
-        inside, outside = 0.0, 1.0
-        while outside - inside > 2.0**-BISECTION_STEPS and time.monotonic() < deadline:
+    def _radii_without_splits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the radii (B,) of alpha-CROWN, or of IBP for networks that alpha-CROWN does not support."""
+        point = one_point(Box(images, images))
+        check_sound_dtype(self.kind, self.sound, point)
+        certifier: TracingCertifier = IBPCertifier(self.network, self.sound)
+        if has_linear_bounds(self.trace_network(point)):
+            steps = AlphaCROWNSettings(steps=self.settings.steps, neuron_steps=self.settings.neuron_steps)
+            certifier = AlphaCROWNCertifier(self.network, self.sound, steps)
+        certifier.share_traces(self)
+        return certifier.compute_radius(images, labels).double()
+
+    def _extend_radius(self, image: Tensor, label: Tensor, inside: float) -> float:
+        """Return the largest certified radius that the search finds within the time limit, at least `inside`."""
+        deadline, outside = self._deadline(), 1.0
+        while outside - inside > 2.0**-BISECTION_STEPS:
+            now = time.monotonic()
+            if now >= deadline:
+                break
             middle = (inside + outside) / 2
-            decision = self._decide(image, label, middle, deadline)
+            # A radius near the exact one can take all the time; the next ones then certify smaller radii.
+            decision = self._decide(image, label, middle, now + (deadline - now) * STEP_SHARE)
             if decision.status == "certified":
                 inside = middle
                 continue
@@ -212,8 +230,11 @@ class CompleteCertifier(TracingCertifier):
         boxes = tight_boxes(traced, box, self.sound)
         if not bool(all_finite(boxes)):
             return SearchResult("unknown", None, 0)
-        reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, True, is_over)
-        if reduction.sources != [traced.input]:
+        try:
+            reduction = Reduction(traced, boxes, self.sound, self.settings.neuron_steps, True, is_over)
+        except ReductionTooLargeError:
+            reduction = None
+        if reduction is None or reduction.sources != [traced.input]:
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)
         functions, others = reduction.logit_difference_rows(label)
