@@ -22,6 +22,7 @@ START_EPOCHS = "linflab.start_epochs"  # epochs done when each process started; 
 RECIPE = "linflab.recipe"
 METHOD = "linflab.method"
 COMMAND = "linflab.command"  # reproduces the run
+MODULES = "linflab.modules"  # modules outside linflab with parts of the run, comma-separated
 SEARCHED_SETTINGS = "linflab.searched_settings"  # dotted paths, comma-separated
 CERTIFIER = "linflab.certifier"  # with the suffix -sound, rounding is included
 ATTACK = "linflab.attacks"  # description of the attacks behind the robust accuracy

@@ -107,8 +107,10 @@ def space_show(
 def json_schema(what: Annotated[str, typer.Argument(metavar="recipe|space", help="What to describe")]) -> None:
     """Print the JSON schema of recipes or search spaces, for editors that validate and complete YAML."""
     from linflab.platform.config.experiment import ExperimentConfig
+    from linflab.platform.config.own_parts import import_own_parts
     from linflab.search_spaces.space import SearchSpace
 
+    import_own_parts()
     models: dict[str, type[BaseModel]] = {"recipe": ExperimentConfig, "space": SearchSpace}
     if what not in models:
         raise InputError(f"schema={what}: not found; use {' or '.join(models)}")

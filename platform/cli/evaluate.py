@@ -94,7 +94,9 @@ def evaluate(
     if sound is not None or not any(setting.startswith("evaluation.sound=") for setting in settings):
         settings += [f"evaluation.sound={sound is not False}".lower()]
     from linflab.models.robustness.attacks import AttackMethod
+    from linflab.platform.config.own_parts import import_own_parts
 
+    import_own_parts()
     kinds = [kind.strip() for kind in attacks.split(",")] if attacks else []
     if kinds and kinds != ["none"] and not set(kinds) <= set(AttackMethod.registry):
         raise InputError(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linflab.platform.cluster.node import cluster_description
 from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.own_parts import IMPORT_VAR, import_own_parts, own_modules
 from linflab.platform.data.datasets import data_dir, load_dataset
 from linflab.platform.distributed.address import check_address, configured_address
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
@@ -62,6 +63,8 @@ def start_ray() -> None:
             address=address or "local",
             num_cpus=allocated_cpus() if address is None else None,
             namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
+            # Workers of a cluster that runs already do not inherit this process's environment.
+            runtime_env={"env_vars": {IMPORT_VAR: os.environ[IMPORT_VAR]}} if address and own_modules() else None,
             configure_logging=True,
             logging_level="ERROR",
             log_to_driver=False,
@@ -271,6 +274,7 @@ def to_ray_metrics(report: EpochMetrics) -> dict[str, float]:
 def _worker(config: dict[str, Any]) -> TrialResult | None:
     """Train on one worker; only the first worker returns a result."""
     verify_source_hash()
+    import_own_parts()
     reports: Queue | None = config["reports"]
     first = ray.train.get_context().get_world_rank() == 0
     last_step = 0.0
@@ -357,6 +361,7 @@ class _EvaluationActor:
         self, experiment: ExperimentConfig, state: dict[str, Tensor], spec: EvaluationSpec, threads: int
     ) -> None:
         verify_source_hash()
+        import_own_parts()
         torch.set_num_threads(threads)
         configure_process()
         device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")

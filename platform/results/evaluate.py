@@ -107,7 +107,7 @@ def evaluate_weights(
             raise InputError(
                 f"{name}={value}: is fixed by training; override only settings in the section `evaluation`"
             )
-    experiment = build_config(experiment.model_dump(mode="json"), changes)
+    experiment = build_config(experiment.model_dump(mode="json"), changes, for_evaluation=True)
     spec = evaluation_spec(experiment, network, with_attacks)
     eps_values = tuple(dict.fromkeys(eps)) or spec.eps
     spec = dataclasses.replace(spec, eps=eps_values, radii=radii, rounding_cost=True)
