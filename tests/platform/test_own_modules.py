@@ -21,7 +21,7 @@ from tests.conftest import RunCli, assert_rejected
 Command = Callable[..., subprocess.CompletedProcess[str]]
 RECIPE = "digits_eps0.1_ibp"
 QUICK = ["training.epochs=1", "evaluation.attack.steps=1", "evaluation.attack.restarts=1"]
-MODULE = '''
+MODULE = """
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -60,7 +60,7 @@ class Small(Objective):
     def loss(self, network, batch):
         logits = network(batch.images)
         return functional.cross_entropy(logits, batch.labels) + self.weight * logits.abs().mean()
-'''
+"""
 
 
 @pytest.fixture
@@ -151,7 +151,8 @@ def test_run_is_evaluated_without_its_objective(
 def test_sweeps_and_workers_import_the_modules(module: str, linflab: Command, tmp_path: Path) -> None:
     settings = ["model.kind=my_wide", "objective.kind=my_small", *QUICK, "compute.workers=2"]
     (tmp_path / "space.yaml").write_text(
-        "description: weights of the norm\nparameters: {objective.weight: {distribution: choice, values: [0.1, 0.2]}}\n"
+        "description: weights of the norm\n"
+        "parameters: {objective.weight: {distribution: categorical, choices: [0.1, 0.2]}}\n"
     )
     storage = ("--storage", str(tmp_path / "runs"))
     done = linflab("sweep", RECIPE, "space.yaml", *settings, "--budget", "2", *storage, LINFLAB_IMPORT=module)
