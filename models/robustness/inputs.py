@@ -158,7 +158,7 @@ def check_image_shape(shape: Sequence[int], name: str = "images", dims: Sequence
         advice = (
             "use images[None] for one image"
             if shape[0] in (1, 3)
-            else "use images[:, None] to add the channel dimension of gray images, or images[None] for one image"
+            else "use images[:, None] for gray images without a channel dimension, or images[None] for one image"
         )
     elif len(shape) not in dims:
         advice = f"use images of shape {expected}"

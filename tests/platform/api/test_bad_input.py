@@ -37,7 +37,7 @@ def fit(module: Any = None, train: Any = (IMAGES, LABELS), **settings: Any) -> A
         (lambda: linflab.certify(make_small_net(), IMAGES, LABELS, eps=0.1, batch_size=0), "batch_size=0"),
         (lambda: linflab.certify(make_small_net(), IMAGES, eps=0.1), "labels=None"),
         (lambda: linflab.certify(make_small_net(), IMAGES[0], LABELS[0], eps=0.1), "images[None]"),
-        (lambda: linflab.certify(make_small_net(), IMAGES[0, 0], LABELS[0], eps=0.1), "images[None]"),
+        (lambda: linflab.certify(make_small_net(), IMAGES[0, 0, 0], LABELS[0], eps=0.1), "images[None]"),
         (lambda: linflab.certify(make_small_net(), IMAGES[0], int(LABELS[0])), "images[None]"),
         (lambda: linflab.certify(make_small_net(), IMAGES[:1], LABELS[0]), "labels=()"),
         (lambda: linflab.certify(make_small_net(), IMAGES[:, 0], LABELS), "images[:, None]"),
