@@ -30,6 +30,7 @@ from linflab.reports.formatting import (
     describe_certifiers,
     describe_hardware,
     describe_settings,
+    describe_status,
     describe_workers,
     format_duration,
     is_sound,
@@ -335,7 +336,9 @@ def _select_runs(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         raise LookupError(f"{name}: this sweep has no trial with test results yet; use another sweep or run")
     run = find_run(runs, name)
     if run[schema.TEST_CERTIFIED].isna().all():
-        raise LookupError(f"{name}: this run has no test results ({run['status'].iloc[0].lower()}); use another run")
+        raise LookupError(
+            f"{name}: this run has no test results ({describe_status(run['status'].iloc[0])}); use another run"
+        )
     return run, f"Run {run['run_id'].iloc[0]}, as requested"
 
 
@@ -408,7 +411,7 @@ def _is_equal(logged_value: object, value: object) -> bool:
 
 
 def _exclusion_note(runs: pd.DataFrame) -> str:
-    states = runs["status"].astype(str).str.lower().value_counts()
+    states = runs["status"].map(describe_status).value_counts()
     parts = [f"{count} {state}" for state, count in states.items() if state != "finished"]
     num_without_results = int(((runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].isna()).sum())
     return ", ".join(parts + ([f"{num_without_results} without test results"] if num_without_results else []))

@@ -22,12 +22,16 @@ MAX_YAML_WIDTH = 44  # width up to which the descriptions are aligned
 
 def recipes(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
+    from linflab.models.numbers import read_fraction
     from linflab.platform.config.overrides import read_recipe, recipe_names
+    from linflab.reports.tables import format_eps
 
     rows = []
     for name in recipe_names():
         tree = read_recipe(name)
-        rows.append({key: tree.get(key) for key in ("method", "dataset", "eps")} | {"recipe": name})
+        row = {key: tree.get(key) for key in ("method", "dataset")} | {"recipe": name}
+        eps = read_fraction(tree.get("eps"))
+        rows.append(row | {"eps": eps if as_json else format_eps(eps)})
     print_rows(rows, ["recipe", "method", "dataset", "eps"], as_json)
 
 

@@ -13,6 +13,7 @@ import typer
 from linflab.platform.cli.options import DEFAULT_STORAGE, SOUND, AsJson, Overrides, StorageFolder, parse_eps_list
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.errors import InputError, TrainingError
+from linflab.reports.tables import format_eps
 
 
 def evaluate(
@@ -126,7 +127,7 @@ def evaluate(
         accuracies = ["clean", "robust", "certified"]
         rows = [dataclasses.asdict(row) for row in result.results]
         cells = [
-            {"eps": f"{row['eps']:.4g}"}
+            {"eps": format_eps(row["eps"])}
             | {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in accuracies}
             for row in rows
         ]

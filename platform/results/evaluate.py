@@ -35,6 +35,7 @@ from linflab.platform.training.weights import load_weights
 from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.outputs import write_columns, write_text_atomic
+from linflab.reports.tables import format_eps
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def evaluate_weights(
         notes += f" Time limit {spec.time_limit:g} s per image."
     if spec.sound:
         num_lost = [round(((row.certified_real or 0.0) - row.certified) * len(positions)) for row in rows]
-        costs = ", ".join(f"{count} at eps={row.eps:g}" for count, row in zip(num_lost, rows, strict=True))
+        costs = ", ".join(f"{count} at eps={format_eps(row.eps)}" for count, row in zip(num_lost, rows, strict=True))
         notes += f" Certificates lost by accounting for rounding: {costs if any(num_lost) else 'none'}."
     notes += "" if attack is None else f" Robust accuracy under {attack.describe()}."
     return EvaluationResult(
