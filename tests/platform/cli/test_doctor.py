@@ -166,7 +166,7 @@ def test_datasets_are_found_and_checked_as_by_data_list(clean_data: Path, run_cl
     for folder in ("mine", "mnist"):
         (clean_data / folder).mkdir()
         for split in ("train", "test"):
-            np.save(clean_data / folder / f"{split}_images.npy", np.zeros((6, 1, 4, 4), np.uint8))
+            np.save(clean_data / folder / f"{split}_images.npy", np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4))
             np.save(clean_data / folder / f"{split}_labels.npy", np.arange(6, dtype=np.uint8) % 2)
     (clean_data / "partial").mkdir()
     check = storage.check_datasets()
