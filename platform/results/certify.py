@@ -82,24 +82,20 @@ def certify_images(
     rows: list[CertifiedImage] = []
     on_progress(0, len(names))
     for batch in torch.cat([images for _, images in files]).split(batch_size):
-        for prediction, *result in _certify(instance, batch, eps):
-            rows.append(CertifiedImage(names[len(rows)], prediction, *result))
+        rows += _certify(instance, batch, names[len(rows) : len(rows) + len(batch)], eps)
         on_progress(len(rows), len(names))
     return rows
 
 
-def _certify(
-    certifier: Certifier, images: Tensor, eps: float | None
-) -> Iterator[tuple[int, float | None, str, str | None, float | None]]:
-    """Yield prediction, radius, certifier, status and seconds of each image."""
+def _certify(certifier: Certifier, images: Tensor, names: Sequence[str], eps: float | None) -> Iterator[CertifiedImage]:
+    """Yield the results for a batch of images."""
     with torch.no_grad(), strict_float32():  # certificates hold for logits in strict float32
         predictions = certifier.network(images).argmax(dim=1)
-        if eps is None:
-            radii = certifier.compute_radius(images, predictions)
-            for prediction, radius in zip(predictions.tolist(), radii.tolist(), strict=True):
-                yield prediction, max(0.0, radius), certifier.kind, None, None
-            return
-    for prediction, verdict in zip(
-        predictions.tolist(), judge_images(certifier, images, predictions, eps), strict=True
-    ):
-        yield prediction, None, verdict.certifier, verdict.status, verdict.seconds
+    if eps is None:
+        radii = certifier.compute_radius(images, predictions)
+        for name, prediction, radius in zip(names, predictions.tolist(), radii.tolist(), strict=True):
+            yield CertifiedImage(name, prediction, max(0.0, radius), certifier.kind)
+        return
+    verdicts = judge_images(certifier, images, predictions, eps)
+    for name, prediction, verdict in zip(names, predictions.tolist(), verdicts, strict=True):
+        yield CertifiedImage(name, prediction, None, verdict.certifier, verdict.status, verdict.seconds)
