@@ -29,7 +29,7 @@ from linflab.platform.distributed.address import check_address, configured_addre
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
 from linflab.platform.host import allocated_cpus, configure_process
 from linflab.platform.signals import watch_again
-from linflab.platform.source import verify_source_hash
+from linflab.platform.source import is_cluster_job, verify_source_hash
 from linflab.platform.tracking.mlflow import STORE_ERRORS
 from linflab.platform.training.evaluation import BatchResult, EvaluationSpec, evaluate_batch
 from linflab.platform.training.loop import EpochMetrics, StepMetrics
@@ -63,8 +63,7 @@ def start_ray() -> None:
             address=address or "local",
             num_cpus=allocated_cpus() if address is None else None,
             namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
-            # Workers of a cluster that runs already do not inherit this process's environment.
-            runtime_env={"env_vars": {IMPORT_VAR: os.environ[IMPORT_VAR]}} if address and own_modules() else None,
+            runtime_env=_worker_environment(address),
             configure_logging=True,
             logging_level="ERROR",
             log_to_driver=False,
@@ -79,6 +78,16 @@ def start_ray() -> None:
         ) from None
     finally:
         watch_again()  # Ray replaces the signal handlers
+
+
+def _worker_environment(address: str | None) -> dict[str, Any] | None:
+    """Return the runtime environment of workers, which do not inherit this process's variables on a running cluster.
+
+    A cluster job has the variables in its own runtime environment, and Ray rejects them in both.
+    """
+    if address is None or is_cluster_job() or not own_modules():
+        return None
+    return {"env_vars": {IMPORT_VAR: os.environ[IMPORT_VAR]}}
 
 
 def node_resources() -> list[dict[str, float]]:
