@@ -30,6 +30,7 @@ from linflab.reports.formatting import (
     describe_certifiers,
     describe_hardware,
     describe_settings,
+    describe_status,
     describe_workers,
     format_duration,
     is_sound,
@@ -59,6 +60,7 @@ from linflab.reports.tables import (
     RUNS,
     TEST,
     TEST_MARK,
+    TEST_VERIFIED,
     VALIDATION,
     Cell,
     Row,
@@ -77,7 +79,7 @@ UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on r
 SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
     "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Clean", "Robust", "Certified", "Hours", "CPUs", "Runs",
-    "Time/epoch (s)", "Clean CI", "Robust CI", "Certified CI",
+    "Time/epoch (s)", "Verified", "Clean CI", "Robust CI", "Certified CI",
 ]  # fmt: skip
 
 
@@ -334,7 +336,9 @@ def _select_runs(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         raise LookupError(f"{name}: this sweep has no trial with test results yet; use another sweep or run")
     run = find_run(runs, name)
     if run[schema.TEST_CERTIFIED].isna().all():
-        raise LookupError(f"{name}: this run has no test results ({run['status'].iloc[0].lower()}); use another run")
+        raise LookupError(
+            f"{name}: this run has no test results ({describe_status(run['status'].iloc[0])}); use another run"
+        )
     return run, f"Run {run['run_id'].iloc[0]}, as requested"
 
 
@@ -370,7 +374,8 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
         schema.COMMAND, schema.SWEEP, schema.TRIAL, schema.HARDWARE, schema.CERTIFIER, schema.ATTACK, schema.EPOCHS,
         schema.FLOPS,
         schema.BEST_VALIDATION_CERTIFIED, schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED,
-        schema.TEST_CERTIFIED_REAL, schema.TEST_VIOLATIONS, schema.TRAIN_SECONDS, schema.SELECTION,
+        schema.TEST_CERTIFIED_REAL, schema.TEST_VERIFIED, schema.TEST_VERIFICATION, schema.TEST_VIOLATIONS,
+        schema.TRAIN_SECONDS, schema.SELECTION,
     ]  # fmt: skip
     return runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
 
@@ -406,7 +411,7 @@ def _is_equal(logged_value: object, value: object) -> bool:
 
 
 def _exclusion_note(runs: pd.DataFrame) -> str:
-    states = runs["status"].astype(str).str.lower().value_counts()
+    states = runs["status"].map(describe_status).value_counts()
     parts = [f"{count} {state}" for state, count in states.items() if state != "finished"]
     num_without_results = int(((runs["status"] == "FINISHED") & runs[schema.TEST_CERTIFIED].isna()).sum())
     return ", ".join(parts + ([f"{num_without_results} without test results"] if num_without_results else []))
@@ -518,6 +523,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
         TEST: _mean(100 * runs[schema.TEST_CLEAN]),
         ROBUST: _mean(100 * runs[schema.TEST_ROBUST]),
         CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
+        TEST_VERIFIED: _mean(100 * runs[schema.TEST_VERIFIED]),
         EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
         HOURS: _mean(seconds / 3600, digits=_digits(seconds.mean() / 3600)),
         CPUS: _cpus(runs),
@@ -531,6 +537,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     if first.get("objective.bound") == "hybrid_zonotope":
         parts.append("Bounds tighter than DiffAI's, which lose correlations at linear layers")
     parts += [f"Certifier {describe_certifiers(runs, details=False)}", f"Attacks: {describe_attacks(runs)}"]
+    if verifications := list(dict.fromkeys(runs[schema.TEST_VERIFICATION].dropna())):
+        parts.append(f"Verified: {'; '.join(verifications)}")
     mean_seconds = seconds.mean()
     cost = "" if mean_seconds != mean_seconds else f", {format_duration(mean_seconds)}{' each' * has_several_runs}"
     workers_note = (
@@ -538,7 +546,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     )
     num_epochs = _count(epochs.iloc[0]).text
     parts.append(f"{num_epochs} epoch{'s' * (num_epochs != '1')}{cost}{workers_note}; {describe_hardware(runs)}")
-    for name in (schema.TEST_CLEAN, schema.TEST_ROBUST):
+    for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_VERIFIED):
         if 0 < runs[name].notna().sum() < len(runs):
             parts.append(f"{name} from {runs[name].notna().sum()} of {len(runs)} runs")
     num_violations = runs[schema.TEST_VIOLATIONS].sum()
@@ -605,7 +613,7 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: S
         notes: Further notes.
     """
     table_notes = []
-    if set(columns) & {VALIDATION, TEST, ROBUST, CERTIFIED}:
+    if set(columns) & {VALIDATION, TEST, ROBUST, CERTIFIED, TEST_VERIFIED}:
         table_notes.append("Accuracies in percent.")
     kinds = {row.origin for row in rows}
     if "measured" in kinds:
@@ -631,6 +639,11 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: S
         table_notes.append("Hours: training and evaluation on validation images, without evaluation on test images.")
     if EPOCH_SECONDS in columns and "measured" in kinds:
         table_notes.append("Time/epoch of measured rows includes evaluation on validation images, if any.")
+    if TEST_VERIFIED in columns:
+        table_notes.append(
+            "Verified: certified by complete or cascade, the latest such evaluation of each run, on the images in the "
+            "note of the row; Certified is always on the whole test set."
+        )
     measured = [row for row in rows if row.origin == "measured"]
     if ROBUST in columns and not _are_alike(measured, ROBUST):
         table_notes.append("Robust: attacks differ between measured rows; see their notes.")

@@ -18,6 +18,11 @@ CERTIFIER_DESCRIPTIONS = {
 }
 
 
+def describe_status(status: object) -> str:
+    """Return the status of a run in words: finished, failed, running, or interrupted for MLflow's KILLED."""
+    return {"KILLED": "interrupted"}.get(str(status), str(status).lower())
+
+
 def describe_certifiers(runs: pd.DataFrame, details: bool = True) -> str:
     """Return the certifiers of runs, their arithmetic, and the cost of sound rounding.
 

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from linflab.reports import schema
 from linflab.reports.added_settings import ADDED_TEXTS
+from linflab.reports.formatting import describe_status
 from linflab.reports.labels import is_compared
 from linflab.reports.literature import parse_eps, parse_number
 from linflab.reports.methods import KINDS, describe_method
@@ -170,9 +171,9 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
         tracking_uri: URI of a database or an MLflow server.
 
     Returns:
-        Columns `sweep`, `recipe`, `start_time` (local time), `status` (finished, failed, killed, running), `budget`
-        (as requested), `finished` and `failed` (numbers of trials), and `best_val_certified` (best certified accuracy
-        on validation images, in [0, 1], or NaN).
+        Columns `sweep`, `recipe`, `start_time` (local time), `status` (finished, failed, interrupted, running),
+        `budget` (as requested), `finished` and `failed` (numbers of trials), and `best_val_certified` (best certified
+        accuracy on validation images, in [0, 1], or NaN).
     """
     parent_columns = [
         schema.SWEEP,
@@ -198,7 +199,7 @@ def read_sweeps(tracking_uri: str) -> pd.DataFrame:
             "sweep": names,
             "recipe": parents[schema.RECIPE].fillna(""),
             "start_time": parents["start_time"].map(_local_time),
-            "status": parents["status"].str.lower(),
+            "status": parents["status"].map(describe_status),
             "budget": parents[schema.BUDGET].fillna(""),
             "finished": names.map(num_finished).fillna(0).astype(int),
             "failed": names.map(num_failed).fillna(0).astype(int),
@@ -223,8 +224,8 @@ def list_runs(
         Columns `run` (id), `name`, `dataset`, `eps`, `method`, `settings` (a dictionary by dotted path, with the
         settings that differ between runs of the same sweep, method, dataset and eps), `sweep` and `trial` (empty for
         runs outside of sweeps), `tags` (dictionary of user tags), `start_time` (local time), `status` (finished,
-        failed, killed, running), and the accuracies `val_certified`, `clean`, `robust` and `test_certified` in [0, 1]
-        or NaN.
+        failed, interrupted, running), and the accuracies `val_certified`, `clean`, `robust` and `test_certified` in
+        [0, 1] or NaN.
 
     Raises:
         LookupError: If no run has a column or setting of `where`.
@@ -246,7 +247,7 @@ def list_runs(
             describe_method({str(path): value for path, value in run.items()}, run["method"])
             for run in table.reindex(columns=[*KINDS, "method"]).to_dict("records")
         ]
-    table["status"] = table["status"].astype(str).str.lower()
+    table["status"] = table["status"].map(describe_status)
     table["settings"] = pd.Series(_differences(table, paths), index=table.index, dtype=object)
     for key, value in (tags or {}).items():
         table = table[table.reindex(columns=[schema.USER_TAG + key])[schema.USER_TAG + key].eq(value)]

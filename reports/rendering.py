@@ -39,6 +39,7 @@ from linflab.reports.terminal import PlainConsole, Styled
 
 MAX_TERMINAL_ROWS = 40
 MIN_TEXT_WIDTH = 20  # of a text column on a terminal
+MAX_WORD_WIDTH = 32  # longer words are broken across lines of a narrow terminal
 COLUMN_DROP_ORDER = (  # on narrow terminals
     CPUS, RUNS, INTERVALS[ROBUST], INTERVALS[TEST], MODEL, HOURS, EPOCHS, FLOPS, VALIDATION, INTERVALS[CERTIFIED],
 )  # fmt: skip
@@ -431,7 +432,8 @@ def _min_width(column: str, rows: Sequence[Row], table: Table, console: PlainCon
     if column in table.numeric or column == NUMBER:
         return width
     words = [word for text in (column, *cells) for word in text.split()]
-    return min(MIN_TEXT_WIDTH, max(map(len, words), default=1) if is_narrow else width)
+    word = min(MAX_WORD_WIDTH, max(map(len, words), default=1))  # such as learning_rate=0.0123
+    return word if is_narrow else max(word, min(MIN_TEXT_WIDTH, width))
 
 
 def _terminal_cell(row: Row, column: str, table: Table) -> Styled:

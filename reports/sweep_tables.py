@@ -12,6 +12,7 @@ from linflab.reports.formatting import (
     describe_certifiers,
     describe_hardware,
     describe_settings,
+    describe_status,
     describe_workers,
     format_duration,
     short_commit,
@@ -226,7 +227,7 @@ def _failure_notes(trials: pd.DataFrame) -> list[str]:
     for trial in trials.head(MAX_LISTED_FAILURES).to_dict("records"):
         reason = trial[schema.FAILURE]
         cause = f": {reason}" if isinstance(reason, str) else ""
-        notes.append(f"Trial {trial[schema.TRIAL]} has no results ({trial['status'].lower()}){cause}")
+        notes.append(f"Trial {trial[schema.TRIAL]} has no results ({describe_status(trial['status'])}){cause}")
     if len(trials) > MAX_LISTED_FAILURES:
         notes.append(f"{len(trials) - MAX_LISTED_FAILURES} more trials have no results.")
     return notes

@@ -7,7 +7,7 @@ from typing import Literal
 
 METHOD, MODEL, SETTING, EPOCHS, FLOPS = "Method", "Model", "Hyperparameters", "Epochs", "FLOPs"
 VALIDATION_CLEAN, VALIDATION, VERIFIED = "Val. clean", "Val. certified", "Val. verified"
-TEST, ROBUST, CERTIFIED = "Clean", "Robust", "Certified"
+TEST, ROBUST, CERTIFIED, TEST_VERIFIED = "Clean", "Robust", "Certified", "Verified"
 INTERVALS = {column: f"{column} CI" for column in (TEST, ROBUST, CERTIFIED)}  # columns of half-widths
 EPOCH_SECONDS, HOURS, CPUS, RUNS = "Time/epoch (s)", "Hours", "CPUs", "Runs"
 NUMBER = "#"

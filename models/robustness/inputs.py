@@ -97,12 +97,24 @@ def check_images(images: Tensor) -> None:
     low, high = (float(bound) for bound in images.detach().aminmax())  # both NaN if any pixel is NaN
     if math.isnan(low):
         raise ValueError("images=nan: must be finite numbers in [0, 1]; replace the NaN pixels")
+    if low >= 0 and 2 <= high <= 255:  # bytes as floats
+        raise ValueError(f"images=[{low:.6g}, {high:.6g}]: must have pixel values in [0, 1]; use images / 255")
     if low < 0 or high > 1:
         raise ValueError(
             f"images=[{low:.6g}, {high:.6g}]: must have pixel values in [0, 1], for which certificates hold; use "
             "images without normalization, and a network that normalizes in its first layer, such as "
             "nn.Sequential(Normalize(mean, std), network)"
         )
+
+
+def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return images in uint8 as floats, divided by 255; other images are returned unchanged.
+
+    Args:
+        images: Images of any shape.
+        dtype: Dtype of the result for images in uint8.
+    """
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images
 
 
 def check_image_form(images: Tensor) -> None:
@@ -122,14 +134,35 @@ def check_image_form(images: Tensor) -> None:
         raise TypeError(
             f"images={images.dtype}: must be in float32 or float64, with pixel values in [0, 1]; use {advice}"
         )
-    if images.dim() not in (2, 4) or 0 in images.shape[1:]:
-        advice = "use one of these shapes"
-        if images.dim() == 1:
-            advice = "use images[None] for one image"
-        elif images.dim() == 3:  # one image, or gray images without a channel axis
-            one = "images[None] for one image" if len(images) in (1, 3) else "images[:, None] for single-channel images"
-            advice = f"use {one}"
-        raise ValueError(f"images={tuple(images.shape)}: must have shape (B, C, H, W) or (B, D); {advice}")
+    check_image_shape(images.shape)
+
+
+def check_image_shape(shape: Sequence[int], name: str = "images", dims: Sequence[int] = (2, 4)) -> None:
+    """Check the shape of a batch of images.
+
+    Args:
+        shape: Shape of the batch.
+        name: Name of the images in the message.
+        dims: Accepted numbers of dimensions: 4 for (B, C, H, W), 2 for (B, D).
+
+    Raises:
+        ValueError: If the shape has another number of dimensions, or an empty one after the first.
+    """
+    if len(shape) in dims and 0 not in shape[1:]:
+        return
+    expected = "(B, C, H, W) or (B, D)" if 2 in dims else "(B, C, H, W)"
+    advice = "use images without empty dimensions"
+    if len(shape) < 2:
+        advice = "use images[None] for one image"
+    elif len(shape) == 3:  # one image, or gray images without a channel dimension
+        advice = (
+            "use images[None] for one image"
+            if shape[0] in (1, 3)
+            else "use images[:, None] for gray images without a channel dimension, or images[None] for one image"
+        )
+    elif len(shape) not in dims:
+        advice = f"use images of shape {expected}"
+    raise ValueError(f"{name}={tuple(shape)}: must have shape {expected}; {advice}")
 
 
 def check_box(lower: Tensor, upper: Tensor) -> None:

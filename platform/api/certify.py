@@ -10,9 +10,23 @@ from torch import Tensor, nn
 
 from linflab.models.robustness.attacks import AttackConfig, AttackMethod, default_attacks, robust_under_attack
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.models.robustness.certification import CascadeCertifier, default_certifier, make_certifier
-from linflab.models.robustness.inputs import check_batch, check_eps, check_labels, check_logits, compute_logits
-from linflab.models.robustness.margins import margin
+from linflab.models.robustness.certification import (
+    CascadeCertifier,
+    Certifier,
+    CompleteCertifier,
+    classify,
+    default_certifier,
+    judge_images,
+    make_certifier,
+)
+from linflab.models.robustness.inputs import (
+    check_batch,
+    check_eps,
+    check_image_shape,
+    check_label_form,
+    check_labels,
+    to_unit_range,
+)
 from linflab.platform.api.inputs import (
     BATCH_SIZE,
     build_with_short_errors,
@@ -20,6 +34,7 @@ from linflab.platform.api.inputs import (
     check_module,
     iter_pairs,
     module_device,
+    module_dtype,
 )
 from linflab.platform.extras import naming_extras
 
@@ -38,12 +53,12 @@ class Certificates:
         certified: (N) bool: True if every image within eps is proven to have the correct class. If eps was not given,
             True if the certified radius is positive.
         radius: (N) float64 certified radii, zero for misclassified images. None if eps was given.
-        status: (N) strings: "certified", "falsified" (the image itself is misclassified, or `cascade` found such an
-            image within eps), "unknown", or, of `cascade`, "error".
+        status: (N) strings: "certified", "falsified" (the image itself is misclassified, or `complete` or `cascade`
+            found such an image within eps), "unknown", or, of `cascade`, "error".
         certifier: (N) names of the methods that gave the status; "forward" (a forward pass) for misclassified images.
         seconds: (N) float64: duration of the image's batch in seconds, divided by the number of images in that batch;
-            of `cascade`, the duration of the image.
-        adversarial: Misclassified images (C, H, W) or (D,) within eps, by position, which `cascade` found.
+            of `complete` and `cascade`, the duration of the image.
+        adversarial: Misclassified images (C, H, W) or (D,) within eps, by position; empty for radii.
         message: Errors by position.
     """
 
@@ -126,20 +141,22 @@ def certify(
     eps: float | None = None,
     certifier: str = "auto",
     sound: bool = True,
+    time_limit: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Certificates:
     """Certify images at eps, or compute certified radii.
 
     Args:
         module: Network in evaluation mode, in float32 or float64, on any device.
-        images: (N, C, H, W) or (N, D) with pixels in [0, 1], a tensor or NumPy array in the dtype of the module; or an
-            iterable of batches of images and labels.
+        images: (N, C, H, W) or (N, D), a tensor or NumPy array: floats in [0, 1] in the dtype of the module, or
+            uint8 (divided by 255); or an iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1]. If it is None, certified radii are computed.
         certifier: `lipschitz`, `ibp`, `crown`, `alpha_crown`, `complete`, `cascade` or another registered certifier.
             `auto` selects `lipschitz` for networks that are Lipschitz by construction, and `ibp` for all others.
-            `complete` and `cascade` spend up to 30 s on an image.
+            `complete` and `cascade` decide image by image, up to their time limit.
         sound: If True, the certificates account for all float32 rounding. If False, they hold for real arithmetic only.
+        time_limit: Seconds per image of `complete` and `cascade`; None: 30 s. Other certifiers have no limit.
         batch_size: Number of images that are certified at once, by default 128.
 
     Returns:
@@ -151,37 +168,32 @@ def certify(
     """
     check_module(module)
     name = default_certifier(module) if certifier == "auto" else certifier
-    instance = make_certifier(module, name, sound)
+    instance = make_certifier(module, name, sound, **({} if time_limit is None else {"time_limit": time_limit}))
+    batches = _batches(images, labels, module, batch_size)
     if eps is not None:
-        eps = check_eps(eps)
-    if eps is not None and isinstance(instance, CascadeCertifier):
-        return _judge(instance, _batches(images, labels, module, batch_size), eps)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch, classes in _batches(images, labels, module, batch_size):
-        start = time.perf_counter()
-        is_correct = _is_correct(module, batch, classes)
-        if eps is None:
-            values = instance.compute_radius(batch, classes).double().clamp(min=0)
-        else:
-            values = instance.certify(batch, classes, eps)
-        durations = torch.full((len(batch),), time.perf_counter() - start, dtype=torch.float64) / max(1, len(batch))
-        parts.append((is_correct.cpu(), values.cpu(), durations))
-    empty = (torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.float64 if eps is None else torch.bool))
-    is_correct, values, seconds = (
-        torch.cat(tensors) for tensors in zip(*parts, (*empty, torch.zeros(0).double()), strict=True)
+        return _judge(instance, batches, check_eps(eps))
+    decides_each = isinstance(instance, CompleteCertifier | CascadeCertifier)  # image by image
+    radii, seconds = [torch.zeros(0, dtype=torch.float64)], list[float]()
+    status, certifiers = list[str](), list[str]()
+    for batch, classes in batches:
+        size = 1 if decides_each else max(1, len(batch))
+        for part, part_classes in zip(batch.split(size), classes.split(size), strict=True):
+            start = time.perf_counter()
+            is_correct = classify(module, part, part_classes)
+            radii.append(instance.compute_radius(part, part_classes).double().clamp(min=0).cpu())
+            seconds += [(time.perf_counter() - start) / max(1, len(part))] * len(part)
+            for radius, correct in zip(radii[-1].tolist(), is_correct.tolist(), strict=True):
+                status.append("certified" if radius > 0 else "unknown" if correct else "falsified")
+                certifiers.append("forward" if status[-1] == "falsified" else name)
+    radius = torch.cat(radii)
+    return Certificates(
+        None, radius > 0, radius, tuple(status), tuple(certifiers), torch.tensor(seconds, dtype=torch.float64)
     )
-    is_certified = values > 0
-    status = tuple(
-        "certified" if certified else "unknown" if correct else "falsified"
-        for certified, correct in zip(is_certified.tolist(), is_correct.tolist(), strict=True)
-    )
-    certifiers = tuple("forward" if one == "falsified" else name for one in status)
-    return Certificates(eps, is_certified, values if eps is None else None, status, certifiers, seconds)
 
 
-def _judge(certifier: CascadeCertifier, batches: Iterator[tuple[Tensor, Tensor]], eps: float) -> Certificates:
-    """Return the verdicts of the cascade on batches of images and labels."""
-    verdicts = [verdict for batch, classes in batches for verdict in certifier.judge(batch, classes, eps)]
+def _judge(certifier: Certifier, batches: Iterator[tuple[Tensor, Tensor]], eps: float) -> Certificates:
+    """Return the verdicts of a certifier on batches of images and labels."""
+    verdicts = [verdict for batch, classes in batches for verdict in judge_images(certifier, batch, classes, eps)]
     return Certificates(
         eps,
         torch.tensor([one.status == "certified" for one in verdicts], dtype=torch.bool),
@@ -208,8 +220,8 @@ def attack(
 
     Args:
         module: Network in evaluation mode, in float32 or float64, on any device.
-        images: (N, C, H, W) or (N, D) with pixels in [0, 1], a tensor or NumPy array in the dtype of the module; or an
-            iterable of batches of images and labels.
+        images: (N, C, H, W) or (N, D), a tensor or NumPy array: floats in [0, 1] in the dtype of the module, or
+            uint8 (divided by 255); or an iterable of batches of images and labels.
         labels: (N) correct classes. Omit them if `images` is an iterable of batches.
         eps: Radius of the l_inf ball, for pixel values in [0, 1].
         attacks: `default` (selected by the kind of network), `autoattack`, names of attacks, or an `AttackConfig`.
@@ -228,7 +240,7 @@ def attack(
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     clean, robust = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     for batch, classes in _batches(images, labels, module, batch_size):
-        clean.append(_is_correct(module, batch, classes).cpu())
+        clean.append(classify(module, batch, classes).cpu())
         with strict_float32():  # certificates hold for the same arithmetic
             robust.append(robust_under_attack(module, batch, classes, eps, config, generator).cpu())
     names = config.methods or default_attacks(module)
@@ -257,7 +269,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield checked batches of images and labels on the module's device."""
     check_count("batch_size", size)
-    device = module_device(module)
+    device, dtype = module_device(module), module_dtype(module)
     if labels is None:
         if hasattr(images, "shape"):
             raise TypeError("labels=None: must be given with images; leave them out for an iterable of batches of both")
@@ -269,20 +281,11 @@ def _batches(
         )
     else:
         all_images, all_labels = torch.as_tensor(images), torch.as_tensor(labels)
-        check_batch(module, all_images[:0].to(device), all_labels[:0])
+        check_image_shape(all_images.shape)
+        check_label_form(all_labels, all_images)
+        check_batch(module, to_unit_range(all_images[:0].to(device), dtype), all_labels[:0])
         check_labels(all_labels, all_images)
         pairs = ((all_images[k : k + size], all_labels[k : k + size]) for k in range(0, len(all_images), size))
     for batch, classes in pairs:
-        batch = batch.to(device)
+        batch = to_unit_range(batch.to(device), dtype)
         yield batch, check_batch(module, batch, classes)
-
-
-@strict_float32()
-@torch.no_grad()
-def _is_correct(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return (B) bool: True if the image is classified correctly; a tie is an error."""
-    if not len(images):
-        return torch.zeros(0, dtype=torch.bool)
-    logits = compute_logits(module, images)
-    check_logits(logits, labels)
-    return margin(logits, labels) > 0

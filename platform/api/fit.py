@@ -11,7 +11,14 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from linflab.models.networks.base import NetworkConfig
-from linflab.models.robustness.inputs import check_eps, check_images, check_labels, check_logits, compute_logits
+from linflab.models.robustness.inputs import (
+    check_eps,
+    check_image_shape,
+    check_images,
+    check_labels,
+    check_logits,
+    compute_logits,
+)
 from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.api.inputs import (
     BATCH_SIZE,
@@ -237,8 +244,9 @@ def _split(samples: Any, name: str, augmentation: AugmentationConfig) -> Split:
         if not parts:
             raise ValueError(f"{name}: must contain at least one batch of images and labels; use a non-empty iterable")
         images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"{name}={tuple(images.shape)}: must have shape (N, C, H, W) without empty dimensions")
+    check_image_shape(images.shape, name, (4,))
+    if not len(images):
+        raise ValueError(f"{name}={tuple(images.shape)}: must have at least one image; use more images")
     if images.dtype != torch.uint8:
         check_images(images)
     max_value = 255 if images.dtype == torch.uint8 else 1

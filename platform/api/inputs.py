@@ -35,6 +35,12 @@ def module_device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
 
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first floating-point parameter or buffer; float32 if the module has neither."""
+    tensors = (tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point())
+    return next((tensor.dtype for tensor in tensors), torch.float32)
+
+
 def check_count(name: str, value: object) -> int:
     """Return an argument after checking that it is a positive integer.
 

@@ -13,6 +13,7 @@ from linflab.platform import signals
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.cli.progress import ProgressLine, format_clock
 from linflab.platform.errors import RunInterrupted, TrainingError, WorkerLostError
+from linflab.reports.tables import format_eps
 
 if TYPE_CHECKING:
     from linflab.platform.results.cascade import CascadeResult, CascadeRun
@@ -108,7 +109,8 @@ def _certify(certification: "CascadeRun", store: "VerdictStore", silent: bool) -
     estimate = certification.estimate(store)
     if not silent:
         console.print(
-            f"Cascade at eps={certification.plan.eps:g}: {total} images, {total - estimate.images} of them known."
+            f"Cascade at eps={format_eps(certification.plan.eps)}: {total} images, {total - estimate.images} of them "
+            "known."
         )
         if estimate.images:
             console.print(f"Estimate: {_describe(estimate.least_seconds, estimate.most_seconds)}.")
@@ -138,7 +140,7 @@ def _print(results: Sequence["CascadeResult"]) -> None:
     for result in results:
         interval = result.interval
         row = {
-            "eps": f"{result.plan.eps:.4g}",
+            "eps": format_eps(result.plan.eps),
             "images": str(len(result.verdicts)),
             "clean": f"{100 * result.clean:.2f}",
             "certified": f"{100 * result.certified:.2f}",
@@ -153,7 +155,7 @@ def _print(results: Sequence["CascadeResult"]) -> None:
     for result in results:
         stages = Counter(one.certifier for one in result.verdicts if one.status in ("certified", "falsified"))
         console.print(
-            f"\nAccuracies in percent. Decided at eps={result.plan.eps:.4g} by "
+            f"\nAccuracies in percent. Decided at eps={format_eps(result.plan.eps)} by "
             f"{', '.join(f'{name} {count}' for name, count in stages.items()) or 'no stage'}. "
             f"Verdicts and adversarial images: {result.folder}"
         )

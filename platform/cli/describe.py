@@ -22,12 +22,16 @@ MAX_YAML_WIDTH = 44  # width up to which the descriptions are aligned
 
 def recipes(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
+    from linflab.models.numbers import read_fraction
     from linflab.platform.config.overrides import read_recipe, recipe_names
+    from linflab.reports.tables import format_eps
 
     rows = []
     for name in recipe_names():
         tree = read_recipe(name)
-        rows.append({key: tree.get(key) for key in ("method", "dataset", "eps")} | {"recipe": name})
+        row = {key: tree.get(key) for key in ("method", "dataset")} | {"recipe": name}
+        eps = read_fraction(tree.get("eps"))
+        rows.append(row | {"eps": eps if as_json else format_eps(eps)})
     print_rows(rows, ["recipe", "method", "dataset", "eps"], as_json)
 
 
@@ -107,8 +111,10 @@ def space_show(
 def json_schema(what: Annotated[str, typer.Argument(metavar="recipe|space", help="What to describe")]) -> None:
     """Print the JSON schema of recipes or search spaces, for editors that validate and complete YAML."""
     from linflab.platform.config.experiment import ExperimentConfig
+    from linflab.platform.config.own_parts import import_own_parts
     from linflab.search_spaces.space import SearchSpace
 
+    import_own_parts()
     models: dict[str, type[BaseModel]] = {"recipe": ExperimentConfig, "space": SearchSpace}
     if what not in models:
         raise InputError(f"schema={what}: not found; use {' or '.join(models)}")

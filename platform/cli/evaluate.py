@@ -13,6 +13,7 @@ import typer
 from linflab.platform.cli.options import DEFAULT_STORAGE, SOUND, AsJson, Overrides, StorageFolder, parse_eps_list
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.errors import InputError, TrainingError
+from linflab.reports.tables import format_eps
 
 
 def evaluate(
@@ -32,13 +33,11 @@ def evaluate(
     ] = "",
     timeout: Annotated[
         float | None,
-        typer.Option(
-            min=0, metavar="SECONDS", help="Branch and bound per image, for the cascade; default: that of the run"
-        ),
+        typer.Option(min=0, metavar="SECONDS", help="Time per image of complete and cascade; default: that of the run"),
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Number of test images, a fixed random sample, for the cascade"),
+        typer.Option(min=1, metavar="N", help="Number of test images, a fixed random sample; default: all"),
     ] = None,
     sound: Annotated[bool | None, typer.Option("--sound/--real-arithmetic", help=SOUND)] = None,
     attacks: Annotated[
@@ -58,19 +57,19 @@ def evaluate(
     storage_dir: StorageFolder = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate trained weights on the whole test set: clean, robust and certified accuracy at each eps.
+    """Evaluate trained weights on the test set: clean, robust and certified accuracy at each eps.
 
     An image counts as robust if every attack that ran fails on it.
     """
     bounds = parse_eps_list(eps)
+    if timeout == 0:
+        raise InputError("timeout=0: must be positive; use 0.1 for almost no branch and bound")
     if certifier == "cascade":
         if overrides or attacks:
             given = f"attacks={attacks}" if attacks else (overrides or [""])[0]
             raise InputError(
                 f"{given}: is not supported with --certifier cascade, which has its own attack; leave it out"
             )
-        if timeout == 0:
-            raise InputError("timeout=0: must be positive; use 0.1 for almost no branch and bound")
         _check_writable(radii_dir)
         from linflab.platform.cli.cascade import evaluate_by_cascade
 
@@ -86,15 +85,16 @@ def evaluate(
             as_json,
         )
         return
-    for name, value in (("timeout", timeout), ("images", images)):
-        if value is not None:
-            raise InputError(f"{name}={value}: requires --certifier cascade; leave it out, or add that option")
+    if images is not None and radii_dir is not None:
+        raise InputError(f"images={images}: is not supported with --radii-dir, which writes all images; leave one out")
     settings = [*(overrides or [])]
     settings += [f"evaluation.certifier={certifier}"] if certifier else []
     if sound is not None or not any(setting.startswith("evaluation.sound=") for setting in settings):
         settings += [f"evaluation.sound={sound is not False}".lower()]
     from linflab.models.robustness.attacks import AttackMethod
+    from linflab.platform.config.own_parts import import_own_parts
 
+    import_own_parts()
     kinds = [kind.strip() for kind in attacks.split(",")] if attacks else []
     if kinds and kinds != ["none"] and not set(kinds) <= set(AttackMethod.registry):
         raise InputError(
@@ -118,6 +118,8 @@ def evaluate(
             radii_dir is not None,
             workers,
             lambda report: line.update(report.done, report.total),
+            images,
+            timeout,
         )
     if as_json:
         typer.echo(json.dumps(to_dict(result)))
@@ -125,7 +127,7 @@ def evaluate(
         accuracies = ["clean", "robust", "certified"]
         rows = [dataclasses.asdict(row) for row in result.results]
         cells = [
-            {"eps": f"{row['eps']:.4g}"}
+            {"eps": format_eps(row["eps"])}
             | {name: "-" if row[name] is None else f"{100 * row[name]:.2f}" for name in accuracies}
             for row in rows
         ]
@@ -188,13 +190,23 @@ def certify(
     certifier: Annotated[
         str,
         typer.Option(
-            help="lipschitz, ibp, crown, alpha_crown or complete; auto selects one by the kind of network, and for "
-            "properties the tighter of ibp and crown, and splits of neurons"
+            help="lipschitz, ibp, crown, alpha_crown, complete, or cascade (images only); auto selects one by the kind "
+            "of network, and for properties the tighter of ibp and crown, and splits of neurons"
         ),
     ] = "auto",
+    eps: Annotated[
+        str, typer.Option(help="Radius to certify, for pixel values in [0, 1]; default: certified radii")
+    ] = "",
     sound: Annotated[bool, typer.Option("--sound/--real-arithmetic", help=SOUND)] = True,
     vnnlib: Annotated[Path | None, typer.Option(help="VNN-LIB property to verify, instead of images")] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of a property")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time limit of a property (default: 60), or per image of complete and cascade (default: that of the "
+            "run)",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File for the answer to a property, and for its counterexample")
     ] = None,
@@ -204,6 +216,7 @@ def certify(
     """Certify your own images, or verify a VNN-LIB property of an ONNX model.
 
     Images are classified, and each gets the radius within which its prediction is constant, for pixel values in [0, 1].
+    With `--eps`, each gets a status instead: certified, falsified (an image within eps has another class) or unknown.
     Arrays have uint8 values from 0 to 255, or floats in [0, 1]. EXIF rotation is applied; images with transparency,
     several frames or more than 8 bits per channel are rejected.
 
@@ -216,17 +229,28 @@ def certify(
             raise InputError(f"{model}: must be an ONNX file for --vnnlib; use `linflab export {model} --format onnx`")
         from linflab.platform.cli.exchange import certify_property
 
-        certify_property(model, vnnlib, certifier, sound, timeout, output, as_json)
+        if eps:
+            raise InputError(f"eps={eps}: is not supported with --vnnlib, whose property has its own box; leave it out")
+        certify_property(model, vnnlib, certifier, sound, 60.0 if timeout is None else timeout, output, as_json)
         return
     if not images:
         raise InputError("images: not given; use image files, or --vnnlib with an ONNX file")
     if output is not None:
         raise InputError(f"output={output}: requires --vnnlib; use --json to save the results for images")
+    radii = parse_eps_list(eps)
+    if len(radii) > 1:
+        raise InputError(f"eps={eps}: must be one number from 0 to 1; run the command once for each eps")
+    from linflab.platform.cli.progress import ProgressLine
     from linflab.platform.results.certify import certify_images
     from linflab.platform.results.load import find_weights
 
     path, _, _ = find_weights(model, storage_dir)
-    rows = [dataclasses.asdict(one) for one in certify_images(path, images, certifier, sound)]
+    with ProgressLine(console, "stage=certification", "images") as line:
+        results = certify_images(path, images, certifier, sound, radii[0] if radii else None, timeout, line.update)
+    rows = [{name: value for name, value in dataclasses.asdict(one).items() if value is not None} for one in results]
+    if radii:
+        print_rows(rows, ["image", "prediction", "status", "certifier", "seconds"], as_json)
+        return
     if not as_json:  # round down to stay certified
         rows = [{**row, "radius": f"{math.floor(1e4 * row['radius']) / 1e4:.4f}"} for row in rows]
     print_rows(rows, ["image", "prediction", "radius", "certifier"], as_json)

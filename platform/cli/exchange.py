@@ -142,5 +142,9 @@ def certify_property(
         typer.echo(json.dumps(row | {"inputs": inputs, "outputs": outputs}))
     elif output is not None:
         typer.echo(result.answer)
+    elif console.is_terminal:
+        console.print(result.to_short_text(), end="")
+        if result.inputs is not None:
+            console.print("All values: use --output FILE, in the format of VNN-COMP, or --json.")
     else:
         console.print(result.to_text(), end="")

@@ -93,7 +93,11 @@ def linflab(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit")
     ] = False,
 ) -> None:
-    """Train, certify and compare image classifiers that are provably robust to l_inf perturbations."""
+    """Train, certify and compare image classifiers that are provably robust to l_inf perturbations.
+
+    The environment variable LINFLAB_IMPORT names modules, separated by commas, that register networks, objectives,
+    certifiers or attacks of your own. Sweeps, workers and jobs import them too.
+    """
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Output of commands: tables, reports, and hints at the next command."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from linflab.reports.pages import Page
 
 console = PlainConsole(soft_wrap=True)
+MIN_TEXT_WIDTH = 6  # of a text column in a table
 
 
 def print_warning(note: str | None) -> None:
@@ -113,10 +115,19 @@ def print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) ->
         typer.echo(json.dumps(rows))
         return
     table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        cells = (row[column] for column in columns)
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    lines = [[_format_cell(row[column]) for column in columns] for row in rows]
+    least = 0  # width at which no number is broken across lines
+    for index, column in enumerate(columns):
+        cells = [line[index] for line in lines]
+        has_numbers = bool(cells) and all(re.fullmatch(r"-|[-+\d.,/e%]*\d%?|inf|nan", cell) for cell in cells)
+        width = max(map(len, [column, *cells]))
+        table.add_column(column, overflow="fold", no_wrap=has_numbers, min_width=width if has_numbers else None)
+        least += 1 + (width if has_numbers else min(width, MIN_TEXT_WIDTH))
+    for line in lines:
+        table.add_row(*line)
     # Keep each row on one line in files and pipes.
-    (console if console.is_terminal else console.with_width(10_000)).print(table)
+    (console.with_width(max(least, console.width) if console.is_terminal else 10_000)).print(table)
+
+
+def _format_cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

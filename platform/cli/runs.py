@@ -51,11 +51,13 @@ def runs(
     from linflab.platform.tracking.mlflow import wrap_errors
     from linflab.reports.formatting import describe_settings
     from linflab.reports.records import list_runs
+    from linflab.reports.tables import format_eps
 
     with open_storage(storage_dir, cluster) as storage, wrap_errors(storage):
         table = list_runs(storage.tracking_uri, filters, tags)
     if not as_json:
         table["run"] = table["run"].map(lambda run: run[:8])
+        table["eps"] = table["eps"].map(format_eps)
         table["tags"] = table["tags"].map(lambda tags: " ".join(f"{key}={value}" for key, value in tags.items()))
         table["settings"] = table["settings"].map(
             lambda settings: (

@@ -3,6 +3,7 @@
 import re
 import shlex
 import time as clock
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +129,7 @@ def slurm_sweep(
     if not name:
         name = _check_sweep(settings, allocation)
         task_name = f"{name}-{TASK}" if array else name
-        command = (*command, *_task_override(allocation), "--name", task_name)
+        command = (*_without_name(command), *_task_override(allocation), "--name", task_name)
         resume: tuple[str, ...] = ("sweep", "--resume", task_name)
         is_started = f'[ -e "$storage/sweeps/{task_name}/sweep.yaml" ]'
     elif array:
@@ -136,6 +137,17 @@ def slurm_sweep(
     else:
         resume, is_started = command, "false"
     _write(_job(settings, name, command, resume, is_started, RESUBMIT), allocation, submit_job)
+
+
+def _without_name(command: Sequence[str]) -> list[str]:
+    """Return the words of a command without the option --name and its value."""
+    words, rest = [], iter(command)
+    for word in rest:
+        if word == "--name":
+            next(rest)
+        elif not word.startswith("--name="):
+            words.append(word)
+    return words
 
 
 def _sbatch_options(account: str, partition: str, others: list[str] | None) -> tuple[str, ...]:

@@ -234,7 +234,7 @@ def _sweep_on_cluster(plan: "SweepPlan | None", name: str, space: str, flags: li
 def sweeps(storage_dir: StorageFolder = DEFAULT_STORAGE, as_json: AsJson = False, cluster: OnCluster = False) -> None:
     """List sweeps, newest first: status, number of finished trials, best validation accuracy.
 
-    Resume a sweep with status `killed` (by Ctrl-C) or `interrupted` (its process is gone) with
+    Resume a sweep with status `interrupted` (by Ctrl-C, or since its process is gone) with
     `linflab sweep --resume NAME`.
     """
     from linflab.platform.locks import file_lock

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 from types import TracebackType
@@ -56,9 +56,15 @@ class SweepProgress(SweepObserver):
     def __enter__(self) -> Self:
         return self
 
-    def expect(self, searched_settings: Sequence[str], total: int | None, num_ended_before: int = 0) -> None:
+    def expect(
+        self,
+        searched_settings: Sequence[str],
+        total: int | None,
+        num_ended_before: int = 0,
+        resumed: Collection[str] = (),
+    ) -> None:
         """Start the live table; see `SweepObserver.expect`."""
-        super().expect(searched_settings, total, num_ended_before)
+        super().expect(searched_settings, total, num_ended_before, resumed)
         self.start_time = time.monotonic()
         if self.console.is_terminal:
             self.live.start()
@@ -70,9 +76,10 @@ class SweepProgress(SweepObserver):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Show a trial that starts; called by Ray Tune."""
-        self._update(trial, {})
         label = trial.config["trial"]
-        self._tell(label, f'status=started params="{self.rows[label].setting}"')
+        status = "resumed" if label in self.resumed or label in self.rows else "started"
+        self._update(trial, {})
+        self._tell(label, f'status={status} params="{self.rows[label].setting}"')
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

@@ -183,6 +183,7 @@ def _show_training(
     """Print the test accuracies of a run, log its model and figures, and print its id."""
     from linflab.platform.trial import describe_selection
     from linflab.reports import schema
+    from linflab.reports.tables import format_eps
 
     metrics, run_id = result.metrics, result.run_id
 
@@ -195,7 +196,7 @@ def _show_training(
         f"{100 * metrics[name]:.2f}%" for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
     console.print(
-        f"Test set, eps={experiment.eps:g}: clean {clean}, robust {robust}, certified {certified} "
+        f"Test set, eps={format_eps(experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
         f"({result.certificate}). Selected epoch {metrics[schema.BEST_EPOCH]:g} ({describe_selection(experiment)})."
     )
     with console.status("Logging model and figures ..."):

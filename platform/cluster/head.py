@@ -254,12 +254,17 @@ def _submit(run: str, job: str, files: Mapping[str, str], path: Path, width: int
     from ray.exceptions import AuthenticationError, RayError
     from requests.exceptions import RequestException
 
+    from linflab.platform.config.own_parts import IMPORT_VAR, copy_own_modules, own_modules
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"
         folder.mkdir()
         for file, content in {"command.sh": f"{run}\n", **files}.items():
             (folder / file).write_text(content)
+        copy_own_modules(folder)
         variables = {SOURCE_HASH_VAR: source_hash(), COMMIT_VAR: git_commit(), "COLUMNS": str(width)}
+        if own_modules():
+            variables[IMPORT_VAR] = os.environ[IMPORT_VAR]
         variables["RAY_JOB_STOP_WAIT_TIME_S"] = "120"  # time to save state after `ray job stop`
         try:
             with _dashboard() as client:

@@ -4,6 +4,7 @@ On several nodes, `ray symmetric-run` starts Ray on each node, runs the command 
 """
 
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linflab.platform.cluster.tracking_server import MODULE as SERVER_MODULE
+from linflab.platform.config.own_parts import IMPORT_VAR
 from linflab.platform.errors import InputError
 
 STOP_TIMEOUT_S = 30  # for Ray on all nodes
@@ -169,10 +171,12 @@ def batch_script(job: Job, allocation: Allocation) -> str:
     """Return the batch script of a job."""
     log = log_file(job, allocation, "%A" if allocation.array else "%j")
     directives = [f"job-name={job.name}", f"chdir={Path.cwd()}", f"output={log}", *allocation.directives()]
+    imports = os.environ.get(IMPORT_VAR, "")
     values = {
         "directives": "\n".join(f"#SBATCH --{_quote_directive(line)}" for line in directives),
         "bin": shlex.quote(str(Path(sys.executable).parent)),
         "data": shlex.quote(str(job.data_dir)),
+        "imports": f"export {IMPORT_VAR}={shlex.quote(imports)}\n" if imports else "",
         "server": f"export LINFLAB_TRACKING_URI={shlex.quote(job.tracking_server)}\n" if job.tracking_server else "",
         "log": shlex.quote(str(job.storage / "slurm" / job.name)),
         "storage": shlex.quote(str(job.storage)) + _task_folder(job, allocation),
@@ -270,7 +274,7 @@ _SCRIPT = """\
 
 export PATH=@bin@:$PATH LINFLAB_DATA=@data@ PYTHONUNBUFFERED=1
 unset RAY_ADDRESS  # the job starts its own Ray
-@server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+@imports@@server@task=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 export LINFLAB_SLURM_JOB=@own_job@
 log=@log@-$task.log
 storage=@storage@

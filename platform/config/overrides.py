@@ -15,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 from linflab.models.numbers import read_fraction
 from linflab.models.registry import KindConfig, OtherKinds
 from linflab.models.robustness.attacks.suite import DISTANCE_NET_ATTACKS, OTHER_NET_ATTACKS
+from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.config.compatibility import check_compatibility
 from linflab.platform.config.experiment import ExperimentConfig, flatten
+from linflab.platform.config.own_parts import IMPORT_VAR, UnknownObjectiveConfig, import_own_parts
 from linflab.platform.config.recipes import recipe_files
 from linflab.platform.errors import InputError
 from linflab.reports.methods import KINDS, kind_values, method_name
@@ -119,16 +121,20 @@ def parse_override(text: str) -> tuple[str, Any]:
         return path, value
 
 
-def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> ExperimentConfig:
+def build_config(
+    tree: Mapping[str, Any], overrides: Mapping[str, Any], for_evaluation: bool = False
+) -> ExperimentConfig:
     """Return the validated config of nested settings with overrides.
 
     Args:
         tree: Nested settings, as in a recipe.
         overrides: Values that replace settings, by dotted path.
+        for_evaluation: Accept an objective of an unknown kind, whose settings are kept as they are.
 
     Raises:
         InputError: If a setting is unknown, missing or invalid, or settings are incompatible.
     """
+    import_own_parts()
     if not isinstance(tree, Mapping):
         raise InputError(f"settings={shorten(tree)}: must be a mapping of names to values")
     _reject_earlier_names({**tree, **overrides})
@@ -151,9 +157,12 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Exper
         if name == "kind" and previous_value not in (None, value):
             _drop_unknown_settings(node, sections, settings_tree)
     try:
+        unknown_objective = _take_unknown_objective(settings_tree) if for_evaluation else None
         experiment = _with_default_attacks(ExperimentConfig.model_validate(settings_tree))
     except ValidationError as error:
         raise InputError(_format_validation_error(error, settings_tree)) from None
+    if unknown_objective is not None:
+        experiment = experiment.model_copy(update={"objective": unknown_objective})
     settings = experiment.to_flat_dict()
     # The method name in a recipe describes the recipe's kinds, not kinds set by overrides.
     if not experiment.method or (
@@ -165,6 +174,16 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Exper
             raise InputError(f"{path}={str(value).lower()}: must be a number or a name, not true or false")
     check_compatibility(experiment)
     return experiment
+
+
+def _take_unknown_objective(tree: dict[str, Any]) -> UnknownObjectiveConfig | None:
+    """Replace an objective of unknown kind in a tree of settings, and return it; None if there is none."""
+    section = tree.get("objective")
+    kind = section.get("kind") if isinstance(section, Mapping) else None
+    if not isinstance(kind, str) or kind in ObjectiveConfig.kinds():
+        return None
+    tree["objective"] = {"kind": "cross_entropy"}
+    return UnknownObjectiveConfig.model_validate(section)
 
 
 def _reject_earlier_names(settings: Mapping[str, Any]) -> None:
@@ -251,7 +270,10 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         *outer, setting = path[:-1] if path[-1].isdigit() else path  # sections in a list accept the same kinds
         kinds = [model.model_fields["kind"].default for model in _models(_section(outer, tree), setting)]
         problem = "missing" if kind is None else "unknown"
-        return f"{name}.kind={shorten(kind)}: {problem}; use one of {', '.join(kinds)}".replace("=None", "")
+        advice = f"use one of {', '.join(kinds)}" + (
+            "" if kind is None else f", or set {IMPORT_VAR} to the module that defines it"
+        )
+        return f"{name}.kind={shorten(kind)}: {problem}; {advice}".replace("=None", "")
     message = details["msg"].replace("Input should be", "must be")
     message = message[0].lower() + message[1:]
     if path[-1] in ("eps", "eps_train") and details["type"] == "less_than_equal":

@@ -355,6 +355,16 @@ def list_datasets() -> list[DatasetStatus]:
     return statuses
 
 
+def dataset_problem(name: str) -> str | None:
+    """Return what is wrong with the files of a dataset, as loading reports it, or None; pixels are not read."""
+    try:
+        if name != "digits":
+            _open(data_dir() / name, DATASETS.get(name))
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def is_prepared(name: str) -> bool:
     """Return whether all files of a dataset exist in `data_dir()`."""
     return all((data_dir() / name / f"{file}.npy").is_file() for file in ARRAY_NAMES)

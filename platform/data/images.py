@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from linflab.models.robustness.inputs import to_unit_range
 from linflab.platform.data.arrays import map_array
 from linflab.platform.errors import InputError
 from linflab.platform.files import open_regular
@@ -67,15 +68,16 @@ def _read_array(path: Path, shape: Sequence[int]) -> Tensor:
     array = map_array(path)
     input_shape = tuple(shape)
     if array.shape[-3:] != input_shape or array.ndim not in (3, 4):
-        raise InputError(
-            f"{path}: its shape is {array.shape}; must be {input_shape}, or {('N', *input_shape)}".replace("'", "")
-        )
+        expected = f"{input_shape}, or {('N', *input_shape)}".replace("'", "")
+        is_gray = input_shape[0] == 1 and array.ndim in (2, 3) and array.shape[-2:] == input_shape[1:]
+        advice = f"; save images[{':, ' * (array.ndim - 2)}None] to add the channel dimension" if is_gray else ""
+        raise InputError(f"{path}: its shape is {array.shape}; must be {expected}{advice}")
     if array.dtype == np.uint8:
-        images = torch.from_numpy(np.ascontiguousarray(array)).float() / 255
+        images = to_unit_range(torch.from_numpy(np.ascontiguousarray(array)))
     elif array.dtype.kind == "f":
         exact = np.asarray(array, dtype=np.float64)
         if not bool(((exact >= 0) & (exact <= 1)).all()):  # false for NaN
-            raise InputError(f"{path}: must have values in [0, 1]; scale the images to [0, 1]")
+            raise InputError(f"{path}: must have values in [0, 1]; save bytes as uint8, or divide them by 255")
         images = torch.from_numpy(exact.astype(np.float32))
     else:
         raise InputError(f"{path}: dtype {array.dtype} is not supported; use uint8 from 0 to 255, or floats in [0, 1]")

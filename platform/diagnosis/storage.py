@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from linflab.platform.cluster.ports import DASHBOARD_PORT, RAY_PORT, is_listening
-from linflab.platform.data.datasets import data_dir, is_prepared
+from linflab.platform.data.datasets import data_dir, dataset_problem, is_prepared
 from linflab.platform.data.info import DATASETS
 from linflab.platform.diagnosis.checks import Check, Status
 from linflab.platform.errors import InputError
@@ -20,17 +20,26 @@ MOUNTS = Path("/proc/mounts")
 
 
 def check_datasets() -> Check:
-    """Return which datasets are prepared; their images are not read."""
+    """Return which datasets are prepared and valid; their images are not read."""
     try:
         folder = data_dir()
     except InputError as error:
         return Check("datasets", Status.FAILED, str(error), "set LINFLAB_DATA to an absolute path")
     own = sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
-    names = [*DATASETS, *(name for name in own if name not in DATASETS)]
-    found = [name for name in names if name == "digits" or is_prepared(name)]
-    missing = [name for name in DATASETS if name not in found]
-    values = {"folder": str(folder), "found": found, "missing": missing}
+    missing = [name for name in DATASETS if name != "digits" and not (folder / name).is_dir()]
+    names = [name for name in DATASETS if name not in missing]
+    names += [name for name in own if name not in DATASETS and is_prepared(name)]
+    damaged = {name: problem for name in names if (problem := dataset_problem(name)) is not None}
+    found = [name for name in names if name not in damaged]
+    values = {"folder": str(folder), "found": found, "missing": missing, "damaged": damaged}
     text = f"{', '.join(found)} in {folder}"
+    if damaged:
+        name, problem = next(iter(damaged.items()))
+        others = f"; also damaged: {', '.join(list(damaged)[1:])}" if len(damaged) > 1 else ""
+        advice = (
+            f"move {folder / name} away, then run `linflab data prepare {name}`" if name in DATASETS else "correct it"
+        )
+        return Check("datasets", Status.FAILED, f"{text}; {problem}{others}", advice, values)
     if not missing:
         return Check("datasets", Status.OK, text, values=values)
     advice = f"prepare others before use, as with `linflab data prepare {missing[0]}`, or set LINFLAB_DATA"

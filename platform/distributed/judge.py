@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linflab.models.robustness.certification import CascadeCertifier, Verdict
 from linflab.models.robustness.certification.cascade import CascadeSettings
 from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.own_parts import import_own_parts
 from linflab.platform.data.datasets import SplitName, load_dataset
 from linflab.platform.distributed.train import evaluation_resources, start_ray, uses_gpus
 from linflab.platform.errors import TrainingError
@@ -118,6 +119,7 @@ class _JudgeActor:
         threads: int,
     ) -> None:
         verify_source_hash()
+        import_own_parts()
         torch.set_num_threads(threads)
         configure_process()
         device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from linflab.platform.cluster.node import cluster_description
 from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.own_parts import IMPORT_VAR, import_own_parts, own_modules
 from linflab.platform.data.datasets import data_dir, load_dataset
 from linflab.platform.distributed.address import check_address, configured_address
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
 from linflab.platform.host import allocated_cpus, configure_process
 from linflab.platform.signals import watch_again
-from linflab.platform.source import verify_source_hash
+from linflab.platform.source import is_cluster_job, verify_source_hash
 from linflab.platform.tracking.mlflow import STORE_ERRORS
 from linflab.platform.training.evaluation import BatchResult, EvaluationSpec, evaluate_batch
 from linflab.platform.training.loop import EpochMetrics, StepMetrics
@@ -62,6 +63,7 @@ def start_ray() -> None:
             address=address or "local",
             num_cpus=allocated_cpus() if address is None else None,
             namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
+            runtime_env=_worker_environment(address),
             configure_logging=True,
             logging_level="ERROR",
             log_to_driver=False,
@@ -76,6 +78,16 @@ def start_ray() -> None:
         ) from None
     finally:
         watch_again()  # Ray replaces the signal handlers
+
+
+def _worker_environment(address: str | None) -> dict[str, Any] | None:
+    """Return the runtime environment of workers, which do not inherit this process's variables on a running cluster.
+
+    A cluster job has the variables in its own runtime environment, and Ray rejects them in both.
+    """
+    if address is None or is_cluster_job() or not own_modules():
+        return None
+    return {"env_vars": {IMPORT_VAR: os.environ[IMPORT_VAR]}}
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -271,6 +283,7 @@ def to_ray_metrics(report: EpochMetrics) -> dict[str, float]:
 def _worker(config: dict[str, Any]) -> TrialResult | None:
     """Train on one worker; only the first worker returns a result."""
     verify_source_hash()
+    import_own_parts()
     reports: Queue | None = config["reports"]
     first = ray.train.get_context().get_world_rank() == 0
     last_step = 0.0
@@ -357,6 +370,7 @@ class _EvaluationActor:
         self, experiment: ExperimentConfig, state: dict[str, Tensor], spec: EvaluationSpec, threads: int
     ) -> None:
         verify_source_hash()
+        import_own_parts()
         torch.set_num_threads(threads)
         configure_process()
         device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")

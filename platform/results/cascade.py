@@ -21,7 +21,7 @@ from linflab.platform.data.datasets import Split, SplitName
 from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.files import open_regular
 from linflab.platform.host import configure_process
-from linflab.platform.results.evaluate import log_files
+from linflab.platform.results.evaluate import describe_verification, log_files, sample_positions
 from linflab.platform.results.load import download_weights
 from linflab.platform.results.verdicts import ImageVerdict, VerdictPlan, VerdictStore, as_columns
 from linflab.platform.source import linflab_version
@@ -47,12 +47,14 @@ class CascadeResult:
         verdicts: Verdicts in the order of the split.
         split_size: Number of images of the whole split.
         folder: Folder of the verdicts and adversarial images.
+        training_eps: Radius of the run, for pixel values in [0, 1].
     """
 
     plan: VerdictPlan
     verdicts: list[ImageVerdict]
     split_size: int
     folder: Path
+    training_eps: float
 
     @property
     def counts(self) -> Counter[str]:
@@ -148,14 +150,7 @@ class CascadeRun:
         dataset = load_matching_dataset(self.weights)
         self._split = dataset.evaluation_split(split)
         self.split_size = len(self._split)
-        if images is not None and images > self.split_size:
-            raise InputError(
-                f"images={images}: must be at most {self.split_size}, the size of the {split} split; leave it out for "
-                "all"
-            )
-        # In a fixed random order, the first images are a sample of the whole split.
-        order = np.random.RandomState(0).permutation(self.split_size)
-        self.positions: list[int] = order[:images].tolist()
+        self.positions = sample_positions(self.split_size, images)
         with open_regular(path) as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         self.plan = VerdictPlan(
@@ -226,7 +221,7 @@ class CascadeRun:
     def result(self, store: VerdictStore) -> CascadeResult:
         """Return the verdicts so far."""
         found = [store.verdicts[position] for position in sorted(self.positions) if position in store.verdicts]
-        return CascadeResult(self.plan, found, self.split_size, store.folder)
+        return CascadeResult(self.plan, found, self.split_size, store.folder, self.weights.experiment.eps)
 
     def _judge(
         self, chunks: Sequence[Sequence[int]], add: Callable[[int, Verdict], None]
@@ -295,7 +290,8 @@ def save_result(folder: Path, result: CascadeResult, store: VerdictStore) -> lis
 def log_result(storage: Storage, run: str, result: CascadeResult, store: VerdictStore) -> None:
     """Log a result to its run: certified accuracy as a metric, and all verdicts as files.
 
-    The name of the metric contains the eps, and the number of images unless these are the whole split.
+    The name of the metric contains the eps, and the number of images unless these are the whole split. The accuracy at
+    the eps of the run is also logged for reports, with a description of the verification.
 
     Args:
         storage: Storage of the run.
@@ -309,7 +305,14 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
     part = "" if result.interval is None else f"/images-{len(result.verdicts)}"
     certificate = f"cascade{'-sound' if result.plan.sound else ''}"
     name = f"{schema.TEST_CERTIFIED}/{certificate}/eps-{result.plan.eps!r}{part}"
-    log_files(storage, run, {name: result.certified}, lambda folder: save_result(folder, result, store))
+    metrics, tags = {name: result.certified}, {}
+    if result.plan.eps == result.training_eps and result.verdicts:
+        undecided = (result.counts["unknown"] + result.counts["error"]) / len(result.verdicts)
+        images = f"{len(result.verdicts)} of {result.split_size} images"
+        text = describe_verification(images, certificate, result.plan.time_limit, result.certified)
+        metrics[schema.TEST_VERIFIED] = result.certified
+        tags[schema.TEST_VERIFICATION] = f"{text}, {100 * undecided:.2f}% undecided"
+    log_files(storage, run, metrics, lambda folder: save_result(folder, result, store), tags)
 
 
 def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
 
@@ -23,15 +24,17 @@ from linflab.platform.training.evaluation import (
     ImageScores,
     ScoringReport,
     aggregate_results,
-    batch_indices,
     evaluate,
     evaluation_spec,
+    limited_certifiers,
+    no_time_limit,
     sort_by_position,
 )
 from linflab.platform.training.weights import load_matching_dataset, load_weights
 from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.outputs import write_columns, write_text_atomic
+from linflab.reports.tables import format_eps
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class EvaluationResult:
         attacks: Names of the attacks; empty if none ran.
         notes: Description of the evaluation for readers.
         experiment: Settings by dotted path.
+        num_images: Number of test images that were evaluated, a fixed random sample unless it is all of them.
+        split_size: Number of all test images.
         images: Results per test image; None unless certified radii were computed.
     """
 
@@ -66,6 +71,8 @@ class EvaluationResult:
     attacks: tuple[str, ...]
     notes: str
     experiment: dict[str, object]
+    num_images: int
+    split_size: int
     images: ImageScores | None = None
 
     @property
@@ -82,8 +89,10 @@ def evaluate_weights(
     radii: bool,
     workers: int,
     on_report: Callable[[ScoringReport], None] = lambda report: None,
+    images: int | None = None,
+    time_limit: float | None = None,
 ) -> EvaluationResult:
-    """Evaluate weights on the whole test set of their dataset.
+    """Evaluate weights on the test set of their dataset.
 
     Args:
         path: Weights file.
@@ -93,10 +102,12 @@ def evaluate_weights(
         radii: Whether to compute the certified radius of every image.
         workers: Number of Ray workers that share the images; 0 evaluates in this process.
         on_report: Called with the number of evaluated images, at the start and after each batch.
+        images: Number of test images, a fixed random sample; None: the whole test set.
+        time_limit: Seconds per image of certifiers with a time limit; None: that of the config.
 
     Raises:
-        InputError: If the weights or the dataset are not readable, an override is not valid, or the certifier does not
-            support the network.
+        InputError: If the weights or the dataset are not readable, an override is not valid, the certifier does not
+            support the network or has no time limit, or there are fewer images.
     """
     weights = load_weights(path)
     experiment, network = weights.experiment, weights.network
@@ -106,31 +117,36 @@ def evaluate_weights(
             raise InputError(
                 f"{name}={value}: is fixed by training; override only settings in the section `evaluation`"
             )
-    experiment = build_config(experiment.model_dump(mode="json"), changes)
+    if time_limit is not None:
+        changes["evaluation.time_limit"] = time_limit
+    experiment = build_config(experiment.model_dump(mode="json"), changes, for_evaluation=True)
     spec = evaluation_spec(experiment, network, with_attacks)
+    has_limit = spec.certifier in limited_certifiers()
+    if time_limit is not None and not has_limit:
+        raise InputError(no_time_limit(time_limit, spec.certifier))
     eps_values = tuple(dict.fromkeys(eps)) or spec.eps
     spec = dataclasses.replace(spec, eps=eps_values, radii=radii, rounding_cost=True)
     dataset = load_matching_dataset(weights)
-    batch_size = experiment.evaluation.batch_size
+    positions = torch.tensor(sample_positions(len(dataset.test), images)).sort().values
+    batch_size = 1 if has_limit else experiment.evaluation.batch_size  # reports each image that may take long
     batch_results: list[BatchResult] = []
 
     def on_batch(part: BatchResult) -> None:
         batch_results.append(part)
-        on_report(ScoringReport(sum(len(part.positions) for part in batch_results), len(dataset.test)))
+        on_report(ScoringReport(sum(len(part.positions) for part in batch_results), len(positions)))
 
-    on_report(ScoringReport(0, len(dataset.test)))
+    on_report(ScoringReport(0, len(positions)))
     if workers:
         from linflab.platform.distributed.train import evaluate_distributed  # imports Ray
 
-        positions = batch_indices(dataset.test, batch_size)
-        for part in evaluate_distributed(experiment, network, spec, positions, workers):
+        for part in evaluate_distributed(experiment, network, spec, positions.split(batch_size), workers):
             on_batch(part)
     else:
         torch.set_num_threads(min(experiment.compute.cpus_per_worker, os.cpu_count() or 1))
         # Without a CUDA device, weights of a run that used CUDA are evaluated on the CPU.
         device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
         test = dataset.to(device).test
-        evaluate(network.to(device), test, spec, batch_size, on_batch)
+        evaluate(network.to(device), test, spec, batch_size, on_batch, positions.to(device))
     rows = [
         EpsResult(radius, *dataclasses.astuple(one))
         for radius, one in zip(spec.eps, aggregate_results(batch_results, spec), strict=True)
@@ -141,10 +157,15 @@ def evaluate_weights(
         if spec.sound
         else "in real arithmetic, so float32 rounding may violate certificates"
     )
-    notes = f"Evaluated on {len(dataset.test)} test images. Certified by {spec.certifier}, {proof}."
+    is_sample = len(positions) < len(dataset.test)
+    sample = f"{len(positions)} of {len(dataset.test)} test images, a fixed random sample"
+    notes = f"Evaluated on {sample if is_sample else f'{len(positions)} test images'}."
+    notes += f" Certified by {spec.certifier}, {proof}."
+    if has_limit:
+        notes += f" Time limit {spec.time_limit:g} s per image."
     if spec.sound:
-        num_lost = [round(((row.certified_real or 0.0) - row.certified) * len(dataset.test)) for row in rows]
-        costs = ", ".join(f"{count} at eps={row.eps:g}" for count, row in zip(num_lost, rows, strict=True))
+        num_lost = [round(((row.certified_real or 0.0) - row.certified) * len(positions)) for row in rows]
+        costs = ", ".join(f"{count} at eps={format_eps(row.eps)}" for count, row in zip(num_lost, rows, strict=True))
         notes += f" Certificates lost by accounting for rounding: {costs if any(num_lost) else 'none'}."
     notes += "" if attack is None else f" Robust accuracy under {attack.describe()}."
     return EvaluationResult(
@@ -154,15 +175,37 @@ def evaluate_weights(
         () if attack is None else attack.methods or (),
         notes,
         experiment.to_flat_dict(),
+        len(positions),
+        len(dataset.test),
         sort_by_position(batch_results, spec.eps) if radii else None,
     )
+
+
+def sample_positions(size: int, images: int | None) -> list[int]:
+    """Return the positions of a fixed random sample of a split, in random order.
+
+    A larger sample includes each smaller one.
+
+    Args:
+        size: Number of images of the split.
+        images: Number of images of the sample; None: all.
+
+    Raises:
+        InputError: If the split has fewer images.
+    """
+    if images is not None and images > size:
+        raise InputError(f"images={images}: must be at most {size}, the number of all images; leave it out for all")
+    order: list[int] = np.random.RandomState(0).permutation(size)[:images].tolist()
+    return order
 
 
 def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None:
     """Log an evaluation to its run, as metrics and as files with all results.
 
-    The name of a metric contains the eps, and the certifier or the attacks. The evaluations of a run are numbered from
-    1. The number of an evaluation is the name of the directory of its files, and the step of its metrics.
+    The name of a metric contains the eps, the certifier or the attacks, and the number of images of a sample. The
+    evaluations of a run are numbered from 1. The number of an evaluation is the name of the directory of its files, and
+    the step of its metrics. The accuracy of `complete` at the eps of the run is also logged for reports, with a
+    description of the evaluation.
 
     Args:
         storage: Storage of the run.
@@ -172,22 +215,42 @@ def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None
     Raises:
         TrainingError: If the run is not writable, for example because it was deleted.
     """
-    attacks, metrics = "-".join(result.attacks), {}
+    attacks, metrics, tags = "-".join(result.attacks), {}, {}
+    part = "" if result.num_images == result.split_size else f"/images-{result.num_images}"
     for row in result.results:
-        metrics[f"{schema.TEST_CERTIFIED}/{result.certificate}/eps-{row.eps!r}"] = row.certified
+        metrics[f"{schema.TEST_CERTIFIED}/{result.certificate}/eps-{row.eps!r}{part}"] = row.certified
         if row.robust is not None:
-            metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}"] = row.robust
-    log_files(storage, run, metrics, lambda folder: save_evaluation(folder, result))
+            metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}{part}"] = row.robust
+        if result.certifier in limited_certifiers() and row.eps == result.experiment["eps"]:
+            time_limit = float(str(result.experiment["evaluation.time_limit"]))
+            images = f"{result.num_images} of {result.split_size} images"
+            metrics[schema.TEST_VERIFIED] = row.certified
+            tags[schema.TEST_VERIFICATION] = describe_verification(
+                images, result.certificate, time_limit, row.certified
+            ) + ("" if row.robust is None else f", at most {100 * row.robust:.2f}% robust")
+    log_files(storage, run, metrics, lambda folder: save_evaluation(folder, result), tags)
 
 
-def log_files(storage: Storage, run: str, metrics: Mapping[str, float], save: Callable[[Path], object]) -> None:
-    """Log metrics and files as the next evaluation of a run.
+def describe_verification(images: str, certificate: str, time_limit: float, certified: float) -> str:
+    """Return the beginning of the text in the tag `schema.TEST_VERIFICATION`."""
+    return f"{images} by {certificate} (time limit {time_limit:g} s): {100 * certified:.2f}% certified"
+
+
+def log_files(
+    storage: Storage,
+    run: str,
+    metrics: Mapping[str, float],
+    save: Callable[[Path], object],
+    tags: Mapping[str, str],
+) -> None:
+    """Log metrics, tags and files as the next evaluation of a run.
 
     Args:
         storage: Storage of the run.
         run: Run id.
         metrics: Metrics by name.
         save: Function that writes the files to a directory.
+        tags: Tags by name.
 
     Raises:
         TrainingError: If the run is not writable, for example because it was deleted.
@@ -197,6 +260,7 @@ def log_files(storage: Storage, run: str, metrics: Mapping[str, float], save: Ca
         folders = (schema.EVALUATIONS_DIR, schema.EARLIER_EVALUATIONS_DIR)
         number = 1 + sum(len(client.list_artifacts(run, folder)) for folder in folders)
         Run(client, run).log_metrics(dict(metrics), step=number)
+        Run(client, run).log_tags(dict(tags))
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))
             client.log_artifacts(run, folder, f"{schema.EVALUATIONS_DIR}/{number}")

@@ -89,6 +89,7 @@ def export_network(
             "config": weights.experiment.to_yaml(),
             "input_shape": list(weights.image_shape),
             "dataset": describe_dataset(weights.experiment.dataset, weights.info),
+            "modules": list(weights.modules),
         }
         files[WEIGHTS_FILE] = to_safetensors(weights.network, {"linflab": json.dumps(metadata)}, float16)
     else:

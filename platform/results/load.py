@@ -39,6 +39,11 @@ def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage 
     if exists(path / MANIFEST_FILE, stat.S_IFREG):
         path = path / WEIGHTS_FILE
         run_or_weights = str(path)
+    if path.suffix.lower() == ".onnx":
+        raise InputError(
+            f"{run_or_weights}: must be a run or weights of linflab; verify properties of ONNX models with "
+            "`linflab certify MODEL --vnnlib PROPERTY`"
+        )
     is_file = exists(path, stat.S_IFREG)
     if "/" in run_or_weights or run_or_weights.endswith(".pt") or is_file:
         if not is_file:

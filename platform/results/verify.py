@@ -37,6 +37,15 @@ class VerificationResult:
             return f"{self.answer}\n"
         return f"{self.answer}\n{format_counterexample(self.inputs, self.outputs)}"
 
+    def to_short_text(self, count: int = 8) -> str:
+        """Return the answer, followed by the first inputs and all outputs of the counterexample if there is one."""
+        if self.inputs is None or self.outputs is None or len(self.inputs) <= count:
+            return self.to_text()
+        lines = [f"{name}_{k} {value:.6g}" for name, part in (("X", self.inputs[:count]), ("Y", self.outputs))
+                 for k, value in enumerate(part.tolist())]  # fmt: skip
+        lines.insert(count, f"... {len(self.inputs) - count} more inputs")
+        return "\n  ".join([self.answer, *lines]) + "\n"
+
 
 def verify_files(model: Path, vnnlib: Path, certifier: str, sound: bool, timeout: float) -> VerificationResult:
     """Verify a VNN-LIB property of an ONNX model.

@@ -1,6 +1,6 @@
 """Base class of sweep progress views."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray.tune import Callback
@@ -15,15 +15,24 @@ class SweepObserver(Callback):
     searched_settings: Sequence[str] = ()
     total: int | None = None
     num_ended_before = 0
+    resumed: frozenset[str] = frozenset()
 
-    def expect(self, searched_settings: Sequence[str], total: int | None, num_ended_before: int = 0) -> None:
+    def expect(
+        self,
+        searched_settings: Sequence[str],
+        total: int | None,
+        num_ended_before: int = 0,
+        resumed: Collection[str] = (),
+    ) -> None:
         """Prepare for the trials, just before the first one starts.
 
         Args:
             searched_settings: Dotted paths of the settings that the sweep varies.
             total: Number of trials, or None if unknown.
             num_ended_before: Number of trials that ended in earlier invocations.
+            resumed: Labels of trials that started in earlier invocations and have not ended.
         """
+        self.resumed = frozenset(resumed)
         self.searched_settings, self.total, self.num_ended_before = searched_settings, total, num_ended_before
 
     def show_message(self, line: str) -> None:

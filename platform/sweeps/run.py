@@ -100,7 +100,8 @@ def _search(
         if search.is_finished():  # Ray's files remain if the sweep was killed after its last trial
             shutil.rmtree(storage.ray / plan.name, ignore_errors=True)
         else:
-            view.expect(list(plan.space.parameters), search.total, len(search.results))
+            pending = [spec.label for spec in store.pending]
+            view.expect(list(plan.space.parameters), search.total, len(search.results), pending)
             _train_trials(search, store, train, resources, view)
         if trials := search.unverified():
             assert verify is not None

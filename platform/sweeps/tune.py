@@ -24,6 +24,7 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
+from linflab.platform.config.own_parts import import_own_parts
 from linflab.platform.distributed.train import to_ray_metrics, train_distributed
 from linflab.platform.errors import RunLockedError, WorkerLostError
 from linflab.platform.source import verify_source_hash
@@ -191,6 +192,7 @@ def build_tuner(
 
 def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: TrainFunction) -> None:
     verify_source_hash()
+    import_own_parts()
     spec = TrialSpec(**json.loads(config["job"]))
     experiment = plan.experiment(spec)
     has_workers = experiment.compute.workers > 1

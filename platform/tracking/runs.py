@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from linflab.platform.config.experiment import ExperimentConfig
+from linflab.platform.config.own_parts import used_modules
 from linflab.platform.errors import RunInterrupted, WorkerLostError
 from linflab.platform.host import describe_hardware, package_versions
 from linflab.platform.source import git_commit
@@ -72,6 +73,7 @@ class Run:
             schema.METHOD: experiment.method,
             schema.CONFIG_HASH: experiment.config_hash(),
             **_host_tags(),
+            **({schema.MODULES: ",".join(modules)} if (modules := used_modules(experiment)) else {}),
             **({schema.COMMIT: commit} if (commit := git_commit()) else {}),
         }
         experiment_id = get_or_create_config_experiment(client, storage, experiment)

@@ -50,12 +50,24 @@ class EvaluationSpec:
 
     def certifiers(self, network: nn.Module) -> tuple[Certifier, Certifier | None]:
         """Return the certifier of a network, and one for real arithmetic if `rounding_cost` requires it."""
-        has_limit = "time_limit" in Certifier.registry[self.certifier].settings_class.model_fields
-        settings = {"time_limit": self.time_limit} if has_limit else {}
+        settings = {"time_limit": self.time_limit} if self.certifier in limited_certifiers() else {}
         exact = None
         if self.sound and self.rounding_cost:
             exact = make_certifier(network, self.certifier, sound=False, **settings)
         return make_certifier(network, self.certifier, self.sound, **settings), exact
+
+
+def limited_certifiers() -> list[str]:
+    """Return the certifiers that have a time limit per image, and decide image by image."""
+    return [kind for kind, one in Certifier.registry.items() if "time_limit" in one.settings_class.model_fields]
+
+
+def no_time_limit(time_limit: float, certifier: str) -> str:
+    """Return the message about a time limit for a certifier that has none."""
+    return (
+        f"timeout={time_limit:g}: is not supported by certifier={certifier}, which has no time limit; leave it out, or "
+        f"use --certifier {' or '.join(limited_certifiers())}"
+    )
 
 
 def evaluation_spec(experiment: ExperimentConfig, network: nn.Module, with_attacks: bool) -> EvaluationSpec:
@@ -217,6 +229,7 @@ def evaluate(
     spec: EvaluationSpec,
     batch_size: int,
     on_batch: Callable[[BatchResult], None] = lambda score: None,
+    positions: Tensor | None = None,
 ) -> list[Accuracies]:
     """Evaluate a network on a split in one pass, then restore its training or evaluation mode.
 
@@ -226,6 +239,7 @@ def evaluate(
         spec: Specification of the evaluation.
         batch_size: Number of samples that are evaluated at once.
         on_batch: Called with the results of each batch.
+        positions: Positions in the split to evaluate; None: all.
 
     Returns:
         Accuracies at each eps of `spec`.
@@ -238,8 +252,9 @@ def evaluate(
     network.eval()
     scores, certifiers = [], spec.certifiers(network)
     try:
-        for positions in batch_indices(split, batch_size):
-            scores.append(evaluate_batch(network, split, positions, spec, certifiers))
+        batches = batch_indices(split, batch_size) if positions is None else positions.split(batch_size)
+        for batch in batches:
+            scores.append(evaluate_batch(network, split, batch, spec, certifiers))
             on_batch(scores[-1])
     finally:
         network.train(was_training)

@@ -14,6 +14,7 @@ from torch import nn
 from linflab.models.networks.layers import Normalize
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
+from linflab.platform.config.own_parts import missing_modules_hint, used_modules
 from linflab.platform.data.datasets import MAX_CLASSES, Dataset, dataset_info, load_dataset
 from linflab.platform.data.info import DatasetInfo
 from linflab.platform.errors import InputError
@@ -35,11 +36,13 @@ class Weights:
         experiment: Config of the training run.
         network: The network, on the CPU and in evaluation mode.
         info: Info of the dataset that the network was trained on; using the network does not require the dataset.
+        modules: Names of the modules outside linflab with parts that the training used.
     """
 
     experiment: ExperimentConfig
     network: nn.Module
     info: DatasetInfo
+    modules: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,6 +69,7 @@ def save_weights(path: Path, network: nn.Module, experiment: ExperimentConfig, e
         "epoch": epoch,
         "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
         "dataset": describe_dataset(experiment.dataset, info),
+        "modules": used_modules(experiment),
     }
     write_whole(path, partial(torch.save, content))
 
@@ -91,8 +95,8 @@ def load_network(path: Path) -> tuple[ExperimentConfig, nn.Module]:
 def load_weights(path: Path) -> Weights:
     """Read a weights file: `weights.pt` of a run, or an exported `model.safetensors`.
 
-    The dataset is not needed, except for files of earlier versions, which do not contain its info. If the folder of a
-    safetensors file has a manifest, the file must have the manifest's hash.
+    The dataset is not needed, except for files of earlier versions, which do not contain its info. The objective may
+    be of an unknown kind. If the folder of a safetensors file has a manifest, the file must have the manifest's hash.
 
     Args:
         path: Weights file.
@@ -101,9 +105,11 @@ def load_weights(path: Path) -> Weights:
         InputError: If the file cannot be read, differs from its manifest, or is not a weights file of linflab.
         ModuleNotFoundError: If `safetensors` is needed and not installed.
     """
+    modules: tuple[str, ...] = ()
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
-        experiment = build_config(current_tree(parse_mapping(content["experiment"])), {})
+        modules = _read_modules(content.get("modules", []))
+        experiment = build_config(current_tree(parse_mapping(content["experiment"])), {}, for_evaluation=True)
         info = _read_dataset_info(content["dataset"]) if "dataset" in content else dataset_info(experiment.dataset)
         with torch.device("meta"):  # the file is untrusted: compare shapes before allocation
             shapes = {name: tensor.shape for name, tensor in build_network(experiment, info).state_dict().items()}
@@ -115,7 +121,9 @@ def load_weights(path: Path) -> Weights:
             raise ValueError("it has values that are not finite")
         if not all(bool((layer.std > 0).all()) for layer in network.modules() if isinstance(layer, Normalize)):
             raise ValueError("its standard deviation is not positive")
-    except (InputError, ModuleNotFoundError):
+    except InputError as error:
+        raise InputError(f"{error}{missing_modules_hint(modules)}") from None
+    except ModuleNotFoundError:
         raise
     except Exception as error:  # a damaged file can raise almost any exception
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -123,7 +131,7 @@ def load_weights(path: Path) -> Weights:
             f"{path}: must be a weights file of linflab ({reason}); use weights.pt of a run, or an exported "
             "model.safetensors"
         ) from None
-    return Weights(experiment, network.eval(), info)
+    return Weights(experiment, network.eval(), info, modules)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -133,7 +141,25 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     header = json.loads(metadata["linflab"])
     if "dataset" not in header:
         raise ValueError("it lacks the info of its dataset; export the network again")
-    return {"experiment": header["config"], "dataset": header["dataset"], "network": tensors}
+    return {
+        "experiment": header["config"],
+        "dataset": header["dataset"],
+        "network": tensors,
+        "modules": header.get("modules", []),
+    }
+
+
+def _read_modules(content: Any) -> tuple[str, ...]:
+    """Return the names of modules in a weights file, which is untrusted.
+
+    Raises:
+        ValueError: If they are not names of modules.
+    """
+    if not isinstance(content, list) or not all(
+        isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in content
+    ):
+        raise ValueError(f"modules {str(content)[:50]} are not valid")
+    return tuple(content)
 
 
 def _read_dataset_info(content: Any) -> DatasetInfo:

@@ -71,6 +71,19 @@ l_inf-dist Net+MLP|19.7
 }
 
 
+def test_verified_accuracy_has_a_column_and_its_images_in_the_note() -> None:
+    text = "200 of 10000 images by cascade-sound (time limit 30 s): 71.00% certified, 3.00% undecided"
+    runs = [make_run(k, 0.8, 0.7, seed=str(k)) for k in range(3)]
+    runs[0] |= {schema.TEST_VERIFIED: 0.71, schema.TEST_VERIFICATION: text}
+    definition = TABLE.model_copy(update={"columns": ("Method", "Certified", "Verified")})
+    table = comparison_table(definition, pd.DataFrame(runs))
+    (row,) = [row for row in table.rows if row.origin == "measured"]
+    assert row.cell("Verified").value == pytest.approx(71) and text in row.footnote
+    assert "test/verified_accuracy from 1 of 3 runs" in row.footnote and any("Verified:" in one for one in table.notes)
+    plain = comparison_table(TABLE, pd.DataFrame([make_run(0, 0.8, 0.7)]))
+    assert "Verified" not in " ".join([*plain.notes, *(row.footnote for row in plain.rows)])
+
+
 @pytest.mark.parametrize("name", list(PAPER))
 def test_paper_is_quoted_cell_by_cell(name: str) -> None:
     table = comparison_table(load_definition(name, read_mapping), pd.DataFrame())

@@ -52,7 +52,7 @@ def test_runs_are_selected_by_tags(store: Path) -> None:
 
 def test_sweeps_are_summarized(store: Path) -> None:
     (sweep,) = read_sweeps(f"sqlite:///{store}").to_dict("records")
-    assert sweep["sweep"] == "it's" and sweep["status"] == "killed" and sweep["budget"] == "3 trials"
+    assert sweep["sweep"] == "it's" and sweep["status"] == "interrupted" and sweep["budget"] == "3 trials"
     assert (sweep["finished"], sweep["failed"], sweep["best_val_certified"]) == (1, 1, 0.7)
 
 

@@ -14,7 +14,7 @@ from linflab.reports.importance import param_importances
 from linflab.reports.records import read_trials, sweep_names
 from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
 from linflab.reports.sweep_tables import pareto_front, sweep_table
-from linflab.reports.tables import Table
+from linflab.reports.tables import CERTIFIED, METHOD, NUMBER, SETTING, Row, Table, text_cell
 from linflab.reports.terminal import PlainConsole
 from tests.conftest import has_words
 
@@ -205,6 +205,16 @@ def test_narrow_terminal_shows_all_columns(width: int) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "8.2-seed1" in text and text.count("48.00") >= 1 and max(map(len, text.splitlines())) <= width
     assert "Robust" in text and "Certified" in text.split("─")[0]
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_settings_are_not_broken_within_numbers(width: int) -> None:
+    setting = "learning_rate=0.01234, cross_entropy_weight=0.0345"
+    row = Row({NUMBER: text_cell(1), SETTING: text_cell(setting), CERTIFIED: text_cell(12.5)})
+    console = PlainConsole(io.StringIO(), width=width)
+    print_table(Table("t", (NUMBER, METHOD, SETTING, CERTIFIED), (row,), ()), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "learning_rate=0.01234," in text and "cross_entropy_weight=0.0345" in text
 
 
 def test_table_is_written_in_four_formats(table: Table, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertif
 from linflab.models.robustness.certification.complete import CompleteCertifier, CompleteSettings, Decision  # isort: split
 
 from linflab.models.robustness.certification.cascade import CascadeCertifier, Verdict
+from linflab.models.robustness.certification.judging import classify, judge_images
 from linflab.models.robustness.inputs import check_choice
 
 __all__ = [
@@ -61,7 +62,9 @@ __all__ = [
     "Verdict",
     "certified_radius",
     "certify",
+    "classify",
     "default_certifier",
+    "judge_images",
     "lipschitz_radius",
     "make_certifier",
 ]

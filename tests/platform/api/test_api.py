@@ -1,5 +1,6 @@
 """The Python API: training, certifying and attacking your own modules, and errors for invalid input."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,8 @@ def test_certify_matches_the_certifiers(fit_result: linflab.FitResult, eps: floa
         assert torch.equal(result.radius, certified_radius(network, images, labels, name).double().clamp(min=0))  # type: ignore[arg-type]
     else:
         assert torch.equal(result.certified, certify(network, images, labels, eps, name))  # type: ignore[arg-type]
-    assert [one == "falsified" for one in result.status] == wrong.tolist()
+    assert [one == "forward" for one in result.certifier] == wrong.tolist()
+    assert certifier == "complete" or [one == "falsified" for one in result.status] == wrong.tolist()
     assert [one == "certified" for one in result.status] == result.certified.tolist()
     assert list(result.to_frame().columns) == [
         "radius" if eps is None else "certified",
@@ -127,6 +129,40 @@ def test_successfully_attacked_images_are_not_certified(fit_result: linflab.FitR
         assert not (certified & ~result.robust).any() and not (result.robust & ~result.clean).any()
         assert result.clean_accuracy >= result.robust_accuracy > 0 and len(result.to_frame()) == 60
     assert result.attacks == ("apgd_ce",)
+
+
+def test_time_limits_and_seconds_are_per_image(fit_result: linflab.FitResult) -> None:
+    images, labels = load_digits(700, 712)
+    for eps in (None, 0.05):
+        result = linflab.certify(fit_result.network, images, labels, eps=eps, certifier="complete", time_limit=0.2)
+        assert len(set(result.seconds.tolist())) > 1, "durations of single images differ"
+    found = [k for k, one in enumerate(result.status) if one == "falsified"]
+    assert list(result.adversarial) == found and found
+    for k in found:
+        assert (result.adversarial[k] - images[k]).abs().max() <= 0.05 + 1e-6
+        assert fit_result.network(result.adversarial[k][None]).argmax() != labels[k]
+    with pytest.raises(ValueError, match=r"time_limit=5\b.*certifier=ibp"):
+        linflab.certify(fit_result.network, images, labels, eps=0.05, certifier="ibp", time_limit=5)
+    with pytest.raises(ValueError, match=r"time_limit=-1\b"):
+        linflab.certify(fit_result.network, images, labels, eps=0.05, certifier="cascade", time_limit=-1)
+
+
+def test_bytes_are_divided_by_255(fit_result: linflab.FitResult) -> None:
+    images, labels = load_digits(700, 730)
+    as_bytes = (images * 255).to(torch.uint8)
+    as_floats = as_bytes.float() / 255
+    certificates, expected = (
+        linflab.certify(fit_result.network, one, labels, eps=0.02) for one in (as_bytes.numpy(), as_floats)
+    )
+    assert certificates.status == expected.status
+    loader = DataLoader(TensorDataset(as_bytes, labels), batch_size=9)
+    attacked, expected_attacked = (
+        linflab.attack(fit_result.network, one, eps=0.02, attacks="pgd", batch_size=9)
+        for one in (loader, DataLoader(TensorDataset(as_floats, labels), batch_size=9))
+    )
+    assert torch.equal(attacked.robust, expected_attacked.robust)
+    double = copy.deepcopy(fit_result.network).double()
+    assert linflab.certify(double, as_bytes, labels, certifier="ibp").radius is not None
 
 
 def test_empty_inputs_have_empty_results(fit_result: linflab.FitResult) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,14 +162,23 @@ def test_unusable_gpu_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "CUDA_VISIBLE_DEVICES" in hardware.check_gpu(driver).advice
 
 
-def test_datasets_are_found_by_their_files(clean_data: Path) -> None:
-    for file in ("train_images", "train_labels", "test_images", "test_labels"):
-        (clean_data / "mine").mkdir(exist_ok=True)
-        (clean_data / "mine" / f"{file}.npy").touch()
+def test_datasets_are_found_and_checked_as_by_data_list(clean_data: Path, run_cli: RunCli) -> None:
+    for folder in ("mine", "mnist"):
+        (clean_data / folder).mkdir()
+        for split in ("train", "test"):
+            np.save(clean_data / folder / f"{split}_images.npy", np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4))
+            np.save(clean_data / folder / f"{split}_labels.npy", np.arange(6, dtype=np.uint8) % 2)
     (clean_data / "partial").mkdir()
     check = storage.check_datasets()
-    assert check.values["found"] == ["digits", "mine"] and check.status is Status.NOTE
-    assert check.values["missing"] == [name for name in DATASETS if name != "digits"]
+    assert check.values["found"] == ["digits", "mine"] and check.status is Status.FAILED
+    assert list(check.values["damaged"]) == ["mnist"] and "(1, 28, 28)" in check.found
+    assert check.values["missing"] == [name for name in DATASETS if name not in ("digits", "mnist")]
+    listed = {row["name"]: row["state"] for row in json.loads(run_cli("data", "list", "--json").stdout)}
+    assert listed["mnist"] == check.values["damaged"]["mnist"] and listed["mine"].startswith("ready")
+    shutil.rmtree(clean_data / "mnist")
+    assert storage.check_datasets().status is Status.NOTE
+    (clean_data / "mine" / "test_labels.npy").write_bytes(b"")
+    assert "test_labels.npy" in storage.check_datasets().found
 
 
 def test_storage_below_a_file_fails(clean_data: Path) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import load as load_safetensors
 
 import linflab
 from linflab.models.robustness.certification import certify
+from linflab.platform.cli import exchange
 from linflab.platform.data.datasets import load_dataset
 from linflab.platform.exchange.vnnlib import format_counterexample
+from linflab.reports.terminal import PlainConsole
 from tests.conftest import FinishedTraining, RunCli, assert_rejected
 from tests.platform.exchange.models import box_assertions, format_property, make_model
 
@@ -156,11 +158,25 @@ def test_properties_of_other_models_are_answered(small: tuple[str, str], tmp_pat
     assert '"answer": "timeout"' in run_cli("certify", model, "--vnnlib", goal, "--timeout", "1e-9", "--json").stdout
 
 
+def test_counterexamples_are_short_on_a_terminal(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, goal = tmp_path / "wide.onnx", tmp_path / "wide.vnnlib"
+    model.write_bytes(make_model([("Abs", ["x"], ["y"], {})], [1, 30]))
+    goal.write_text(format_property(30, 30, *box_assertions([0.5] * 30, [1.0] * 30), "(>= Y_1 0.4)"))
+    command = ("certify", str(model), "--vnnlib", str(goal))
+    assert run_cli(*command).stdout.count("X_") == 30
+    monkeypatch.setattr(exchange, "console", PlainConsole(force_terminal=True, soft_wrap=True))
+    shown = run_cli(*command).stdout
+    assert shown.startswith("sat") and shown.count("X_") == 8 and "22 more inputs" in shown and "--output" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["{model}"], "images"),
-        (["{model}", "image.png"], "small.onnx"),
+        (["{model}", "image.png"], "--vnnlib"),
+        (["{model}", "--vnnlib", "{goal}", "--eps", "0.1"], "eps=0.1"),
         (["{model}", "image.png", "--vnnlib", "{goal}"], "images"),
         (["weights.pt", "--vnnlib", "{goal}"], "weights.pt"),
         (["{model}", "--vnnlib", "none.vnnlib"], "none.vnnlib"),

@@ -178,3 +178,19 @@ def test_name_of_an_existing_sweep_is_rejected(run_cli: RunCli, tmp_path: Path) 
     (tmp_path / "sweeps" / "mine" / "sweep.yaml").touch()
     done = run_cli("slurm", "sweep", RECIPE, "demo", "--name", "mine", *TIME, "--storage", str(tmp_path))
     assert_rejected(done, "name=mine", "linflab sweep --resume mine")
+
+
+@pytest.mark.parametrize("option", [["--name", "mine"], ["--name=mine"]])
+def test_sweeps_have_one_name_and_own_modules(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_slurm_parts.py").touch()
+    arguments = ["slurm", "sweep", RECIPE, "demo", *option, "--budget", "2", *TIME, "--storage", str(tmp_path)]
+    done = run_cli(*arguments, LINFLAB_IMPORT="my_slurm_parts")
+    assert done.returncode == 0, done.stderr
+    script = read_script(tmp_path)
+    command = read_command(script)
+    assert command.count("--name") == 1 and command[command.index("--name") + 1] == "mine"
+    assert not [word for word in command if word.startswith("--name=")]
+    assert "export LINFLAB_IMPORT=my_slurm_parts\n" in script

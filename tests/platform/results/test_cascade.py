@@ -23,6 +23,7 @@ from linflab.platform.errors import InputError, RunLockedError
 from linflab.platform.results.cascade import CascadeRun
 from linflab.platform.results.verdicts import FILE, ImageVerdict, VerdictStore
 from linflab.platform.tracking.storage import Storage
+from linflab.reports import schema
 from linflab.reports.intervals import proportion_interval
 from tests.conftest import FinishedTraining, RunCli, assert_rejected
 
@@ -62,9 +63,37 @@ def test_command_prints_logs_and_keeps_verdicts(
         assert len(arrays.files) == verdicts["status"].count("falsified")
     metrics = MlflowClient(f"sqlite:///{run.storage}/mlflow.db").get_run(run.id).data.metrics
     assert metrics["test/certified_accuracy/cascade-sound/eps-0.1/images-20"] == result["certified"]
+    data = MlflowClient(f"sqlite:///{run.storage}/mlflow.db").get_run(run.id).data
+    undecided = verdicts["status"].count("unknown") / 20
+    assert data.metrics[schema.TEST_VERIFIED] == result["certified"]
+    assert data.tags[schema.TEST_VERIFICATION] == (
+        f"20 of 360 images by cascade-sound (time limit 0.5 s): {100 * result['certified']:.2f}% certified, "
+        f"{100 * undecided:.2f}% undecided"
+    )
     # The images of a larger sample include those of a smaller one, whose verdicts are known.
     more = run_cli(*arguments, "--images", "24")
     assert more.returncode == 0 and "24 images, 20 of them known" in more.stdout, more.stdout + more.stderr
+
+
+def test_complete_evaluates_the_same_sample(
+    finished_training: FinishedTraining, run_cli: RunCli, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished_training.storage, tmp_path / "runs")
+    storage = Storage.open(folder).root
+    arguments = ["evaluate", finished_training.id, "--storage", str(storage), "--eps", "0.05,0.1"]
+    limits = ["--images", "8", "--attacks", "none"]
+    done = run_cli(*arguments, "--certifier", "complete", "--timeout", "0.2", *limits, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["num_images"], result["split_size"], result["certifier"]) == (8, 360, "complete")
+    assert result["experiment"]["evaluation.time_limit"] == 0.2 and "0.2 s" in result["notes"]
+    data = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(finished_training.id).data
+    first, last = result["results"]
+    assert data.metrics["test/certified_accuracy/complete-sound/eps-0.05/images-8"] == first["certified"]
+    assert data.metrics[schema.TEST_VERIFIED] == last["certified"] <= first["certified"]
+    assert "8 of 360 images by complete-sound (time limit 0.2 s)" in data.tags[schema.TEST_VERIFICATION]
+    lipschitz = json.loads(run_cli(*arguments, *limits, "--json").stdout)["results"]
+    assert lipschitz[0]["clean"] == first["clean"] and lipschitz[0]["certified"] <= first["certified"]
 
 
 def test_verdicts_are_certificates(finished_training: FinishedTraining, tmp_path: Path) -> None:
@@ -128,7 +157,11 @@ def test_invalid_arguments_are_rejected(finished_training: FinishedTraining, run
     assert_rejected(run_cli(*cascade, "--timeout", "0"), "timeout=0")
     assert_rejected(run_cli(*cascade, "--attacks", "pgd"), "attacks=pgd")
     assert_rejected(run_cli(*cascade, "evaluation.batch_size=5"), "evaluation.batch_size=5")
-    assert_rejected(run_cli("evaluate", weights, *storage, "--images", "5"), "images=5")
+    complete = ["evaluate", weights, *storage, "--certifier", "complete", "--attacks", "none"]
+    assert_rejected(run_cli(*complete, "--images", "361"), "images=361")
+    assert_rejected(run_cli(*complete, "--timeout", "0"), "timeout=0")
+    assert_rejected(run_cli(*complete, "--images", "3", "--radii-dir", str(tmp_path)), "images=3")
+    assert_rejected(run_cli("evaluate", weights, *storage, "--timeout", "5"), "timeout=5", "certifier=lipschitz")
     assert not (tmp_path / "new").exists()
 
 

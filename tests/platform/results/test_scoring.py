@@ -208,6 +208,37 @@ def test_own_images_are_certified(run: FinishedTraining, run_cli: RunCli, tmp_pa
                 assert rows[name]["radius"] == pytest.approx(radii[k].item(), rel=1e-6, abs=2e-3 * ("last" in name))
 
 
+def test_own_images_are_decided_at_one_eps(run: FinishedTraining, run_cli: RunCli, tmp_path: Path) -> None:
+    images, _ = load_dataset("digits").test.batch(torch.arange(3))
+    np.save(tmp_path / "some.npy", images.numpy())
+    command = ["certify", str(run.weights), str(tmp_path / "some.npy")]
+    for certifier in ("complete", "cascade", "ibp"):
+        limit = [] if certifier == "ibp" else ["--timeout", "0.5"]
+        done = run_cli(*command, "--eps", "0.05", "--certifier", certifier, *limit, "--json")
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)
+        assert all(row["seconds"] > 0 and "radius" not in row for row in rows) and len(rows) == 3
+        assert {row["status"] for row in rows} <= {"certified", "falsified", "unknown"}
+    done = run_cli(*command, "--certifier", "complete", "--timeout", "0.05")
+    assert done.returncode == 0 and "radius" in done.stdout
+    done = run_cli(*command, "--eps", "0.05")
+    assert done.returncode == 0 and "status" in done.stdout.splitlines()[0]
+    assert_rejected(run_cli(*command, "--timeout", "5"), "timeout=5", "certifier=lipschitz", "cascade")
+    assert_rejected(run_cli(*command, "--eps", "0.1,0.2"), "eps=0.1,0.2")
+
+
+def test_arrays_without_channels_or_range_name_their_fix(
+    run: FinishedTraining, run_cli: RunCli, tmp_path: Path
+) -> None:
+    for array, expected in (
+        (np.zeros((5, 8, 8), np.uint8), "images[:, None]"),
+        (np.zeros((8, 8), np.uint8), "images[None]"),
+        (np.full((5, 1, 8, 8), 200.0), "divide them by 255"),
+    ):
+        np.save(tmp_path / "array.npy", array)
+        assert_rejected(run_cli("certify", str(run.weights), str(tmp_path / "array.npy")), expected)
+
+
 def test_invalid_input_is_rejected(run: FinishedTraining, run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
     (tmp_path / "text.png").write_text("no image")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -269,6 +270,17 @@ def test_trial_lost_before_its_start_is_shown() -> None:
     view.expect(["model.width"], 3)
     view.show_restart("1")
     assert view.rows["1"].state == "lost"
+
+
+def test_log_lines_distinguish_started_and_resumed_trials() -> None:
+    file = StringIO()
+    view = SweepProgress(Console(file=file, width=200))
+    view.expect(["model.width"], 3, resumed=["1"])
+    for label in ("1", "2", "2"):  # 2 lost its worker, and starts again
+        job = json.dumps({"params": {"model.width": 8}})
+        view.on_trial_start(0, [], SimpleNamespace(config={"trial": label, "job": job}))  # type: ignore[arg-type]
+    lines = file.getvalue().splitlines()
+    assert ["status=resumed" in line for line in lines] == [True, False, True] and "status=started" in lines[1]
 
 
 @pytest.mark.parametrize("result", [{schema.TRAIN_LOSS: 0.5}, {schema.TRAIN_LOSS: 0.5, schema.P: 24.0}])

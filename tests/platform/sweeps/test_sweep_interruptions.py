@@ -158,7 +158,7 @@ def test_sweep_ends_soon_when_a_ray_process_is_killed(tmp_path: Path) -> None:
     arguments = long_sweep_arguments(storage)
     for name in RAY:
         command = start_sweep(storage, *arguments)
-        command.wait_for_output("status=started")
+        command.wait_for_output("params=")  # started or resumed
         time.sleep(2)  # a trial's process needs time to start
         (process,) = find_ray_processes(command, name)
         process.kill()
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_a_sweep_when_mlflow_is_gone(tmp_path: Path) -> None:
         arguments = long_sweep_arguments(storage)
         for num_signals in (1, 2):
             command = start_sweep(storage, *arguments, **environment)
-            command.wait_for_output("status=started")
+            command.wait_for_output("params=")  # started or resumed
             server.kill()
             time.sleep(3)  # for calls to the server to fail
             if num_signals == 2:
