@@ -12,7 +12,7 @@ from method_pages import measured_table, method_of
 from reference import markdown_table
 
 from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from linflab.platform.pretrained import PREFIX, PRETRAINED_DIR, pretrained_names
+from linflab.platform.exchange.pretrained import PREFIX, PRETRAINED_DIR, pretrained_names
 from linflab.reports.comparison import Group, quoted_rows_of
 from linflab.reports.figures import save_figure
 from linflab.reports.front import front_figure

@@ -14,8 +14,8 @@ from linflab.models.robustness.certification import (
     CascadeCertifier,
     Certifier,
     CompleteCertifier,
-    classify,
     default_certifier,
+    is_classified_correctly,
     judge_images,
     make_certifier,
 )
@@ -179,7 +179,7 @@ def certify(
         size = 1 if decides_each else max(1, len(batch))
         for part, part_classes in zip(batch.split(size), classes.split(size), strict=True):
             start = time.perf_counter()
-            is_correct = classify(module, part, part_classes)
+            is_correct = is_classified_correctly(module, part, part_classes)
             radii.append(instance.compute_radius(part, part_classes).double().clamp(min=0).cpu())
             seconds += [(time.perf_counter() - start) / max(1, len(part))] * len(part)
             for radius, correct in zip(radii[-1].tolist(), is_correct.tolist(), strict=True):
@@ -240,7 +240,7 @@ def attack(
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     clean, robust = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     for batch, classes in _batches(images, labels, module, batch_size):
-        clean.append(classify(module, batch, classes).cpu())
+        clean.append(is_classified_correctly(module, batch, classes).cpu())
         with strict_float32():  # certificates hold for the same arithmetic
             robust.append(robust_under_attack(module, batch, classes, eps, config, generator).cpu())
     names = config.methods or default_attacks(module)

@@ -7,8 +7,8 @@ from mlflow.exceptions import MlflowException
 
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from linflab.platform.exchange.pretrained import PREFIX, pretrained_weights
 from linflab.platform.files import exists
-from linflab.platform.pretrained import PREFIX, pretrained_weights
 from linflab.platform.results.sharing import fetch_weights, is_remote
 from linflab.platform.tracking.mlflow import client_of, wrap_errors
 from linflab.platform.tracking.storage import Storage

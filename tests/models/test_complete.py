@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from linflab.models.networks.convnets import ConvNetConfig
 from linflab.models.robustness.attacks import AttackConfig, robust_under_attack
 from linflab.models.robustness.bounds import reduction
-from linflab.models.robustness.bounds.alpha_crown import tight_boxes
+from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins, tight_boxes
 from linflab.models.robustness.bounds.boxes import perturbation_box
 from linflab.models.robustness.bounds.ibp import propagate_bounds, trace_and_check
 from linflab.models.robustness.bounds.linear_program import LinearProgram
@@ -27,6 +28,7 @@ from linflab.models.robustness.certification import (
     certify,
     make_certifier,
 )
+from linflab.models.robustness.certification.base import BISECTION_STEPS
 from linflab.models.robustness.margins import margin
 from tests.models.milp import evaluate, exact_radius
 from tests.models.relu_networks import RELU_NETS, SHAPE, build_relu_network
@@ -258,14 +260,16 @@ def test_limits_end_the_search_without_a_decision() -> None:
 @pytest.mark.parametrize("limit", [{"time_limit": 1e-6}, {"max_subproblems": 0}, {"time_limit": 0.5}])
 def test_radii_within_limits_are_at_least_those_without_splits(kind: str, limit: dict[str, float]) -> None:
     network = build_small_network(kind, 3)
-    images, labels = find_images(network, kind, 3, 3)
-    base = "ibp" if kind == "linf_dist" else "alpha_crown"
-    expected = make_certifier(network, base).compute_radius(images, labels)
+    images, labels = find_images(network, kind, 2, 3)
+    names = ["ibp", *(["crown"] if kind != "linf_dist" else [])]
+    if "max_subproblems" in limit and kind != "linf_dist":
+        names.append("alpha_crown")
+    expected = torch.stack([make_certifier(network, name).compute_radius(images, labels) for name in names]).amax(dim=0)
     assert (expected > 0).all()
     for name in ("complete", "cascade"):
         certifier = make_certifier(network, name, **limit)
         radii = certifier.compute_radius(images, labels)
-        assert (radii >= expected).all()
+        assert (radii >= expected - 2.0**-BISECTION_STEPS).all()
         assert (certifier.compute_radius(images, (labels + 1) % 3) <= 0).all()
 
 
@@ -276,7 +280,9 @@ def test_one_step_of_a_radius_leaves_time_for_others(monkeypatch: pytest.MonkeyP
     start = make_certifier(network, "alpha_crown").compute_radius(images, labels).item()
     limits = []
 
-    def decide_slowly(self: CompleteCertifier, image: Tensor, label: Tensor, eps: float, deadline: float) -> Decision:
+    def decide_slowly(
+        self: CompleteCertifier, image: Tensor, label: Tensor, eps: float, deadline: float, max_subproblems: int | None
+    ) -> Decision:
         limits.append(deadline - time.monotonic())
         if eps < 1.1 * start:
             return Decision("certified", None, 0.0, 0)
@@ -288,6 +294,32 @@ def test_one_step_of_a_radius_leaves_time_for_others(monkeypatch: pytest.MonkeyP
     radius = CompleteCertifier(network, True, CompleteSettings(time_limit=3)).compute_radius(images, labels).item()
     assert 1.05 * start < radius < 1.1 * start
     assert time.monotonic() - begin < 20 and max(limits) < 1.5
+
+
+def test_radii_keep_their_time_limit() -> None:
+    """CROWN's radius takes about a second; bounds without splits would take many."""
+    torch.manual_seed(0)
+    network = ConvNetConfig(size="strided").build((1, 16, 16), 10).eval()
+    images = torch.rand(1, 1, 16, 16)
+    labels = network(images).argmax(dim=1)
+    expected = make_certifier(network, "crown").compute_radius(images, labels)
+    begin = time.monotonic()
+    radii = make_certifier(network, "complete", time_limit=1.0).compute_radius(images, labels)
+    assert (radii >= expected).all() and time.monotonic() - begin < 30
+
+
+def test_bounds_do_not_depend_on_other_images_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_small_network("convolutional", 3)
+    images, labels = find_images(network, "convolutional", 3, 3)
+    box = perturbation_box(images, 0.1)
+    traced = trace_and_check(network, box)
+    with torch.no_grad():
+        expected = alpha_crown_margins(traced, box, labels, 3, 3)
+    assert expected.isfinite().any(dim=1).all()
+    widest = int(max(end.flatten(1).shape[1] for end, _ in propagate_bounds(traced, box).values()))
+    monkeypatch.setattr(reduction, "MAX_ROWS_SIZE", 2 * widest * images[0].numel())  # enough for one image only
+    with torch.no_grad():
+        torch.testing.assert_close(alpha_crown_margins(traced, box, labels, 3, 3), expected)
 
 
 def test_networks_too_large_for_memory_are_still_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

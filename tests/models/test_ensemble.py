@@ -120,7 +120,7 @@ def test_certified_images_survive_attacks(parts: Parts, seed: int) -> None:
         labels = network(images).argmax(dim=1)
     radii = certified_radius(network, images, labels, "lipschitz")
     exact = margin(mean_of_logits(network, parts, images), labels) / (2 * network.lipschitz_constant)
-    assert (radii <= exact).all() and (radii > 0.9 * exact - 1e-5).all()
+    assert (radii <= exact).all() and (radii > 0.9 * exact - 3e-5).all()
     eps = radii.median().item()
     certified = certify(network, images, labels, eps, "lipschitz")
     assert (certified <= certify(network, images, labels, eps, "ibp") | (radii < eps + 1e-6)).all()

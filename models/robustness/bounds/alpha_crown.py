@@ -40,7 +40,7 @@ def alpha_crown_margins(
 ) -> Tensor:
     """Return upper bounds M (B, K) of z_j - z_y over a box of images, -inf at the true class y.
 
-    Bounds are inf for images whose functions exceed the memory limit (see `Reduction`).
+    Bounds are inf for images whose functions, without those of other images, exceed the memory limit of `Reduction`.
 
     Args:
         traced: Steps of the network, one with a linear relaxation.
@@ -70,11 +70,16 @@ def _bound_margins(
 ) -> Tensor:
     try:
         reduction = Reduction(traced, boxes, sound, neuron_steps, split_distances=False)
-    except ReductionTooLargeError:  # only CROWN bounds such networks
-        classes = boxes[traced.output].lower.shape[1]
-        return torch.full((len(labels), classes), torch.inf, dtype=torch.float64, device=labels.device).scatter(
-            1, labels[:, None], -torch.inf
-        )
+    except ReductionTooLargeError:
+        if len(labels) > 1:  # the limit must not depend on the other images of a batch
+            half = len(labels) // 2
+            parts = []
+            for some in (slice(half), slice(half, None)):
+                picked = {name: Box(lower[some], upper[some]) for name, (lower, upper) in boxes.items()}
+                parts.append(_bound_margins(traced, picked, labels[some], steps, neuron_steps, sound))
+            return torch.cat(parts)
+        infinite = torch.full_like(boxes[traced.output].lower, torch.inf, dtype=torch.float64)
+        return infinite.scatter(1, labels[:, None], -torch.inf)
     functions, others = reduction.logit_difference_rows(labels)
     network = reduction.network
     params = network.start_params(len(network.levels), functions.constant.shape[1])

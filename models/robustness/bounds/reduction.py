@@ -103,7 +103,7 @@ class Reduction(BackwardPropagation):
         """Check the memory of `count` linear functions of the inputs and of the levels so far."""
         width = self.network.center.shape[1] + sum(level.size for level in self.network.levels)
         if count * width > MAX_ROWS_SIZE:
-            raise ReductionTooLargeError
+            raise ReductionTooLargeError(f"{count} functions of {width} values exceed the memory limit")
 
     def logit_difference_rows(self, labels: Tensor) -> tuple[Rows, Tensor]:
         """Return z_y - z_j (B, K - 1) of the network's outputs z, and the classes j (B, K - 1)."""

@@ -42,7 +42,7 @@ from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertif
 from linflab.models.robustness.certification.complete import CompleteCertifier, CompleteSettings, Decision  # isort: split
 
 from linflab.models.robustness.certification.cascade import CascadeCertifier, Verdict
-from linflab.models.robustness.certification.judging import classify, judge_images
+from linflab.models.robustness.certification.judging import is_classified_correctly, judge_images
 from linflab.models.robustness.inputs import check_choice
 
 __all__ = [
@@ -62,8 +62,8 @@ __all__ = [
     "Verdict",
     "certified_radius",
     "certify",
-    "classify",
     "default_certifier",
+    "is_classified_correctly",
     "judge_images",
     "lipschitz_radius",
     "make_certifier",

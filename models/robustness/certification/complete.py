@@ -21,14 +21,16 @@ from linflab.models.robustness.bounds.input_splitting import is_proven, is_undec
 from linflab.models.robustness.bounds.reduction import Reduction, ReductionTooLargeError
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.steps import Trace
-from linflab.models.robustness.certification.alpha_crown import AlphaCROWNCertifier, AlphaCROWNSettings
 from linflab.models.robustness.certification.base import BISECTION_STEPS, CertifierSettings, TracingCertifier
+from linflab.models.robustness.certification.crown import CROWNCertifier
 from linflab.models.robustness.certification.ibp import IBPCertifier
 from linflab.models.robustness.inputs import check_batch, check_eps, check_logits, compute_logits
 from linflab.models.robustness.margins import margin
 
 SURROGATE_P = 32.0
-STEP_SHARE = 1 / 3  # of the remaining time for one step of the bisection of a radius
+STEP_SHARE = 1 / 3  # of the remaining time for one step of the search for a radius
+SHARE_WITHOUT_SPLITS = 1 / 2  # of the time limit for steps without splits
+FIRST_RADIUS = 2.0**-8  # where the search starts if cheaper certifiers find no radius
 
 
 class CompleteSettings(CertifierSettings):
@@ -71,8 +73,8 @@ class CompleteCertifier(TracingCertifier):
     distance. Networks with other layers, such as SortNet, or with too many neurons for memory are split at their inputs
     (see `input_splitting`).
 
-    The time limit applies to the search for each image. The search for a certified radius starts from the radius of
-    alpha-CROWN, which has no limit, and never returns less.
+    The time limit applies to each image. A certified radius is at least that of IBP and CROWN, whose time is not
+    limited. Within the limit, it is also at least that of alpha-CROWN, up to the tolerance of the bisection.
     """
 
     kind: ClassVar[str] = "complete"
@@ -99,7 +101,8 @@ class CompleteCertifier(TracingCertifier):
         label, eps = check_batch(self.network, image, label), check_eps(eps)
         if len(image) != 1:
             raise ValueError(f"images={tuple(image.shape)}: must be one image, (1, ...); use certify for several")
-        return self._decide(image, label, eps, self._deadline() if deadline is None else deadline)
+        deadline = self._deadline() if deadline is None else deadline
+        return self._decide(image, label, eps, deadline, self.settings.max_subproblems)
 
     @strict_float32()
     @torch.no_grad()
@@ -127,14 +130,16 @@ class CompleteCertifier(TracingCertifier):
         for k in range(len(labels)):
             part = Box(*(end[k : k + 1] for end in box))
             ball = LinfBall((part.lower + part.upper) / 2, *part)
-            results.append(self._search(part, ball, labels[k : k + 1], self._deadline()).status == "certified")
+            found = self._search(part, ball, labels[k : k + 1], self._deadline(), self.settings.max_subproblems)
+            results.append(found.status == "certified")
         return torch.tensor(results, device=labels.device)
 
     def _certify(self, images: Tensor, labels: Tensor, eps: float) -> Tensor:
         if not len(images):
             return super()._certify(images, labels, eps)
         pairs = zip(images.split(1), labels.split(1), strict=True)
-        statuses = [self._decide(image, label, eps, self._deadline()).status for image, label in pairs]
+        limit = self.settings.max_subproblems
+        statuses = [self._decide(image, label, eps, self._deadline(), limit).status for image, label in pairs]
         return torch.tensor([status == "certified" for status in statuses], device=images.device)
 
     def _compute_radius(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -145,33 +150,43 @@ class CompleteCertifier(TracingCertifier):
         return radii
 
     def _radii_without_splits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the radii (B,) of alpha-CROWN, or of IBP for networks that alpha-CROWN does not support."""
+        """Return the larger radii (B,) of IBP and CROWN, or those of IBP for networks that CROWN does not support."""
         point = one_point(Box(images, images))
         check_sound_dtype(self.kind, self.sound, point)
-        certifier: TracingCertifier = IBPCertifier(self.network, self.sound)
+        certifiers: list[TracingCertifier] = [IBPCertifier(self.network, self.sound)]
         if has_linear_bounds(self.trace_network(point)):
-            steps = AlphaCROWNSettings(steps=self.settings.steps, neuron_steps=self.settings.neuron_steps)
-            certifier = AlphaCROWNCertifier(self.network, self.sound, steps)
-        certifier.share_traces(self)
-        return certifier.compute_radius(images, labels).double()
+            certifiers.append(CROWNCertifier(self.network, self.sound))
+        for certifier in certifiers:
+            certifier.share_traces(self)
+        return torch.stack([one.compute_radius(images, labels).double() for one in certifiers]).amax(dim=0)
 
     def _extend_radius(self, image: Tensor, label: Tensor, inside: float) -> float:
-        """Return the largest certified radius that the search finds within the time limit, at least `inside`."""
-        deadline, outside = self._deadline(), 1.0
-        while outside - inside > 2.0**-BISECTION_STEPS:
-            now = time.monotonic()
-            if now >= deadline:
-                break
-            middle = (inside + outside) / 2
-            # A radius near the exact one can take all the time; the next ones then certify smaller radii.
-            decision = self._decide(image, label, middle, now + (deadline - now) * STEP_SHARE)
-            if decision.status == "certified":
-                inside = middle
-                continue
-            outside = middle
-            if decision.adversarial is not None:
-                distance = self._nearest_distance(image, label, decision.adversarial)
-                outside = max(min(outside, distance), inside)
+        """Return the largest certified radius that is found within the time limit, at least `inside`.
+
+        Without splits, which is alpha-CROWN for ReLU networks, the radius is narrowed down first. Branch and bound then
+        tries larger ones. A radius near the exact one can take all the time, so each step gets a share of what is left.
+        """
+        start, falsified = time.monotonic(), 1.0
+        phases: list[tuple[int | None, float]] = [(0, start + self.settings.time_limit * SHARE_WITHOUT_SPLITS)]
+        if self.settings.max_subproblems != 0:
+            phases.append((self.settings.max_subproblems, start + self.settings.time_limit))
+        for max_subproblems, deadline in phases:
+            outside = falsified
+            while outside - inside > 2.0**-BISECTION_STEPS:
+                now = time.monotonic()
+                if now >= deadline:
+                    break
+                # Larger boxes take longer, so the first steps do not start in the middle.
+                middle = min((inside + outside) / 2, 2 * inside + FIRST_RADIUS)
+                step_deadline = now + (deadline - now) * STEP_SHARE
+                decision = self._decide(image, label, middle, step_deadline, max_subproblems)
+                if decision.status == "certified":
+                    inside = middle
+                    continue
+                outside = middle
+                if decision.adversarial is not None:
+                    distance = self._nearest_distance(image, label, decision.adversarial)
+                    outside = falsified = max(min(outside, distance), inside)
         return inside
 
     def _nearest_distance(self, image: Tensor, label: Tensor, adversarial: Tensor) -> float:
@@ -189,7 +204,9 @@ class CompleteCertifier(TracingCertifier):
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.time_limit
 
-    def _decide(self, image: Tensor, label: Tensor, eps: float, deadline: float) -> Decision:
+    def _decide(
+        self, image: Tensor, label: Tensor, eps: float, deadline: float, max_subproblems: int | None
+    ) -> Decision:
         start = time.monotonic()
         logits = compute_logits(self.network, torch.cat([image, image]))[:1]
         check_logits(logits, label)
@@ -199,11 +216,13 @@ class CompleteCertifier(TracingCertifier):
         if not bool(margin(logits, label) > 0):
             self.trace_network(box)  # rejects unsupported networks, whichever the image
             return Decision("falsified", image[0], time.monotonic() - start, 0)
-        found = self._search(box, ball, label, deadline)
+        found = self._search(box, ball, label, deadline, max_subproblems)
         adversarial = None if found.point is None else ball.project(found.point.view_as(image).to(image))[0]
         return Decision(found.status, adversarial, time.monotonic() - start, found.subproblems)
 
-    def _search(self, box: Box, ball: LinfBall, label: Tensor, deadline: float) -> SearchResult:
+    def _search(
+        self, box: Box, ball: LinfBall, label: Tensor, deadline: float, max_subproblems: int | None
+    ) -> SearchResult:
         """Return the result for one box; counterexamples are points whose projection to the ball is misclassified."""
         check_sound_dtype(self.kind, self.sound, box)
         traced = self.trace_network(box)
@@ -226,7 +245,7 @@ class CompleteCertifier(TracingCertifier):
             return SearchResult("falsified", adversarial, 0)
         if is_over():
             return SearchResult("unknown", None, 0)
-        limit = math.inf if self.settings.max_subproblems is None else self.settings.max_subproblems
+        limit = math.inf if max_subproblems is None else max_subproblems
         boxes = tight_boxes(traced, box, self.sound)
         if not bool(all_finite(boxes)):
             return SearchResult("unknown", None, 0)

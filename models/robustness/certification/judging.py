@@ -45,14 +45,16 @@ def judge_images(
         verdicts = []
         for image, label in zip(images.split(1), labels.split(1), strict=True) if len(images) else ():
             decision = certifier.decide(image, label, eps)
-            is_wrong = decision.status == "falsified" and not bool(classify(certifier.network, image, label))
+            is_wrong = decision.status == "falsified" and not bool(
+                is_classified_correctly(certifier.network, image, label)
+            )
             name = FORWARD if is_wrong else certifier.kind
             verdicts.append(Verdict(decision.status, name, decision.seconds, decision.adversarial))
             on_verdict(verdicts[-1])
         return verdicts
     start = time.monotonic()
     certified = certifier.certify(images, labels, eps)
-    is_correct = classify(certifier.network, images, labels.to(images.device))
+    is_correct = is_classified_correctly(certifier.network, images, labels.to(images.device))
     seconds = (time.monotonic() - start) / max(1, len(images))
     verdicts = [
         Verdict("certified", certifier.kind, seconds)
@@ -69,7 +71,7 @@ def judge_images(
 
 @strict_float32()
 @torch.no_grad()
-def classify(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def is_classified_correctly(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return (B,) bool: True if the image is classified correctly, by the arithmetic of certificates; a tie is wrong.
 
     Args:
@@ -82,6 +84,7 @@ def classify(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """
     if not len(images):
         return torch.zeros(0, dtype=torch.bool)
-    logits = compute_logits(network, images)
+    both = images if len(images) > 1 else torch.cat([images, images])  # some networks only accept batches
+    logits = compute_logits(network, both)[: len(images)]
     check_logits(logits, labels)
     return margin(logits, labels) > 0

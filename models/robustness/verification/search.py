@@ -12,7 +12,7 @@ from linflab.models.robustness.bounds.boxes import Box, all_finite
 from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound
 from linflab.models.robustness.bounds.coefficients import DenseCoefficients
 from linflab.models.robustness.bounds.ibp import trace_and_check
-from linflab.models.robustness.bounds.reduction import Reduction
+from linflab.models.robustness.bounds.reduction import Reduction, ReductionTooLargeError
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.inputs import check_choice
 from linflab.models.robustness.verification.output_bounds import OutputBound
@@ -145,7 +145,10 @@ class _RegionSearch:
         boxes = tight_boxes(self.traced, self._reshape(self.root), self.bound.sound)
         if any(len(one.offsets) > 1 for one in unsafe) or not bool(all_finite(boxes)):
             return Verdict("unknown")
-        reduction = Reduction(self.traced, boxes, self.bound.sound, NEURON_STEPS, True, self.is_out_of_time)
+        try:
+            reduction = Reduction(self.traced, boxes, self.bound.sound, NEURON_STEPS, True, self.is_out_of_time)
+        except ReductionTooLargeError:
+            return Verdict("unknown")
         if reduction.sources != [self.traced.input]:  # some layer is no maximum and has no linear relaxation
             return Verdict("unknown")
         coefficients = torch.cat([one.coefficients for one in unsafe])[None].to(reduction.dtype)
