@@ -197,6 +197,10 @@ def test_run_is_evaluated_without_its_objective(
     done = run_cli("evaluate", run["run_id"], "--attacks", "none", *storage)
     assert done.returncode == 0, done.stderr
     assert linflab.load(run["run_id"], tmp_path / "runs")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    done = run_cli("train", RECIPE, *QUICK, *storage, "--name", "plain")
+    assert done.returncode == 0, done.stderr
+    done = run_cli("ensemble", run["run_id"], "plain", "--name", "mean", *storage)
+    assert done.returncode == 0, done.stderr
     done = run_cli("train", RECIPE, "objective.kind=my_small", *QUICK, *storage, "--resume")
     assert_rejected(done, "objective.kind=my_small", "LINFLAB_IMPORT")
 
