@@ -39,7 +39,8 @@ __version__ = {version!r}
 finders = [one for one in sys.meta_path if not getattr(one, "__module__", "").startswith("__editable___linflab")]
 sys.meta_path[:] = finders
 """
-SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".h")  # compiled files are not copied
+# Of package data and code; compiled files are not copied.
+SOURCE_SUFFIXES = (".py", ".yaml", ".json", ".jsonl", ".safetensors", ".npy", ".cpp", ".h")
 
 
 def linflab_version() -> str:

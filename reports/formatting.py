@@ -19,7 +19,7 @@ CERTIFIER_DESCRIPTIONS = {
 
 
 def describe_status(status: object) -> str:
-    """Return the status of a run in words: finished, failed, running, or interrupted for MLflow's KILLED."""
+    """Return the status of a run as text: finished, failed, running, or interrupted for MLflow's KILLED."""
     return {"KILLED": "interrupted"}.get(str(status), str(status).lower())
 
 

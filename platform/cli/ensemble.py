@@ -33,9 +33,9 @@ def ensemble(
     networks trained with IBP, interval bounds certify it (ibp). Settings of the evaluation are those of the first run,
     with the attacks of all runs. Epochs and training time are sums over the runs.
 
-    Networks of different kinds have logits of different sizes, which need weights. With --weights auto, each run has
-    the inverse of the mean magnitude of its worst-case margins on validation images, by interval bounds. In ensembles
-    of at most 6 runs, these weights are multiplied by powers of 2 that certify the most validation images.
+    Networks of different kinds have logits of different sizes, which need weights. With --weights auto, the weight of
+    a run is the inverse of the mean magnitude of its worst-case margins on validation images, by interval bounds. In
+    ensembles of at most 6 runs, these weights are multiplied by powers of 2 that certify the most validation images.
     """
     own_tags = parse_tags(tag)
     numbers = parse_weights(weights)
@@ -49,6 +49,7 @@ def ensemble(
         from linflab.platform.results.ensemble import log_ensemble, prepare_ensemble
         from linflab.platform.results.publish import log_model_and_figures
         from linflab.reports import schema
+        from linflab.reports.tables import format_eps
 
         signals.watch_again()  # imported libraries may have replaced the handlers
         prepared = prepare_ensemble(storage, runs, numbers)
@@ -73,7 +74,7 @@ def ensemble(
     )
     weighting = f" with weights {', '.join(f'{weight:g}' for weight in prepared.weights)}" if prepared.weights else ""
     console.print(
-        f"Test set, eps={prepared.experiment.eps:g}: clean {clean}, robust {robust}, certified {certified} "
+        f"Test set, eps={format_eps(prepared.experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
         f"({result.certificate}). Mean of {len(ids)} networks{weighting}."
     )
     with console.status("Logging model and figures ..."):

@@ -7,6 +7,7 @@ names it.
 
 import os
 import shutil
+import site
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -26,26 +27,47 @@ if TYPE_CHECKING:
     from linflab.platform.config.experiment import ExperimentConfig
 
 IMPORT_VAR = "LINFLAB_IMPORT"
+NOT_OWN = ("linflab", "__main__")  # first parts of names of modules that do not belong to the user
 
 
 def own_modules() -> list[str]:
-    """Return the names of modules in LINFLAB_IMPORT."""
-    return [name for part in os.environ.get(IMPORT_VAR, "").split(",") if (name := part.strip())]
+    """Return the names of modules in LINFLAB_IMPORT.
+
+    Raises:
+        InputError: If a name is not that of a module, or the module belongs to linflab.
+    """
+    value = os.environ.get(IMPORT_VAR, "")
+    names = [name for part in value.split(",") if (name := part.strip())]
+    for name in names:
+        if not is_module_name(name):
+            raise InputError(
+                f"{IMPORT_VAR}={value}: {name} must be the name of a module, as in my_parts or my_package.parts; rename "
+                "the file if necessary, and leave out .py"
+            )
+        if name.partition(".")[0] in NOT_OWN:
+            raise InputError(f"{IMPORT_VAR}={value}: {name} must be a module outside linflab; leave it out")
+    return names
+
+
+def is_module_name(name: object) -> bool:
+    """Return True if an import statement accepts a name, which excludes some names of files, such as my-parts."""
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
 
 
 def import_own_parts() -> None:
     """Import the modules of LINFLAB_IMPORT, which register their parts; modules are imported once.
 
-    They are found on Python's path and in the current directory.
+    They are found on Python's path and in the current directory, which is on the path only during the import.
 
     Raises:
-        InputError: If a module cannot be imported.
+        InputError: If a name is not valid, or a module cannot be imported.
     """
     for name in own_modules():
         if name in sys.modules:
             continue
         folder = str(Path.cwd())
-        if folder not in sys.path and "" not in sys.path:
+        is_added = folder not in sys.path and "" not in sys.path
+        if is_added:
             sys.path.append(folder)
         try:
             import_module(name)
@@ -55,6 +77,9 @@ def import_own_parts() -> None:
                 f"{IMPORT_VAR}={os.environ[IMPORT_VAR]}: module {name} cannot be imported ({reason}); use a module in "
                 "the current directory, in a folder of PYTHONPATH, or installed, or unset the variable"
             ) from error
+        finally:
+            if is_added and folder in sys.path:
+                sys.path.remove(folder)
 
 
 def used_modules(experiment: "ExperimentConfig") -> list[str]:
@@ -68,16 +93,19 @@ def used_modules(experiment: "ExperimentConfig") -> list[str]:
     for part in (*_classes(experiment), *filter(None, (*kinds, *attacks))):
         module = part.__module__
         is_named = any(module == name or module.startswith(f"{name}.") for name in modules)
-        if module.partition(".")[0] not in ("linflab", "__main__") and not is_named:
+        if module.partition(".")[0] not in NOT_OWN and not is_named:
             modules.append(module)
     return modules
 
 
-def _classes(config: BaseModel) -> Iterator[type[BaseModel]]:
-    for _, value in config:
-        if isinstance(value, BaseModel):
-            yield type(value)
-            yield from _classes(value)
+def _classes(value: object) -> Iterator[type[BaseModel]]:
+    """Yield the classes of a config and of all configs in it, such as those of an ensemble's members."""
+    if isinstance(value, BaseModel):
+        yield type(value)
+        value = [part for _, part in value]
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _classes(part)
 
 
 def missing_modules_hint(modules: Sequence[str]) -> str:
@@ -98,19 +126,31 @@ def copy_own_modules(folder: Path) -> None:
     Modules that they import are copied only if LINFLAB_IMPORT names them too.
 
     Raises:
-        InputError: If a module cannot be imported.
+        InputError: If a module cannot be imported, or is not a file or folder.
     """
     import_own_parts()
-    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
+    installed = _installation_dirs()
     for name in dict.fromkeys(one.partition(".")[0] for one in own_modules()):
         module = sys.modules[name]
-        path = Path(module.__path__[0]) if hasattr(module, "__path__") else Path(str(module.__file__))
+        places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]
+        path = Path(places[0])
+        if not places[0] or not path.exists():
+            raise InputError(
+                f"{IMPORT_VAR}={os.environ[IMPORT_VAR]}: {name} has no file that can be copied to the cluster; use a "
+                "module in a file or folder"
+            )
         if not installed.isdisjoint(path.resolve().parents):
             continue
         if path.is_dir():
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _installation_dirs() -> set[Path]:
+    """Return the directories of installed packages, also of the user and of the operating system."""
+    paths = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")]
+    return {Path(path).resolve() for path in (*paths, *site.getsitepackages(), site.getusersitepackages())}
 
 
 class UnknownObjectiveConfig(ObjectiveConfig):

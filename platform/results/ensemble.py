@@ -194,7 +194,7 @@ def _ensemble_config(members: Sequence[Member], weights: Sequence[float]) -> Exp
     tree["evaluation"]["sound"] = any(experiment.evaluation.sound for experiment in experiments)
     tree["evaluation"]["attack"]["methods"] = list(dict.fromkeys(attacks))
     tree["compute"]["workers"] = 1
-    return build_config(tree, {})
+    return build_config(tree, {}, for_evaluation=True)
 
 
 def log_ensemble(

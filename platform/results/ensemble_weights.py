@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from linflab.models.networks.ensemble import MAX_WEIGHT_RATIO
 from linflab.models.robustness.bounds.boxes import perturbation_box
 from linflab.models.robustness.bounds.ibp import ibp_logit_differences
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import Split
 from linflab.platform.errors import InputError
 from linflab.platform.training.evaluation import batch_indices
+from linflab.reports.tables import format_eps
 
 MAX_REFINED_MEMBERS = 6  # weights of larger ensembles only undo the scales
 EXPONENTS = range(-6, 7)  # tried factors of a weight, as powers of 2
@@ -26,7 +28,8 @@ def choose_weights(
     """Return weights of networks with high certified accuracy of their mean on validation images, by IBP.
 
     A weight is the inverse of the network's scale: the mean magnitude of its worst-case margins. In ensembles of at
-    most `MAX_REFINED_MEMBERS`, weights are then multiplied by powers of 2 (see `refine_weights`).
+    most `MAX_REFINED_MEMBERS`, weights are then multiplied by powers of 2 (see `refine_weights`). Ratios of weights are at
+    most those that an ensemble accepts.
 
     Args:
         networks: Networks in evaluation mode, on the device of the images.
@@ -44,8 +47,8 @@ def choose_weights(
         scale = differences.amax(dim=1).abs().double().mean().item()
         if not 0 < scale < float("inf"):
             raise InputError(
-                f"weights=auto: the worst-case margins of {run} at eps={experiment.eps:g} have the mean magnitude "
-                f"{scale:g}, which gives no weight; give numbers, as in --weights 1,10"
+                f"weights=auto: the worst-case margins of {run} at eps={format_eps(experiment.eps)} have the mean "
+                f"magnitude {scale:g}, which gives no weight; give numbers, as in --weights 1,10"
             )
         scales.append(scale)
         if is_refined:
@@ -53,7 +56,13 @@ def choose_weights(
     weights = [float(f"{max(scales) / scale:.3g}") for scale in scales]
     if is_refined:
         weights = refine_weights(weights, parts)
-    return tuple(weights)
+    return tuple(limit_ratios(weights))
+
+
+def limit_ratios(weights: Sequence[float]) -> list[float]:
+    """Return positive weights, the smallest of them raised so that ratios are at most `MAX_WEIGHT_RATIO`."""
+    smallest = max(weights) / MAX_WEIGHT_RATIO * (1 + 1e-9)  # divisions round, so their ratio stays below the limit
+    return [max(weight, smallest) for weight in weights]
 
 
 def refine_weights(weights: Sequence[float], parts: Sequence[Tensor]) -> list[float]:

@@ -14,7 +14,7 @@ from torch import nn
 from linflab.models.networks.layers import Normalize
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
-from linflab.platform.config.own_parts import missing_modules_hint, used_modules
+from linflab.platform.config.own_parts import is_module_name, missing_modules_hint, used_modules
 from linflab.platform.data.datasets import MAX_CLASSES, Dataset, dataset_info, load_dataset
 from linflab.platform.data.info import DatasetInfo
 from linflab.platform.errors import InputError
@@ -150,16 +150,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_modules(content: Any) -> tuple[str, ...]:
-    """Return the names of modules in a weights file, which is untrusted.
-
-    Raises:
-        ValueError: If they are not names of modules.
-    """
-    if not isinstance(content, list) or not all(
-        isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in content
-    ):
-        raise ValueError(f"modules {str(content)[:50]} are not valid")
-    return tuple(content)
+    """Return the valid names of modules in a weights file, which is untrusted; they only serve a hint in messages."""
+    return tuple(name for name in content if is_module_name(name)) if isinstance(content, list) else ()
 
 
 def _read_dataset_info(content: Any) -> DatasetInfo:

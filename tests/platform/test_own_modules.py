@@ -12,7 +12,8 @@ import linflab
 from linflab.models.networks import NetworkConfig
 from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.config.overrides import build_config, load_config
-from linflab.platform.config.own_parts import UnknownObjectiveConfig, copy_own_modules
+from linflab.platform.config import own_parts
+from linflab.platform.config.own_parts import UnknownObjectiveConfig, copy_own_modules, used_modules
 from linflab.platform.errors import InputError
 from linflab.platform.training.weights import build_network, load_weights, save_weights
 from linflab.reports import schema
@@ -123,6 +124,59 @@ def test_modules_are_copied_for_cluster_jobs(module: str, tmp_path: Path, monkey
         del sys.modules[name]
 
 
+def test_installed_modules_are_not_copied(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_parts.site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.setenv("LINFLAB_IMPORT", f"{module},numpy")
+    (tmp_path / "job").mkdir()
+    copy_own_modules(tmp_path / "job")
+    assert not list((tmp_path / "job").iterdir())
+
+
+def test_modules_without_a_file_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_IMPORT", "sys")
+    with pytest.raises(InputError, match="LINFLAB_IMPORT=sys"):
+        copy_own_modules(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["my-parts", "my_parts.py.", "folder/my_parts", "linflab.models", "linflab"])
+def test_names_that_cannot_be_recorded_are_rejected(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-parts.py").write_text(MODULE)
+    monkeypatch.setenv("LINFLAB_IMPORT", f"{module},{name}")
+    with pytest.raises(InputError, match=f"LINFLAB_IMPORT={module},{name}: "):
+        load_config(RECIPE, [])
+    assert "my-parts" not in sys.modules
+
+
+def test_invalid_recorded_names_do_not_prevent_loading(tmp_path: Path) -> None:
+    experiment = load_config(RECIPE, [])
+    save_weights(tmp_path / "w.pt", build_network(experiment), experiment, 1)
+    content = torch.load(tmp_path / "w.pt", weights_only=True)
+    for names, expected in ((["my-nets", "my_parts", 3], ("my_parts",)), ("my_parts", ())):
+        torch.save(content | {"modules": names}, tmp_path / "w.pt")
+        assert load_weights(tmp_path / "w.pt").modules == expected
+
+
+def test_modules_of_ensemble_members_are_recorded(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_IMPORT", module)
+    tree = load_config(RECIPE, ["model.kind=my_wide"]).model_dump(mode="json")
+    tree["model"] = {"kind": "ensemble", "members": [tree["model"], tree["model"]]}
+    experiment = build_config(tree, {})
+    monkeypatch.delenv("LINFLAB_IMPORT")
+    assert used_modules(experiment) == [module]
+
+
+def test_current_directory_leaves_the_path(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_IMPORT", module)
+    for path in (["/x"], ["/x", str(tmp_path)]):
+        monkeypatch.setattr(sys, "path", [*path, *(one for one in sys.path if one and one != str(tmp_path))])
+        before = list(sys.path)
+        load_config(RECIPE, ["model.kind=my_wide"])
+        assert sys.path == before
+        forget()
+
+
 def test_missing_and_broken_modules_are_rejected(run_cli: RunCli, module: str, tmp_path: Path) -> None:
     (tmp_path / "my_parts.py").write_text("1 / 0")
     for name, reason in (("my_parts", "ZeroDivisionError"), ("no_such_parts", "ModuleNotFoundError")):
@@ -143,6 +197,10 @@ def test_run_is_evaluated_without_its_objective(
     done = run_cli("evaluate", run["run_id"], "--attacks", "none", *storage)
     assert done.returncode == 0, done.stderr
     assert linflab.load(run["run_id"], tmp_path / "runs")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    done = run_cli("train", RECIPE, *QUICK, *storage, "--name", "plain")
+    assert done.returncode == 0, done.stderr
+    done = run_cli("ensemble", run["run_id"], "plain", "--name", "mean", *storage)
+    assert done.returncode == 0, done.stderr
     done = run_cli("train", RECIPE, "objective.kind=my_small", *QUICK, *storage, "--resume")
     assert_rejected(done, "objective.kind=my_small", "LINFLAB_IMPORT")
 

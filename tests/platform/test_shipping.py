@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from linflab.models.distance import cpu
 from linflab.platform.source import COMMIT_VAR, SOURCE_HASH_VAR, copy_source, git_commit, source_hash
 from tests.conftest import assert_rejected
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +55,29 @@ def test_edited_copy_runs_only_with_its_own_hash(tmp_path: Path) -> None:
     assert accepted.returncode == 0 and "edited" in accepted.stdout
     rejected = run_linflab(package, "recipes", **{SOURCE_HASH_VAR: source_hash()})  # as if this machine had other code
     assert_rejected(rejected)
+
+
+def test_copy_has_the_shipped_networks(tmp_path: Path) -> None:
+    package = copy_source(tmp_path / "code")
+    find_unreadable_networks = run_path(str(ROOT / ".ci" / "check_wheel.py"))["find_unreadable_networks"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    assert find_unreadable_networks(tmp_path, environment) == []
+    (weights, *_) = sorted((package / "platform" / "pretrained").glob("*/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (problem,) = find_unreadable_networks(tmp_path, environment)
+    assert "shipped networks" in problem and str(weights) in problem
+
+
+def test_copy_has_all_package_data(tmp_path: Path) -> None:
+    package = copy_source(tmp_path)
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for name, patterns in data.items():
+        folder = Path(*name.split(".")[1:])
+        for pattern in patterns if name != "linflab" else ():
+            files = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).glob(pattern)}
+            assert files and files == {
+                str(path.relative_to(package / folder)) for path in (package / folder).glob(pattern)
+            }
 
 
 def test_deleted_modules_cannot_be_imported(tmp_path: Path) -> None:

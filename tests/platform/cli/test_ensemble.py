@@ -12,11 +12,12 @@ import torch
 
 import linflab
 from linflab.models.networks import Ensemble, LipschitzEnsemble
+from linflab.models.networks.ensemble import MAX_WEIGHT_RATIO
 from linflab.models.robustness.certification import certify
 from linflab.models.robustness.margins import margin
 from linflab.platform.data.datasets import load_dataset
 from linflab.platform.results.ensemble import log_ensemble, prepare_ensemble
-from linflab.platform.results.ensemble_weights import refine_weights
+from linflab.platform.results.ensemble_weights import limit_ratios, refine_weights
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
@@ -157,6 +158,14 @@ def test_search_balances_scales_and_prefers_weights_near_those_given() -> None:
     assert refine_weights([20.0, 1.0, 1.5], parts) == [1.25, 1.0, 1.5]
     certified = [part - 10 for part in parts]
     assert refine_weights([20.0, 1.0, 1.5], certified) == [20.0, 1.0, 1.5]  # all are certified with any weights
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e10 / 7, 64e12, 1e300])
+def test_ratios_of_chosen_weights_are_accepted(largest: float) -> None:
+    small, middle, large = limit_ratios([1e-12, largest / 3, largest])
+    assert (middle, large) == (largest / 3, largest)
+    assert MAX_WEIGHT_RATIO * (1 - 1e-6) < large / small <= MAX_WEIGHT_RATIO
+    assert limit_ratios([1.0, 1000.0]) == [1.0, 1000.0]
 
 
 def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Storage, run_cli: RunCli) -> None:
