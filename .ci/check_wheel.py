@@ -11,7 +11,7 @@ from pathlib import Path
 
 LOAD_NETWORKS = """
 from pathlib import Path
-from linflab.platform.pretrained import PREFIX, pretrained_names
+from linflab.platform.exchange.pretrained import PREFIX, pretrained_names
 from linflab.platform.results.load import find_weights
 from linflab.platform.training.weights import load_weights
 

@@ -25,6 +25,7 @@ from linflab.platform.errors import InputError
 # Environment variables of a job.
 SOURCE_HASH_VAR = "LINFLAB_SOURCE_HASH"  # hash of the submitted source code
 COMMIT_VAR = "LINFLAB_COMMIT"  # `git_commit()` on the submitting machine
+IMPORT_VAR = "LINFLAB_IMPORT"  # modules of the user that register networks, objectives and other parts
 
 SUBPACKAGES = {
     "models": linflab.models, "platform": linflab.platform,

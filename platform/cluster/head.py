@@ -254,7 +254,8 @@ def _submit(run: str, job: str, files: Mapping[str, str], path: Path, width: int
     from ray.exceptions import AuthenticationError, RayError
     from requests.exceptions import RequestException
 
-    from linflab.platform.config.own_parts import IMPORT_VAR, copy_own_modules, own_modules
+    from linflab.platform.config.own_parts import copy_own_modules, own_modules
+    from linflab.platform.source import IMPORT_VAR
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"

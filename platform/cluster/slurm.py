@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linflab.platform.cluster.tracking_server import MODULE as SERVER_MODULE
-from linflab.platform.config.own_parts import IMPORT_VAR
 from linflab.platform.errors import InputError
+from linflab.platform.source import IMPORT_VAR
 
 STOP_TIMEOUT_S = 30  # for Ray on all nodes
 TASK = "$SLURM_ARRAY_TASK_ID"

@@ -18,9 +18,10 @@ from linflab.models.robustness.attacks.suite import DISTANCE_NET_ATTACKS, OTHER_
 from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.config.compatibility import check_compatibility
 from linflab.platform.config.experiment import ExperimentConfig, flatten
-from linflab.platform.config.own_parts import IMPORT_VAR, UnknownObjectiveConfig, import_own_parts
+from linflab.platform.config.own_parts import UnknownObjectiveConfig, import_own_parts
 from linflab.platform.config.recipes import recipe_files
 from linflab.platform.errors import InputError
+from linflab.platform.source import IMPORT_VAR
 from linflab.reports.methods import KINDS, kind_values, method_name
 from linflab.reports.plain import shorten
 from linflab.reports.renames import current_settings

@@ -22,11 +22,11 @@ from linflab.models.robustness.attacks import AttackMethod
 from linflab.models.robustness.certification import Certifier
 from linflab.models.robustness.objectives import Objective, ObjectiveConfig
 from linflab.platform.errors import InputError
+from linflab.platform.source import IMPORT_VAR
 
 if TYPE_CHECKING:
     from linflab.platform.config.experiment import ExperimentConfig
 
-IMPORT_VAR = "LINFLAB_IMPORT"
 NOT_OWN = ("linflab", "__main__")  # first parts of names of modules that do not belong to the user
 
 

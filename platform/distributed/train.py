@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from linflab.platform.cluster.node import cluster_description
 from linflab.platform.config.experiment import ExperimentConfig
-from linflab.platform.config.own_parts import IMPORT_VAR, import_own_parts, own_modules
+from linflab.platform.config.own_parts import import_own_parts, own_modules
 from linflab.platform.data.datasets import data_dir, load_dataset
 from linflab.platform.distributed.address import check_address, configured_address
 from linflab.platform.errors import InputError, RunLockedError, TrainingError, WorkerLostError
 from linflab.platform.host import allocated_cpus, configure_process
 from linflab.platform.signals import watch_again
-from linflab.platform.source import is_cluster_job, verify_source_hash
+from linflab.platform.source import IMPORT_VAR, is_cluster_job, verify_source_hash
 from linflab.platform.tracking.mlflow import STORE_ERRORS
 from linflab.platform.training.evaluation import BatchResult, EvaluationSpec, evaluate_batch
 from linflab.platform.training.loop import EpochMetrics, StepMetrics
