@@ -25,7 +25,13 @@ def test_shipped_networks_are_small() -> None:
     assert sum(sizes) < MAX_BYTES
 
 
-@pytest.mark.parametrize("name", pretrained_names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("digits") else pytest.mark.slow)  # slow tests have the datasets
+        for name in pretrained_names()
+    ],
+)
 def test_shipped_networks_are_certified_as_in_their_manifest(name: str) -> None:
     path, storage, run = find_weights(PREFIX + name, Path("runs"))
     assert storage is None and not run
