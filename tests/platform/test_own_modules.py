@@ -11,8 +11,8 @@ import torch
 import linflab
 from linflab.models.networks import NetworkConfig
 from linflab.models.robustness.objectives import ObjectiveConfig
-from linflab.platform.config.overrides import build_config, load_config
 from linflab.platform.config import own_parts
+from linflab.platform.config.overrides import build_config, load_config
 from linflab.platform.config.own_parts import UnknownObjectiveConfig, copy_own_modules, used_modules
 from linflab.platform.errors import InputError
 from linflab.platform.training.weights import build_network, load_weights, save_weights
