@@ -1,4 +1,4 @@
-"""Check an installed wheel: code, kernels and shipped networks come from it, and `linflab doctor` reports no failure."""
+"""Check an installed wheel: code, kernels and shipped networks come from it, and `linflab doctor` has no failure."""
 
 import json
 import os

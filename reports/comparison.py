@@ -71,6 +71,7 @@ from linflab.reports.tables import (
     number_cell,
     text_cell,
 )
+from linflab.reports.verification import verification_bases
 
 ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: schema.TEST_CERTIFIED}  # their metrics
 TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
@@ -514,6 +515,9 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     network = {path: value for path, value in network.items() if value == value}
     epochs = pd.to_numeric(runs[schema.EPOCHS], errors="coerce")
     seconds = runs[schema.TRAIN_SECONDS]
+    descriptions = runs[schema.TEST_VERIFICATION].dropna()
+    verified = runs[schema.TEST_VERIFIED].where(runs[schema.TEST_VERIFICATION].notna())
+    bases = verification_bases(descriptions)
     cells = {
         METHOD: text_cell(method),
         MODEL: text_cell(describe_settings(network)),
@@ -523,7 +527,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
         TEST: _mean(100 * runs[schema.TEST_CLEAN]),
         ROBUST: _mean(100 * runs[schema.TEST_ROBUST]),
         CERTIFIED: _mean(100 * runs[schema.TEST_CERTIFIED]),
-        TEST_VERIFIED: _mean(100 * runs[schema.TEST_VERIFIED]),
+        TEST_VERIFIED: _mean(100 * verified) if len(bases) == 1 else Cell(),
         EPOCH_SECONDS: _mean(seconds / epochs, digits=1),
         HOURS: _mean(seconds / 3600, digits=_digits(seconds.mean() / 3600)),
         CPUS: _cpus(runs),
@@ -537,8 +541,10 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     if first.get("objective.bound") == "hybrid_zonotope":
         parts.append("Bounds tighter than DiffAI's, which lose correlations at linear layers")
     parts += [f"Certifier {describe_certifiers(runs, details=False)}", f"Attacks: {describe_attacks(runs)}"]
-    if verifications := list(dict.fromkeys(runs[schema.TEST_VERIFICATION].dropna())):
-        parts.append(f"Verified: {'; '.join(verifications)}")
+    if len(descriptions):
+        parts.append(f"Verified: {'; '.join(dict.fromkeys(descriptions))}")
+    if len(bases) > 1:
+        parts.append("No mean of verified accuracies, whose images, certifiers, arithmetic or time limits differ")
     mean_seconds = seconds.mean()
     cost = "" if mean_seconds != mean_seconds else f", {format_duration(mean_seconds)}{' each' * has_several_runs}"
     workers_note = (
@@ -546,9 +552,13 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     )
     num_epochs = _count(epochs.iloc[0]).text
     parts.append(f"{num_epochs} epoch{'s' * (num_epochs != '1')}{cost}{workers_note}; {describe_hardware(runs)}")
-    for name in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_VERIFIED):
-        if 0 < runs[name].notna().sum() < len(runs):
-            parts.append(f"{name} from {runs[name].notna().sum()} of {len(runs)} runs")
+    for name, values in (
+        (schema.TEST_CLEAN, runs[schema.TEST_CLEAN]),
+        (schema.TEST_ROBUST, runs[schema.TEST_ROBUST]),
+        (schema.TEST_VERIFIED, verified),
+    ):
+        if 0 < values.notna().sum() < len(runs):
+            parts.append(f"{name} from {values.notna().sum()} of {len(runs)} runs")
     num_violations = runs[schema.TEST_VIOLATIONS].sum()
     if num_violations > 0:
         parts.append(f"Certificate violations: {int(num_violations)}")
@@ -557,6 +567,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     )
     note = f"{'. '.join(parts)}."
     basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}
+    basis[TEST_VERIFIED] = "; ".join(bases)
     return Row(
         cells,
         group.title,
@@ -641,10 +652,14 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: S
         table_notes.append("Time/epoch of measured rows includes evaluation on validation images, if any.")
     if TEST_VERIFIED in columns:
         table_notes.append(
-            "Verified: certified by complete or cascade, the latest such evaluation of each run, on the images in the "
-            "note of the row; Certified is always on the whole test set."
+            "Verified: certified by complete or cascade on the images in the note of the row, for each run the latest "
+            "such evaluation on the most images; Certified is always on the whole test set."
         )
     measured = [row for row in rows if row.origin == "measured"]
+    if TEST_VERIFIED in columns and not _are_alike(measured, TEST_VERIFIED):
+        table_notes.append(
+            "Verified: images, certifiers, arithmetic or time limits differ between measured rows; see their notes."
+        )
     if ROBUST in columns and not _are_alike(measured, ROBUST):
         table_notes.append("Robust: attacks differ between measured rows; see their notes.")
     if CERTIFIED in columns and not _are_alike(measured, CERTIFIED):

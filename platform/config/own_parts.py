@@ -41,8 +41,8 @@ def own_modules() -> list[str]:
     for name in names:
         if not is_module_name(name):
             raise InputError(
-                f"{IMPORT_VAR}={value}: {name} must be the name of a module, as in my_parts or my_package.parts; rename "
-                "the file if necessary, and leave out .py"
+                f"{IMPORT_VAR}={value}: {name} must be the name of a module, as in my_parts or my_package.parts; "
+                "rename the file if necessary, and leave out .py"
             )
         if name.partition(".")[0] in NOT_OWN:
             raise InputError(f"{IMPORT_VAR}={value}: {name} must be a module outside linflab; leave it out")

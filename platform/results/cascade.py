@@ -21,7 +21,7 @@ from linflab.platform.data.datasets import Split, SplitName
 from linflab.platform.errors import InputError, TrainingError
 from linflab.platform.files import open_regular
 from linflab.platform.host import configure_process
-from linflab.platform.results.evaluate import describe_verification, log_files, sample_positions
+from linflab.platform.results.evaluate import log_files, sample_positions
 from linflab.platform.results.load import download_weights
 from linflab.platform.results.verdicts import ImageVerdict, VerdictPlan, VerdictStore, as_columns
 from linflab.platform.source import linflab_version
@@ -33,6 +33,7 @@ from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.intervals import proportion_interval
 from linflab.reports.outputs import write_text_atomic, write_whole
+from linflab.reports.verification import Verification
 
 CHUNK, WORKER_CHUNK = 16, 4  # images that the first stages process at once; a worker returns them together
 FOLDER = "verdicts"
@@ -291,7 +292,8 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
     """Log a result to its run: certified accuracy as a metric, and all verdicts as files.
 
     The name of the metric contains the eps, and the number of images unless these are the whole split. The accuracy at
-    the eps of the run is also logged for reports, with a description of the verification.
+    the eps of the run is also logged for reports, with a description of the verification, unless an earlier
+    evaluation had more images.
 
     Args:
         storage: Storage of the run.
@@ -305,14 +307,18 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
     part = "" if result.interval is None else f"/images-{len(result.verdicts)}"
     certificate = f"cascade{'-sound' if result.plan.sound else ''}"
     name = f"{schema.TEST_CERTIFIED}/{certificate}/eps-{result.plan.eps!r}{part}"
-    metrics, tags = {name: result.certified}, {}
+    verification = None
     if result.plan.eps == result.training_eps and result.verdicts:
         undecided = (result.counts["unknown"] + result.counts["error"]) / len(result.verdicts)
-        images = f"{len(result.verdicts)} of {result.split_size} images"
-        text = describe_verification(images, certificate, result.plan.time_limit, result.certified)
-        metrics[schema.TEST_VERIFIED] = result.certified
-        tags[schema.TEST_VERIFICATION] = f"{text}, {100 * undecided:.2f}% undecided"
-    log_files(storage, run, metrics, lambda folder: save_result(folder, result, store), tags)
+        verification = Verification(
+            len(result.verdicts),
+            result.split_size,
+            certificate,
+            result.plan.time_limit,
+            result.certified,
+            f"{100 * undecided:.2f}% undecided",
+        )
+    log_files(storage, run, {name: result.certified}, lambda folder: save_result(folder, result, store), verification)
 
 
 def verify_run(storage: Storage, images: int, run: str, workers: int) -> float:

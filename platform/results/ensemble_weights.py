@@ -28,8 +28,8 @@ def choose_weights(
     """Return weights of networks with high certified accuracy of their mean on validation images, by IBP.
 
     A weight is the inverse of the network's scale: the mean magnitude of its worst-case margins. In ensembles of at
-    most `MAX_REFINED_MEMBERS`, weights are then multiplied by powers of 2 (see `refine_weights`). Ratios of weights are at
-    most those that an ensemble accepts.
+    most `MAX_REFINED_MEMBERS`, weights are then multiplied by powers of 2 (see `refine_weights`). Ratios of weights are
+    at most those that an ensemble accepts.
 
     Args:
         networks: Networks in evaluation mode, on the device of the images.

@@ -34,7 +34,9 @@ from linflab.platform.training.weights import load_matching_dataset, load_weight
 from linflab.platform.trial import select_device
 from linflab.reports import schema
 from linflab.reports.outputs import write_columns, write_text_atomic
+from linflab.reports.records import read_run
 from linflab.reports.tables import format_eps
+from linflab.reports.verification import Verification, num_verified_images
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None
     The name of a metric contains the eps, the certifier or the attacks, and the number of images of a sample. The
     evaluations of a run are numbered from 1. The number of an evaluation is the name of the directory of its files, and
     the step of its metrics. The accuracy of `complete` at the eps of the run is also logged for reports, with a
-    description of the evaluation.
+    description of the evaluation, unless an earlier evaluation had more images.
 
     Args:
         storage: Storage of the run.
@@ -215,7 +217,7 @@ def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None
     Raises:
         TrainingError: If the run is not writable, for example because it was deleted.
     """
-    attacks, metrics, tags = "-".join(result.attacks), {}, {}
+    attacks, metrics, verification = "-".join(result.attacks), {}, None
     part = "" if result.num_images == result.split_size else f"/images-{result.num_images}"
     for row in result.results:
         metrics[f"{schema.TEST_CERTIFIED}/{result.certificate}/eps-{row.eps!r}{part}"] = row.certified
@@ -223,17 +225,11 @@ def log_evaluation(storage: Storage, run: str, result: EvaluationResult) -> None
             metrics[f"{schema.TEST_ROBUST}/{attacks}/eps-{row.eps!r}{part}"] = row.robust
         if result.certifier in limited_certifiers() and row.eps == result.experiment["eps"]:
             time_limit = float(str(result.experiment["evaluation.time_limit"]))
-            images = f"{result.num_images} of {result.split_size} images"
-            metrics[schema.TEST_VERIFIED] = row.certified
-            tags[schema.TEST_VERIFICATION] = describe_verification(
-                images, result.certificate, time_limit, row.certified
-            ) + ("" if row.robust is None else f", at most {100 * row.robust:.2f}% robust")
-    log_files(storage, run, metrics, lambda folder: save_evaluation(folder, result), tags)
-
-
-def describe_verification(images: str, certificate: str, time_limit: float, certified: float) -> str:
-    """Return the beginning of the text in the tag `schema.TEST_VERIFICATION`."""
-    return f"{images} by {certificate} (time limit {time_limit:g} s): {100 * certified:.2f}% certified"
+            robust = "" if row.robust is None else f"at most {100 * row.robust:.2f}% robust"
+            verification = Verification(
+                result.num_images, result.split_size, result.certificate, time_limit, row.certified, robust
+            )
+    log_files(storage, run, metrics, lambda folder: save_evaluation(folder, result), verification)
 
 
 def log_files(
@@ -241,16 +237,16 @@ def log_files(
     run: str,
     metrics: Mapping[str, float],
     save: Callable[[Path], object],
-    tags: Mapping[str, str],
+    verification: Verification | None,
 ) -> None:
-    """Log metrics, tags and files as the next evaluation of a run.
+    """Log metrics and files as the next evaluation of a run.
 
     Args:
         storage: Storage of the run.
         run: Run id.
         metrics: Metrics by name.
         save: Function that writes the files to a directory.
-        tags: Tags by name.
+        verification: Accuracy for reports; it replaces only one of at most as many images.
 
     Raises:
         TrainingError: If the run is not writable, for example because it was deleted.
@@ -260,7 +256,8 @@ def log_files(
         folders = (schema.EVALUATIONS_DIR, schema.EARLIER_EVALUATIONS_DIR)
         number = 1 + sum(len(client.list_artifacts(run, folder)) for folder in folders)
         Run(client, run).log_metrics(dict(metrics), step=number)
-        Run(client, run).log_tags(dict(tags))
+        if verification is not None:
+            _log_verification(Run(client, run), verification, number)
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))
             client.log_artifacts(run, folder, f"{schema.EVALUATIONS_DIR}/{number}")
@@ -269,6 +266,21 @@ def log_files(
             f"run={run}: the evaluation could not be logged ({' '.join(str(error).split())}); fix the cause and "
             "evaluate again"
         ) from None
+
+
+def _log_verification(run: Run, verification: Verification, step: int) -> None:
+    """Log a verification for reports, unless the run has one of more images.
+
+    While the accuracy changes, it has no description, without which reports ignore it. An interruption therefore never
+    leaves the description of another accuracy.
+    """
+    earlier = read_run(run.client, run.id).data.tags.get(schema.TEST_VERIFICATION)
+    if earlier is not None:
+        if num_verified_images(earlier) > verification.num_images:
+            return
+        run.client.delete_tag(run.id, schema.TEST_VERIFICATION)
+    run.log_metrics({schema.TEST_VERIFIED: verification.certified}, step=step)
+    run.log_tags({schema.TEST_VERIFICATION: verification.describe()})
 
 
 def save_evaluation(folder: Path, result: EvaluationResult) -> list[Path]:

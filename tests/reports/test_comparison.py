@@ -84,6 +84,41 @@ def test_verified_accuracy_has_a_column_and_its_images_in_the_note() -> None:
     assert "Verified" not in " ".join([*plain.notes, *(row.footnote for row in plain.rows)])
 
 
+@pytest.mark.parametrize(
+    ("other", "is_alike"),
+    [
+        ("200 of 10000 images by cascade-sound (time limit 30 s): 73.00% certified", True),
+        ("8 of 10000 images by cascade-sound (time limit 30 s): 73.00% certified", False),
+        ("200 of 10000 images by cascade-sound (time limit 3 s): 73.00% certified", False),
+        ("200 of 10000 images by cascade (real arithmetic, time limit 30 s): 73.00% certified", False),
+        (None, True),  # a verification that was interrupted while it was logged
+    ],
+)
+def test_only_verifications_under_equal_conditions_are_averaged(other: str | None, is_alike: bool) -> None:
+    runs = [make_run(k, 0.8, 0.7, seed=str(k)) for k in range(3)]
+    text = "200 of 10000 images by cascade-sound (time limit 30 s): 71.00% certified"
+    runs[0] |= {schema.TEST_VERIFIED: 0.71, schema.TEST_VERIFICATION: text}
+    runs[1] |= {schema.TEST_VERIFIED: 0.73, schema.TEST_VERIFICATION: other}
+    definition = TABLE.model_copy(update={"columns": ("Method", "Verified")})
+    (row,) = select_measured(comparison_table(definition, pd.DataFrame(runs)))
+    assert text in row.footnote and (other or text) in row.footnote
+    assert row.cell("Verified").value == (pytest.approx(72 if other else 71) if is_alike else None)
+    assert ("No mean of verified" in row.footnote) != is_alike
+    assert f"from {2 if other else 1} of 3 runs" in row.footnote
+
+
+def test_verifications_under_other_conditions_are_named_in_a_note() -> None:
+    definition = TABLE.model_copy(update={"columns": ("Method", "Verified")})
+    for certificate, is_alike in (("cascade-sound", True), ("cascade", False)):
+        runs = [make_run(k, 0.8, 0.7, **{schema.METHOD: f"m{k}", "method": f"m{k}"}) for k in range(2)]
+        for run, name in zip(runs, ("cascade-sound", certificate), strict=True):
+            text = f"200 of 10000 images by {name} (time limit 30 s): 71.00% certified"
+            run |= {schema.TEST_VERIFIED: 0.71, schema.TEST_VERIFICATION: text}
+        table = comparison_table(definition, pd.DataFrame(runs))
+        assert len(select_measured(table)) == 2
+        assert any("Verified:" in note and "differ" in note for note in table.notes) != is_alike
+
+
 @pytest.mark.parametrize("name", list(PAPER))
 def test_paper_is_quoted_cell_by_cell(name: str) -> None:
     table = comparison_table(load_definition(name, read_mapping), pd.DataFrame())
