@@ -27,7 +27,7 @@ LAYERS = (
     {"trial", "cluster"},
     {"tracking"},
     {"training"},
-    {"config", "pretrained"},
+    {"config"},
     {"data", "exchange"},
 )
 BASE = {"source", "files", "extras", "locks", "signals", "host", "errors"}  # these may import each other

@@ -62,7 +62,7 @@ def test_copy_has_the_shipped_networks(tmp_path: Path) -> None:
     find_unreadable_networks = run_path(str(ROOT / ".ci" / "check_wheel.py"))["find_unreadable_networks"]
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     assert find_unreadable_networks(tmp_path, environment) == []
-    (weights, *_) = sorted((package / "platform" / "pretrained").glob("*/model.safetensors"))
+    (weights, *_) = sorted((package / "platform" / "exchange" / "pretrained").glob("*/model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     (problem,) = find_unreadable_networks(tmp_path, environment)
     assert "shipped networks" in problem and str(weights) in problem
