@@ -13,7 +13,7 @@ from linflab.models.robustness.attacks.linf_ball import LinfBall, linf_ball
 from linflab.models.robustness.attacks.pgd import adversarial_images
 from linflab.models.robustness.attacks.suite import default_attacks
 from linflab.models.robustness.attacks.surrogate import surrogate_gradients
-from linflab.models.robustness.bounds.alpha_crown import has_linear_bounds, tight_boxes
+from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins, has_linear_bounds, tight_boxes
 from linflab.models.robustness.bounds.backward_steps import check_sound_dtype
 from linflab.models.robustness.bounds.boxes import Box, all_finite, ball_box, one_point
 from linflab.models.robustness.bounds.branch_and_bound import BranchAndBound, SearchResult
@@ -254,6 +254,8 @@ class CompleteCertifier(TracingCertifier):
         except ReductionTooLargeError:
             reduction = None
         if reduction is None or reduction.sources != [traced.input]:
+            if self._is_proven_by_alpha_crown(traced, box, label):
+                return SearchResult("certified", None, 0)
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)
         functions, others = reduction.logit_difference_rows(label)
@@ -261,6 +263,14 @@ class CompleteCertifier(TracingCertifier):
         functions = functions.select(is_open[0].nonzero().T)
         search = BranchAndBound(reduction.network, functions, is_counterexample, self.settings.batch_size)
         return search.run(self.settings.steps, limit, is_over)
+
+    def _is_proven_by_alpha_crown(self, traced: Trace, box: Box, label: Tensor) -> bool:
+        """Return whether slopes optimized for the whole box decide it, since splits of inputs do not optimize any."""
+        if not has_linear_bounds(traced):
+            return False
+        steps = self.settings.steps, self.settings.neuron_steps
+        margins = alpha_crown_margins(traced, box, label, *steps, self.sound)
+        return not bool(is_undecided(margins, label))
 
     def _attack(self, ball: LinfBall, label: Tensor, margins: Tensor) -> Tensor | None:
         """Return a misclassified image of the ball, or None; only classes that bounds do not exclude are tried."""
