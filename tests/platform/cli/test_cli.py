@@ -205,8 +205,8 @@ def test_name_of_another_run_is_reported(run_cli: RunCli, tmp_path: Path) -> Non
 
 def test_constant_networks_are_reported(run_cli: RunCli, tmp_path: Path) -> None:
     options = ["--storage", str(tmp_path)]
-    for objective_eps, is_constant in (("1", True), ("0.01", False)):
-        settings = ["optimizer.learning_rate=0.1", f"objective.eps_train={objective_eps}", "eps=0.01"]
+    for rate, is_constant in (("1", True), ("0.1", False)):
+        settings = [f"optimizer.learning_rate={rate}", "objective.eps_train=1", "eps=0.01"]
         done = run_cli("train", "digits_eps0.1_ibp", *settings, *QUICK, *options)
         assert done.returncode == 0, done.stderr
         assert ("may be constant" in done.stdout) == is_constant, done.stdout
