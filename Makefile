@@ -85,8 +85,9 @@ $(VENV)/.installed-dev: $(VENV)/.created $(SOURCES)
 	cp -p $@.new $(VENV)/.installed-docs
 	mv $@.new $@
 
-$(VENV)/.installed-docs: $(VENV)/.created $(SOURCES)
-	touch $@.new
-	$(BIN)/python -m pip install --quiet --editable '.[cluster,docs]'
-	cp -p $@.new $(VENV)/.installed
+# Only what the extra adds, since another installation of linflab compiles its kernels again.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*(one for one in extras["docs"] if not one.startswith("linflab")), sep="\n")' > $@.new
+	$(BIN)/python -m pip install --quiet --requirement $@.new
 	mv $@.new $@

@@ -1,5 +1,7 @@
 """Error messages for missing packages of the extras in pyproject.toml."""
 
+import importlib.metadata
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +17,24 @@ EXTRAS = {
 }  # fmt: skip
 
 
+def install_command(extra: str = "") -> str:
+    """Return the pip command that installs linflab with an extra; of an editable installation, in its checkout."""
+    packages = f"[{extra}]" if extra else ""
+    try:
+        origin = json.loads(importlib.metadata.distribution("linflab").read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        origin = {}
+    if origin.get("dir_info", {}).get("editable"):
+        return f"pip install -e '.{packages}'"
+    return f"pip install --upgrade 'linflab{packages}'"
+
+
 def missing_extra(error: ImportError) -> str | None:
     """Return a message with the command that installs the missing package; None if no extra installs it."""
     module = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if isinstance(error, ModuleNotFoundError) and module in modules:
-            return f"{module}: not installed; run `pip install 'linflab[{extra}]'`"
+            return f"{module}: not installed; run `{install_command(extra)}`"
     return None
 
 

@@ -34,6 +34,7 @@ from linflab.reports.formatting import (
     describe_workers,
     format_duration,
     is_sound,
+    reproduce_command,
     short_commit,
 )
 from linflab.reports.intervals import CONFIDENCE, confidence_half_width
@@ -563,7 +564,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     if num_violations > 0:
         parts.append(f"Certificate violations: {int(num_violations)}")
     reproduce_commands = tuple(
-        (str(run[schema.COMMAND]), short_commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND]
+        (reproduce_command(run), short_commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND]
     )
     note = f"{'. '.join(parts)}."
     basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}

@@ -1,5 +1,6 @@
 """Formatting of stored values for tables and notes."""
 
+import shlex
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -78,6 +79,13 @@ def short_commit(run: pd.Series | Mapping[Hashable, Any]) -> str:
         return ""
     number, *suffixes = commit.split("-")
     return "-".join([number[:9], *suffixes])
+
+
+def reproduce_command(run: pd.Series | Mapping[Hashable, Any]) -> str:
+    """Return the command of a run, which imports the user's modules that the run depends on."""
+    modules = run.get(schema.MODULES)
+    prefix = f"LINFLAB_IMPORT={shlex.quote(modules)} " if isinstance(modules, str) and modules else ""
+    return f"{prefix}{run[schema.COMMAND]}"
 
 
 def format_duration(seconds: float) -> str:

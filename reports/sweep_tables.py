@@ -15,6 +15,7 @@ from linflab.reports.formatting import (
     describe_status,
     describe_workers,
     format_duration,
+    reproduce_command,
     short_commit,
     short_name,
 )
@@ -74,7 +75,7 @@ def sweep_table(sweep: str, trials: pd.DataFrame, importances: Mapping[str, floa
                 ROBUST: percent_cell(trial[schema.TEST_ROBUST]),
                 CERTIFIED: percent_cell(trial[schema.TEST_CERTIFIED]),
             },
-            reproduce_commands=((str(trial[schema.COMMAND]), short_commit(trial)),),
+            reproduce_commands=((reproduce_command(trial), short_commit(trial)),),
         )
         for trial in trials.to_dict("records")
     )

@@ -76,14 +76,14 @@ def test_training_imports_matplotlib_only_for_final_figures(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("extras", "code", "requirement"),
     [
-        (("platform", "cluster"), cli_code("recipes"), "linflab[platform]"),
-        (("cluster",), cli_code("sweep", RECIPE, "demo", "--storage", "STORAGE"), "linflab[cluster]"),
-        (("cluster",), cli_code("train", RECIPE, "compute.workers=2", "--storage", "STORAGE"), "linflab[cluster]"),
+        (("platform", "cluster"), cli_code("recipes"), "[platform]'`"),
+        (("cluster",), cli_code("sweep", RECIPE, "demo", "--storage", "STORAGE"), "[cluster]'`"),
+        (("cluster",), cli_code("train", RECIPE, "compute.workers=2", "--storage", "STORAGE"), "[cluster]'`"),
         (
             ("exchange",),
             "from pathlib import Path; Path('STORAGE/m.onnx').write_bytes(b''); "
             + cli_code("certify", "STORAGE/m.onnx", "--vnnlib", "STORAGE/p.vnnlib"),
-            "linflab[exchange]",
+            "[exchange]'`",
         ),
     ],
 )
@@ -98,7 +98,7 @@ def test_missing_extra_is_reported_in_one_line(
 
 def test_python_api_names_a_missing_extra() -> None:
     done = run_without(("platform", "cluster"), "import linflab; linflab.records()")
-    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError") and "linflab[platform]" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError") and "[platform]'`" in done.stderr
 
 
 def test_modules_of_extras_match_pyproject() -> None:

@@ -1,6 +1,7 @@
 """Certification and attacks for any supported `torch.nn.Module`."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from linflab.platform.api.inputs import Array, Batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificates:
     """Certificates for N images.
 
@@ -70,6 +71,12 @@ class Certificates:
     seconds: Tensor
     adversarial: Mapping[int, Tensor] = field(default_factory=dict)
     message: Mapping[int, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return eps, the number of images with each status and the certified accuracy, without the tensors."""
+        counts = ", ".join(f"{count} {status}" for status, count in Counter(self.status).items())
+        accuracy = f"; certified accuracy {self.certified_accuracy:.2%}" if self.status else ""
+        return f"Certificates(eps={self.eps}, {len(self.status)} images{f': {counts}' if counts else ''}{accuracy})"
 
     @property
     def certified_accuracy(self) -> float:

@@ -129,6 +129,11 @@ def fit(
     eps, device = check_eps(eps), module_device(module)
     data = _dataset(train, validation, augmentation or AugmentationConfig())
     objective_config = _objective(objective, eps)
+    if batch_size > len(data.train):
+        raise ValueError(
+            f"batch_size={batch_size}: must be at most {len(data.train)}, the number of training images; use "
+            f"batch_size={len(data.train)}"
+        )
     _check_trainable(module, data, objective_config)
     settings = optimizer or build_with_short_errors(
         "learning_rate",
@@ -203,7 +208,10 @@ def _objective(objective: str | ObjectiveConfig, eps: float) -> ObjectiveConfig:
         return objective
     kinds = ObjectiveConfig.kinds()
     if objective not in kinds:
-        raise ValueError(f"objective={objective}: not found; use one of {', '.join(kinds)}, or the config of one")
+        raise ValueError(
+            f"objective={objective}: not found; use one of {', '.join(kinds)}, or the config of one (IBP is "
+            "worst_case_cross_entropy)"
+        )
     config_class = kinds[objective]
     eps_settings = {name: eps for name in ("eps_train", "theta") if name in config_class.model_fields}
     return build_with_short_errors(f"objective={objective}", lambda: config_class(**eps_settings))

@@ -1,5 +1,6 @@
 """`linflab report`: tables and figures of runs."""
 
+import shlex
 from contextlib import nullcontext
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from linflab.platform.cli.options import (
     StorageFolder,
     open_storage,
     open_storage_if_exists,
+    storage_options,
 )
-from linflab.platform.cli.output import print_files, print_page, print_sweep_page
+from linflab.platform.cli.output import console, print_files, print_page, print_sweep_page
 from linflab.platform.errors import InputError
 from linflab.platform.tracking.storage import Storage
 from linflab.reports.papers import list_tables, table_title
@@ -77,7 +79,11 @@ def report_run(
     from linflab.platform.results.report import report_run
 
     with open_storage(storage_dir, cluster) as storage:
-        print_page(report_run(storage, run, out))
+        page = report_run(storage, run, out)
+        print_page(page)
+    if not any(path.stem.endswith("certified_accuracy") for path in page.files):
+        command = shlex.join(["linflab", "evaluate", run, *storage_options(storage), "--radii-dir"])
+        console.print(f"The run has no figures of certified radii; draw them with `{command} DIRECTORY`.")
 
 
 @report_app.command("bound")

@@ -4,7 +4,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +104,8 @@ def train(
         **{schema.USER_TAG + key: value for key, value in own_tags.items()},
     }
     name = name or default_run_name(recipe, overrides or [])
+    if not resume:
+        print_warning(_note_on_name(storage, name))
     resume_command = " ".join([command, *map(shlex.quote, storage_options(storage)), "--resume"])
     try:
         with signals.guarded(f"resume with `{resume_command}`"):
@@ -177,6 +179,21 @@ def train_request(request: "TrialRequest", hint: str) -> "TrialResult":
     return result
 
 
+def _note_on_name(storage: Storage, name: str) -> str | None:
+    """Return a warning if the storage has a run with this name; None if it has none, or cannot be read."""
+    from linflab.platform.tracking.mlflow import STORE_ERRORS
+    from linflab.reports import schema
+    from linflab.reports.records import read_runs
+
+    with suppress(*STORE_ERRORS):
+        if len(read_runs(storage.tracking_uri, {schema.KIND: "trial", schema.NAME: name})):
+            return (
+                f"name={name}: is the name of another run, so commands will require ids; resume that run with "
+                "--resume, or use another --name"
+            )
+    return None
+
+
 def _show_training(
     storage: Storage, experiment: "ExperimentConfig", result: "TrialResult", resume_command: str
 ) -> None:
@@ -199,6 +216,11 @@ def _show_training(
         f"Test set, eps={format_eps(experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
         f"({result.certificate}). Selected epoch {metrics[schema.BEST_EPOCH]:g} ({describe_selection(experiment)})."
     )
+    if metrics[schema.TEST_CLEAN] == metrics[schema.TEST_CERTIFIED] <= 0.5:
+        console.print(
+            "All images that are classified correctly are certified: the network may be constant; see "
+            "docs/about/troubleshooting.md."
+        )
     with console.status("Logging model and figures ..."):
         log_optional(log_artifacts, resume_command)
     hint = (

@@ -171,12 +171,11 @@ def batch_script(job: Job, allocation: Allocation) -> str:
     """Return the batch script of a job."""
     log = log_file(job, allocation, "%A" if allocation.array else "%j")
     directives = [f"job-name={job.name}", f"chdir={Path.cwd()}", f"output={log}", *allocation.directives()]
-    imports = os.environ.get(IMPORT_VAR, "")
     values = {
         "directives": "\n".join(f"#SBATCH --{_quote_directive(line)}" for line in directives),
         "bin": shlex.quote(str(Path(sys.executable).parent)),
         "data": shlex.quote(str(job.data_dir)),
-        "imports": f"export {IMPORT_VAR}={shlex.quote(imports)}\n" if imports else "",
+        "imports": _export_imports(),
         "server": f"export LINFLAB_TRACKING_URI={shlex.quote(job.tracking_server)}\n" if job.tracking_server else "",
         "log": shlex.quote(str(job.storage / "slurm" / job.name)),
         "storage": shlex.quote(str(job.storage)) + _task_folder(job, allocation),
@@ -193,6 +192,16 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "advice": shlex.quote(job.advice),
     }
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], re.sub("@start@", lambda _: values["start"], _SCRIPT))
+
+
+def _export_imports() -> str:
+    """Return the lines that name modules of the user, and the folders of PYTHONPATH, where they are found."""
+    modules, paths = os.environ.get(IMPORT_VAR, ""), os.environ.get("PYTHONPATH", "")
+    if not modules:
+        return ""
+    folders = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep)) if paths else ""
+    search = f"export PYTHONPATH={shlex.quote(folders)}\n" if folders else ""
+    return f"export {IMPORT_VAR}={shlex.quote(modules)}\n{search}"
 
 
 def _task_folder(job: Job, allocation: Allocation) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 from linflab.platform.diagnosis.checks import Check, Status
-from linflab.platform.extras import EXTRAS
+from linflab.platform.extras import EXTRAS, install_command
 from linflab.platform.source import git_commit, linflab_version
 
 SHOWN = ("torch", "triton", "numpy", "ray", "mlflow", "optuna")  # packages whose versions are shown
@@ -69,7 +69,7 @@ def _compare_packages(extra: str, requirements: list[Requirement]) -> Check:
     if not parts:
         return Check(name, Status.OK, f"{len(requirements)} packages", values={"missing": [], "unsuitable": []})
     status = Status.FAILED if unsuitable or not extra else Status.NOTE
-    advice = f"run `pip install --upgrade 'linflab{f'[{extra}]' if extra else ''}'`"
+    advice = f"run `{install_command(extra)}`"
     return Check(name, status, "; ".join(parts), advice, {"missing": missing, "unsuitable": unsuitable})
 
 

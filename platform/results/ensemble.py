@@ -16,8 +16,10 @@ from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
 from linflab.platform.data.datasets import Dataset, load_dataset
 from linflab.platform.errors import InputError
+from linflab.platform.exchange.pretrained import PREFIX
 from linflab.platform.results.ensemble_weights import choose_weights
 from linflab.platform.results.load import download_weights, find_run_id
+from linflab.platform.results.sharing import is_remote
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
@@ -91,6 +93,9 @@ def prepare_ensemble(
         raise InputError(
             f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs; add runs to average, or leave some out"
         )
+    for run in runs:
+        if run.startswith(PREFIX) or is_remote(run):
+            raise InputError(f"{run}: must be a logged run, since only these are averaged; use an id of `linflab runs`")
     ids = [find_run_id(storage, run) for run in runs]
     for position, run_id in enumerate(ids):
         if run_id in ids[:position]:

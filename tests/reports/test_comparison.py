@@ -206,6 +206,14 @@ def test_reproduce_commands_name_the_commit() -> None:
     assert "<code>linflab train r seed=0</code> (linflab 012345678)</li>" in to_html(table)
 
 
+def test_reproduce_commands_import_own_modules() -> None:
+    runs = [make_run(k, 0.78, 0.77, seed=str(k)) for k in range(3)]
+    runs[0][schema.MODULES] = "my_parts,my.losses"
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    expected = [f"linflab train r seed={k}" for k in range(3)]
+    assert row.command.splitlines() == [f"LINFLAB_IMPORT=my_parts,my.losses {expected[0]}", *expected[1:]]
+
+
 def test_footnote_of_one_configuration_has_its_val_accuracy() -> None:
     (row,) = select_measured(comparison_table(TABLE, pd.DataFrame([make_run(1, 0.78, 0.77)])))
     assert has_words(row.footnote, "78.00") and not has_words(row.footnote, "of 1")

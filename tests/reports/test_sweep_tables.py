@@ -123,6 +123,11 @@ HALVING_TRIALS = pd.DataFrame(
 )  # fmt: skip
 
 
+def test_reproduce_commands_import_own_modules() -> None:
+    table = sweep_table("s", HALVING_TRIALS.assign(**{schema.MODULES: "my_parts"}))
+    assert {row.command for row in table.rows} == {"LINFLAB_IMPORT=my_parts c"}
+
+
 def test_halving_table_ranks_rungs_and_seed_replicates() -> None:
     """Rank by clean accuracy, full trainings before shortened ones, replicates last; check what notes count."""
     table = sweep_table("s", HALVING_TRIALS)

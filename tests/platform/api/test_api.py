@@ -165,6 +165,15 @@ def test_bytes_are_divided_by_255(fit_result: linflab.FitResult) -> None:
     assert linflab.certify(double, as_bytes, labels, certifier="ibp").radius is not None
 
 
+def test_certificates_print_counts_without_tensors() -> None:
+    certified = torch.tensor([True, False, False])
+    statuses = ("certified", "falsified", "unknown")
+    adversarial = {1: torch.zeros(1, 28, 28)}
+    result = linflab.Certificates(0.1, certified, None, statuses, ("complete",) * 3, torch.ones(3), adversarial)
+    expected = "Certificates(eps=0.1, 3 images: 1 certified, 1 falsified, 1 unknown; certified accuracy 33.33%)"
+    assert repr(result) == str(result) == expected
+
+
 def test_empty_inputs_have_empty_results(fit_result: linflab.FitResult) -> None:
     images, labels = load_digits(0, 0)
     assert linflab.certify(fit_result.network, images, labels).status == ()
@@ -183,8 +192,11 @@ def test_invalid_input_is_named_in_the_error(fit_result: linflab.FitResult) -> N
         (lambda: linflab.fit(network, (images * 2, labels), eps=0.1, epochs=1), "images="),
         (lambda: linflab.fit(network, (images[:, 0], labels), eps=0.1, epochs=1), "train="),
         (lambda: linflab.fit(network, (images, labels[1:]), eps=0.1, epochs=1), "labels="),
-        (lambda: linflab.fit(network, (images, labels), eps=0.1, epochs=1), "batch_size=128"),
+        (lambda: linflab.fit(network, (images, labels), eps=0.1, epochs=1),
+         "batch_size=128: must be at most 60, the number of training images"),
         (lambda: linflab.fit(network, (images, labels), eps=0.1, epochs=1, objective="none"), "objective=none"),
+        (lambda: linflab.fit(network, (images, labels), eps=0.1, epochs=1, batch_size=9, objective="ibp"),
+         "IBP is worst_case_cross_entropy"),
         (lambda: linflab.fit(nn.Sequential(network, nn.Softmax(1)), (images, labels), eps=0.1, epochs=1, batch_size=9),
          "Softmax"),
     ):  # fmt: skip

@@ -193,6 +193,25 @@ def test_train_prints_progress_and_result(finished_training: FinishedTraining) -
     assert f"linflab evaluate {run.info.run_id}" in rest and f"linflab ui --storage {storage}" in rest
 
 
+def test_name_of_another_run_is_reported(run_cli: RunCli, tmp_path: Path) -> None:
+    options = ["--storage", str(tmp_path)]
+    for name, is_used in (("other", False), ("other", True)):
+        done = run_cli("train", RECIPE, *QUICK, "--name", name, *options)
+        assert done.returncode == 0, done.stderr
+        assert ("name=other" in done.stderr and "--resume" in done.stderr) == is_used
+    done = run_cli("train", RECIPE, *QUICK, "--name", "other", *options, "--resume")
+    assert "name=other" not in done.stderr
+
+
+def test_constant_networks_are_reported(run_cli: RunCli, tmp_path: Path) -> None:
+    options = ["--storage", str(tmp_path)]
+    for rate, is_constant in (("1", True), ("0.1", False)):
+        settings = [f"optimizer.learning_rate={rate}", "objective.eps_train=1", "eps=0.01"]
+        done = run_cli("train", "digits_eps0.1_ibp", *settings, *QUICK, *options)
+        assert done.returncode == 0, done.stderr
+        assert ("may be constant" in done.stdout) == is_constant, done.stdout
+
+
 def test_non_finite_loss_ends_with_exit_status_1(run_cli: RunCli, tmp_path: Path) -> None:
     done = run_cli("train", RECIPE, *QUICK, "optimizer.learning_rate=1e30", "--storage", str(tmp_path))
     assert done.returncode == 1

@@ -122,7 +122,11 @@ def test_requirements_are_compared_per_extra(tmp_path: Path, monkeypatch: pytest
     assert "torch" in checks["packages"].found and ">=99" in checks["packages"].found
     assert checks["packages"].values["missing"] == [] and "numpy" not in checks["packages"].found
     assert checks["extra platform"].values["missing"] == ["absent-a"]
-    assert "linflab[platform]" in checks["extra platform"].advice
+    assert "'linflab[platform]'" in checks["extra platform"].advice
+    origin = {"url": "file:///checkout", "dir_info": {"editable": True}}
+    (tmp_path / "linflab-9.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    advice = {check.name: check.advice for check in installation.check_packages()}
+    assert "pip install -e '.[platform]'" in advice["extra platform"] and "pip install -e '.'" in advice["packages"]
 
 
 def test_more_threads_than_cores_are_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,11 @@ def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Stora
         (["first", "first", "--name", "x"], ["first", "twice"]),
         (["first", "other eps", "--name", "x"], ["other eps", "eps=0.05", "eps=0.1"]),
         (["first", "missing", "--name", "x"], ["missing"]),
+        (
+            ["first", "pretrained:digits_linf_dist_net", "--name", "x"],
+            ["pretrained:digits_linf_dist_net", "logged run"],
+        ),
+        (["first", "hf://owner/name", "--name", "x"], ["hf://owner/name", "logged run"]),
         (["first", "second", "--name", " "], ["name"]),
         (["first", "second", "--name", "x", "--tag", "k"], ["tag=k", "KEY=VALUE"]),
         (["first", "second", "--name", "x", "--weights", "1,x"], ["weights=1,x", "auto"]),

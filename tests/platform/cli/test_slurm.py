@@ -194,3 +194,18 @@ def test_sweeps_have_one_name_and_own_modules(
     assert command.count("--name") == 1 and command[command.index("--name") + 1] == "mine"
     assert not [word for word in command if word.startswith("--name=")]
     assert "export LINFLAB_IMPORT=my_slurm_parts\n" in script
+
+
+def test_own_modules_are_found_in_the_folders_of_pythonpath(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job gets absolute paths; without own modules, it does not get PYTHONPATH."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_slurm_parts.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for modules, expected in (("my_slurm_parts", [f"export PYTHONPATH={tmp_path}/parts:/elsewhere"]), ("", [])):
+        storage = tmp_path / f"runs{modules}"
+        arguments = ["slurm", "train", RECIPE, *TIME, "--storage", str(storage)]
+        done = run_cli(*arguments, LINFLAB_IMPORT=modules, PYTHONPATH="parts:/elsewhere")
+        assert done.returncode == 0, done.stderr
+        assert [line for line in read_script(storage).splitlines() if "PYTHONPATH" in line] == expected

@@ -318,6 +318,7 @@ def test_figures_are_found_in_a_moved_storage(
     storage = Storage(tmp_path / "copy")
     done = run_cli("report", "run", finished_training.id, "--storage", str(storage.root))
     assert done.returncode == 0 and len(list(storage.reports.glob("*.png"))) == 4
+    assert "--radii-dir" not in done.stdout
 
 
 def test_storage_opened_through_a_link_is_unchanged(
