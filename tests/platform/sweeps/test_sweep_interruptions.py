@@ -83,7 +83,7 @@ def make_plan_check(command: Command) -> Callable[[], bool]:
 
 STAGES: dict[str, Callable[[Command], None]] = {
     "start": lambda command: command.wait_for(make_plan_check(command)),
-    "first trial": lambda command: command.wait_for_output("trial=1 total=2 status=started"),
+    "first trial": lambda command: command.wait_for_output("params="),
     "report": lambda command: command.wait_for_output("sweep-two.csv"),
 }
 
