@@ -129,16 +129,16 @@ def fit(
     eps, device = check_eps(eps), module_device(module)
     data = _dataset(train, validation, augmentation or AugmentationConfig())
     objective_config = _objective(objective, eps)
-    if batch_size > len(data.train):
-        raise ValueError(
-            f"batch_size={batch_size}: must be at most {len(data.train)}, the number of training images; use "
-            f"batch_size={len(data.train)}"
-        )
     _check_trainable(module, data, objective_config)
     settings = optimizer or build_with_short_errors(
         "learning_rate",
         lambda: OptimizerConfig(learning_rate=learning_rate, betas=(0.9, 0.999), adam_epsilon=1e-8, max_grad_norm=10.0),
     )
+    if batch_size > len(data.train):
+        raise ValueError(
+            f"batch_size={batch_size}: must be at most {len(data.train)}, the number of training images; use "
+            f"batch_size={len(data.train)}"
+        )
     threads = torch.get_num_threads()
     experiment = ExperimentConfig.model_construct(
         method="",
