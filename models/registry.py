@@ -1,5 +1,6 @@
 """Base classes that register their subclasses by kind, and settings that accept every registered kind."""
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -27,7 +28,21 @@ class Kind:
             _register(cls.registry, cls.kind, cls)
 
 
-class KindOf:
+class _LateChoice(ABC):
+    """Metadata of a setting whose accepted values are looked up when it is validated, since parts register later."""
+
+    @abstractmethod
+    def _choice(self) -> TypeAdapter[Any]:
+        """Return an adapter for the values that are accepted now."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: self._choice().validate_python(value))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(self._choice().core_schema)
+
+
+class KindOf(_LateChoice):
     """Metadata that restricts a setting to registered kinds, as in `Annotated[str, KindOf(Attack)]`.
 
     Args:
@@ -37,12 +52,6 @@ class KindOf:
 
     def __init__(self, base: type[Kind], *others: str) -> None:
         self.base, self.others = base, others
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(lambda value: self._choice().validate_python(value))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(self._choice().core_schema)
 
     def _choice(self) -> TypeAdapter[Any]:
         choice: Any = Literal[(*self.base.registry, *self.others)]
@@ -115,7 +124,7 @@ def _register(registry: dict[str, type[Any]], kind: str, cls: type[Any]) -> None
     registry[kind] = cls
 
 
-class OtherKinds:
+class OtherKinds(_LateChoice):
     """Metadata that restricts a setting to registered kinds other than one, as in `Annotated[Base, OtherKinds(...)]`.
 
     A class of settings uses it for settings of its own base, since its schema would otherwise contain itself.
@@ -127,12 +136,6 @@ class OtherKinds:
 
     def __init__(self, base: type[KindConfig], excluded: str) -> None:
         self.base, self.excluded = base, excluded
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(lambda value: self._choice().validate_python(value))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(self._choice().core_schema)
 
     def _choice(self) -> TypeAdapter[Any]:
         return _union(self.classes())

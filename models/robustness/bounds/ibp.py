@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box, all_finite, max_magnitude, one_point
-from linflab.models.robustness.bounds.rounding import gamma, strict_float32
+from linflab.models.robustness.bounds.rounding import ROOM, gamma, strict_float32
 from linflab.models.robustness.bounds.rules import has_rule, propagate_layer
 from linflab.models.robustness.bounds.steps import Add, Concat, Trace, TraceStep
 from linflab.models.robustness.bounds.tracing import trace
@@ -25,7 +25,6 @@ from linflab.models.robustness.bounds.weighted_sum import WeightedSum, split_sum
 from linflab.models.robustness.inputs import check_box, check_classes, check_labels, check_network, check_precision
 
 TRACE_TOLERANCE = 1e-5  # relative, on outputs; detects half precision inside the network
-ROOM = 1.2  # factor of an error bound for its own rounding
 MAX_TABLE_ELEMENTS = 2**24  # memory limit for differences of weight rows
 
 

@@ -15,9 +15,7 @@ from linflab.models.networks.ensemble import LipschitzEnsemble
 from linflab.models.networks.group_sort import GroupSortNet
 from linflab.models.networks.layers import DistanceLayer, GroupSort, L1ProjectedLinear, SortDistance
 from linflab.models.networks.linf_dist import LinfDistNet
-from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma, unit_roundoff
-
-ROOM = 1.2  # covers terms in u^2, and rounding of the error bounds
+from linflab.models.robustness.bounds.rounding import ROOM, UNDERFLOW_SLACK, gamma, unit_roundoff
 
 
 class LipschitzRounding(NamedTuple):

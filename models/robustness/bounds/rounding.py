@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 UNDERFLOW_SLACK = 2.0**-120
+ROOM = 1.2  # factor of an error bound, for terms in u^2 and the rounding of the bound itself
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
