@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box, all_finite, max_magnitude, one_point
-from linflab.models.robustness.bounds.rounding import ROOM, gamma, strict_float32
+from linflab.models.robustness.bounds.rounding import ROOM, UNDERFLOW_SLACK, gamma, strict_float32
 from linflab.models.robustness.bounds.rules import has_rule, propagate_layer
 from linflab.models.robustness.bounds.steps import Add, Concat, Trace, TraceStep
 from linflab.models.robustness.bounds.tracing import trace
@@ -136,7 +136,8 @@ def _sum_differences(
     magnitudes = torch.stack([weight * max_magnitude(boxes[name]) for name, weight in logits.parts]).sum(dim=0)
     magnitudes = magnitudes + magnitudes.gather(1, index)
     magnitudes = magnitudes + torch.stack([weight * part.abs() for weight, part in parts]).sum(dim=0)
-    error = ROOM * (gamma(logits.roundings, total.dtype) * magnitudes + 3 * logits.underflow)
+    underflow = 3 * logits.underflow + len(parts) * UNDERFLOW_SLACK  # of both logits, and of the products here
+    error = ROOM * (gamma(logits.roundings, total.dtype) * magnitudes + underflow)
     return torch.minimum(total + error, _value_differences(traced, traced.output, boxes, labels, sound))
 
 

@@ -27,15 +27,16 @@ def split_sum(traced: Trace) -> WeightedSum:
     """Return the outputs as a weighted sum of values that are themselves no such sums.
 
     Sums, and products and quotients with positive numbers, are split. A product has two roundings: of the number to the
-    dtype of the network, and of the product. The weighted sum of N other terms has N + 1. Tensors are not split off,
-    since they may be trained.
+    dtype of the network, and of the product. A quotient has three, since GPUs multiply by the rounded inverse. The
+    weighted sum of N other terms has N + 1. Tensors are not split off, since they may be trained.
     """
     weights, depths, underflow = {traced.output: 1.0}, {traced.output: 0}, 0.0
     for step in reversed(traced.steps):
         factor = _positive_factor(step)
         if step.output not in weights or factor is None or not _is_moderate(weights[step.output] * factor):
             continue
-        weight, depth = weights.pop(step.output), depths[step.output] + (1 if isinstance(step.layer, Add) else 2)
+        own_roundings = 1 if isinstance(step.layer, Add) else 2 if isinstance(step.layer, Scale) else 3
+        weight, depth = weights.pop(step.output), depths[step.output] + own_roundings
         for name in step.inputs:
             weights[name] = weights.get(name, 0.0) + weight * factor
             depths[name] = max(depths.get(name, 0), depth)
