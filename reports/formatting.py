@@ -53,7 +53,7 @@ def describe_attacks(runs: pd.DataFrame) -> str:
 
 def is_sound(runs: pd.DataFrame) -> bool:
     """Return whether the certificates of all runs account for float32 rounding."""
-    return bool(runs[schema.CERTIFIER].astype(str).str.endswith("-sound").all())
+    return bool(runs[schema.CERTIFIER].astype(str).str.endswith(SOUND).all())
 
 
 def describe_hardware(runs: pd.DataFrame) -> str:

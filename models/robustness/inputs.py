@@ -240,11 +240,13 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 def compute_logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs of a network; raise a readable error if it fails on the images.
 
+    A single image is doubled, since some networks only accept batches.
+
     Raises:
         ValueError: If the network fails on the images.
     """
     try:
-        return network(images)
+        return network(images) if len(images) != 1 else network(torch.cat([images, images]))[:1]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from linflab.models.robustness.attacks import AttackConfig, AttackMethod, default_attacks, robust_under_attack
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.certification import (
-    CascadeCertifier,
     Certifier,
-    CompleteCertifier,
     default_certifier,
     is_classified_correctly,
     judge_images,
@@ -179,11 +177,10 @@ def certify(
     batches = _batches(images, labels, module, batch_size)
     if eps is not None:
         return _judge(instance, batches, check_eps(eps))
-    decides_each = isinstance(instance, CompleteCertifier | CascadeCertifier)  # image by image
     radii, seconds = [torch.zeros(0, dtype=torch.float64)], list[float]()
     status, certifiers = list[str](), list[str]()
     for batch, classes in batches:
-        size = 1 if decides_each else max(1, len(batch))
+        size = 1 if instance.has_time_limit() else max(1, len(batch))
         for part, part_classes in zip(batch.split(size), classes.split(size), strict=True):
             start = time.perf_counter()
             is_correct = is_classified_correctly(module, part, part_classes)

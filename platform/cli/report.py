@@ -17,6 +17,7 @@ from linflab.platform.cli.options import (
 )
 from linflab.platform.cli.output import console, print_files, print_page, print_sweep_page
 from linflab.platform.errors import InputError
+from linflab.platform.source import is_cluster_job
 from linflab.platform.tracking.storage import Storage
 from linflab.reports.papers import list_tables, table_title
 
@@ -81,7 +82,11 @@ def report_run(
     with open_storage(storage_dir, cluster) as storage:
         page = report_run(storage, run, out)
         print_page(page)
-    if not any(path.stem.endswith("certified_accuracy") for path in page.files):
+    if (
+        not cluster
+        and not is_cluster_job()
+        and not any(path.stem.endswith("certified_accuracy") for path in page.files)
+    ):
         command = shlex.join(["linflab", "evaluate", run, *storage_options(storage), "--radii-dir"])
         console.print(f"The run has no figures of certified radii; draw them with `{command} DIRECTORY`.")
 

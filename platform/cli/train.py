@@ -188,8 +188,8 @@ def _note_on_name(storage: Storage, name: str) -> str | None:
     with suppress(*STORE_ERRORS):
         if len(read_runs(storage.tracking_uri, {schema.KIND: "trial", schema.NAME: name})):
             return (
-                f"name={name}: is the name of another run, so commands will require ids; resume that run with "
-                "--resume, or use another --name"
+                f"name={name}: is the name of another run, so commands will require ids; use another --name, "
+                "or --resume if the settings are the same"
             )
     return None
 
@@ -216,7 +216,7 @@ def _show_training(
         f"Test set, eps={format_eps(experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
         f"({result.certificate}). Selected epoch {metrics[schema.BEST_EPOCH]:g} ({describe_selection(experiment)})."
     )
-    if metrics[schema.TEST_CLEAN] == metrics[schema.TEST_CERTIFIED] <= 0.5:
+    if experiment.eps > 0 and metrics[schema.TEST_CLEAN] == metrics[schema.TEST_CERTIFIED] <= 0.5:
         console.print(
             "All images that are classified correctly are certified: the network may be constant; see "
             "docs/about/troubleshooting.md."

@@ -196,7 +196,7 @@ def batch_script(job: Job, allocation: Allocation) -> str:
 
 def _export_imports() -> str:
     """Return the lines that name modules of the user, and the folders of PYTHONPATH, where they are found."""
-    modules, paths = os.environ.get(IMPORT_VAR, ""), os.environ.get("PYTHONPATH", "")
+    modules, paths = os.environ.get(IMPORT_VAR, "").strip(), os.environ.get("PYTHONPATH", "")
     if not modules:
         return ""
     folders = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep)) if paths else ""

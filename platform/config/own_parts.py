@@ -134,10 +134,10 @@ def copy_own_modules(folder: Path) -> None:
         module = sys.modules[name]
         places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]
         path = Path(places[0])
-        if not places[0] or not path.exists():
+        if not places[0] or not path.exists() or len(getattr(module, "__path__", ())) > 1:
             raise InputError(
-                f"{IMPORT_VAR}={os.environ[IMPORT_VAR]}: {name} has no file that can be copied to the cluster; use a "
-                "module in a file or folder"
+                f"{IMPORT_VAR}={os.environ[IMPORT_VAR]}: {name} has no single file or folder that can be copied to the "
+                "cluster; use a module in one file or folder"
             )
         if not installed.isdisjoint(path.resolve().parents):
             continue

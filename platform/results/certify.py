@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linflab.models.robustness.bounds.rounding import strict_float32
-from linflab.models.robustness.certification import CascadeCertifier, Certifier, CompleteCertifier, judge_images
+from linflab.models.robustness.certification import Certifier, judge_images
 from linflab.platform.config.overrides import build_config
 from linflab.platform.data.images import find_images, read_images
 from linflab.platform.errors import InputError
@@ -78,7 +78,7 @@ def certify_images(
     instance, _ = dataclasses.replace(spec, sound=sound).certifiers(network)
     files = [read_images(image, weights.image_shape) for image in find_images(images)]
     names = [name for file_names, _ in files for name in file_names]
-    batch_size = 1 if isinstance(instance, CompleteCertifier | CascadeCertifier) else experiment.evaluation.batch_size
+    batch_size = 1 if instance.has_time_limit() else experiment.evaluation.batch_size
     rows: list[CertifiedImage] = []
     on_progress(0, len(names))
     for batch in torch.cat([images for _, images in files]).split(batch_size):

@@ -17,6 +17,7 @@ from linflab.models.robustness.margins import margin
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import Split
 from linflab.platform.host import configure_process
+from linflab.reports.formatting import SOUND
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class EvaluationSpec:
     @property
     def certificate(self) -> str:
         """Name of the certifier with soundness, as logged: `ibp` or `ibp-sound`."""
-        return f"{self.certifier}{'-sound' if self.sound else ''}"
+        return f"{self.certifier}{SOUND if self.sound else ''}"
 
     def certifiers(self, network: nn.Module) -> tuple[Certifier, Certifier | None]:
         """Return the certifier of a network, and one for real arithmetic if `rounding_cost` requires it."""
@@ -59,7 +60,7 @@ class EvaluationSpec:
 
 def limited_certifiers() -> list[str]:
     """Return the certifiers that have a time limit per image, and decide image by image."""
-    return [kind for kind, one in Certifier.registry.items() if "time_limit" in one.settings_class.model_fields]
+    return [kind for kind, one in Certifier.registry.items() if one.has_time_limit()]
 
 
 def no_time_limit(time_limit: float, certifier: str) -> str:

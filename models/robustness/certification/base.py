@@ -74,6 +74,11 @@ class Certifier(Kind, ABC):
         self.network, self.sound = network, sound
         self.settings = self.settings_class() if settings is None else settings
 
+    @classmethod
+    def has_time_limit(cls) -> bool:
+        """Return True if the settings include a time limit per image; such certifiers decide image by image."""
+        return "time_limit" in cls.settings_class.model_fields
+
     @strict_float32()
     @torch.no_grad()
     def certify(self, images: Tensor, labels: Tensor, eps: float) -> Tensor:

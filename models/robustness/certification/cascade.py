@@ -61,7 +61,7 @@ class CascadeCertifier(Certifier):
     """Certifier by lipschitz, ibp, crown, an attack, alpha_crown and complete, in this order.
 
     Each stage gets the images that no earlier stage decided. Certifiers that do not support the network are left out.
-    A radius is the largest that one of the certifiers finds.
+    A radius is the larger one of lipschitz and complete, which starts at those of ibp and crown.
     """
 
     kind: ClassVar[str] = "cascade"
@@ -145,7 +145,7 @@ class CascadeCertifier(Certifier):
         if not len(images):
             return self._attack.compute_radius(images, labels)
         selected = self._select(images[:1], labels[:1])
-        if isinstance(selected[-1], CompleteCertifier):  # finds at least the radius of alpha-CROWN, and IBP's without
+        if isinstance(selected[-1], CompleteCertifier):  # starts at the radii of IBP and CROWN, and extends them
             selected = [one for one in selected if isinstance(one, LipschitzCertifier)] + [self._attack]
         return torch.stack([one.compute_radius(images, labels).double() for one in selected]).amax(dim=0)
 

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -74,7 +75,8 @@ class CompleteCertifier(TracingCertifier):
     (see `input_splitting`).
 
     The time limit applies to each image. A certified radius is at least that of IBP and CROWN, whose time is not
-    limited. Within the limit, it is also at least that of alpha-CROWN, up to the tolerance of the bisection.
+    limited. If the limit suffices for its steps, it is also at least that of alpha-CROWN, up to the tolerance of the
+    bisection; under a short limit it can be smaller.
     """
 
     kind: ClassVar[str] = "complete"
@@ -167,9 +169,9 @@ class CompleteCertifier(TracingCertifier):
         tries larger ones. A radius near the exact one can take all the time, so each step gets a share of what is left.
         """
         start, falsified = time.monotonic(), 1.0
-        phases: list[tuple[int | None, float]] = [(0, start + self.settings.time_limit * SHARE_WITHOUT_SPLITS)]
+        phases = [(self.settings.max_subproblems, start + self.settings.time_limit)]
         if self.settings.max_subproblems != 0:
-            phases.append((self.settings.max_subproblems, start + self.settings.time_limit))
+            phases.insert(0, (0, start + self.settings.time_limit * SHARE_WITHOUT_SPLITS))
         for max_subproblems, deadline in phases:
             outside = falsified
             while outside - inside > 2.0**-BISECTION_STEPS:
@@ -193,13 +195,9 @@ class CompleteCertifier(TracingCertifier):
         """Return the distance of a misclassified image on the segment to an adversarial image."""
         shares = torch.linspace(0, 1, 65, dtype=image.dtype, device=image.device).view(-1, *[1] * (image.dim() - 1))
         points = image + shares * (adversarial - image)
-        is_wrong = ~(margin(self._logits(points), label.expand(len(points))) > 0)
+        is_wrong = ~(margin(compute_logits(self.network, points), label.expand(len(points))) > 0)
         distances = (points.double() - image.double()).abs().flatten(1).amax(dim=1)
         return float(distances[is_wrong].min()) if bool(is_wrong.any()) else math.inf
-
-    def _logits(self, images: Tensor) -> Tensor:
-        """Return logits; a single image is doubled, since some networks only accept batches."""
-        return self.network(images) if len(images) > 1 else self.network(torch.cat([images, images]))[:1]
 
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.time_limit
@@ -208,7 +206,7 @@ class CompleteCertifier(TracingCertifier):
         self, image: Tensor, label: Tensor, eps: float, deadline: float, max_subproblems: int | None
     ) -> Decision:
         start = time.monotonic()
-        logits = compute_logits(self.network, torch.cat([image, image]))[:1]
+        logits = compute_logits(self.network, image)
         check_logits(logits, label)
         if not bool(logits.isfinite().all()):
             return Decision("unknown", None, time.monotonic() - start, 0)
@@ -229,9 +227,9 @@ class CompleteCertifier(TracingCertifier):
 
         def is_counterexample(points: Tensor) -> Tensor:
             images = ball.project(points.to(box.lower).view(-1, *box.lower.shape[1:]))
-            found = ~(margin(self._logits(images), label.expand(len(images))) > 0)
+            found = ~(margin(compute_logits(self.network, images), label.expand(len(images))) > 0)
             for k in found.nonzero()[:, 0]:  # alone, since rounding may differ
-                found[k] = not bool(margin(self._logits(images[k, None]), label) > 0)
+                found[k] = not bool(margin(compute_logits(self.network, images[k, None]), label) > 0)
             return found
 
         def is_over() -> bool:
@@ -254,7 +252,8 @@ class CompleteCertifier(TracingCertifier):
         except ReductionTooLargeError:
             reduction = None
         if reduction is None or reduction.sources != [traced.input]:
-            if self._is_proven_by_alpha_crown(traced, box, label):
+            is_too_large = reduction is None  # then alpha-CROWN would fail in the same way
+            if not is_too_large and not is_over() and self._is_proven_by_alpha_crown(traced, box, label):
                 return SearchResult("certified", None, 0)
             batch_size = self.settings.batch_size
             return split_inputs(traced, box, label, self.sound, is_counterexample, batch_size, limit, is_over)
@@ -287,7 +286,7 @@ class CompleteCertifier(TracingCertifier):
         for follows_surrogate in (False, True) if has_distances else (False,):
             with surrogate_gradients(self.network, SURROGATE_P) if follows_surrogate else nullcontext():
                 found, images = adversarial_images(
-                    self._logits,
+                    partial(compute_logits, self.network),
                     balls,
                     label.expand(len(targets)),
                     targets,
@@ -296,6 +295,7 @@ class CompleteCertifier(TracingCertifier):
                     torch.Generator().manual_seed(0),
                 )
             for k in found.nonzero()[:, 0]:
-                if not bool(margin(self._logits(images[k, None]), label) > 0):  # alone, since rounding may differ
+                logits = compute_logits(self.network, images[k, None])  # alone, since rounding may differ
+                if not bool(margin(logits, label) > 0):
                     return images[k]
         return None
