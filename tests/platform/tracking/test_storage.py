@@ -232,10 +232,10 @@ def test_training_waits_for_a_lock_and_reports_it(
     (run,) = read_runs(storage_with_run.tracking_uri, {})["run_id"]
     client.set_tag(run, "before", "1")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(locks.announce_wait.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(locks.announce_wait.__wrapped__, "__defaults__", (2.0,))
     with closing(sqlite3.connect(storage_with_run.database, isolation_level=None, check_same_thread=False)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
-        threading.Timer(1.5, lambda: holder.execute("COMMIT")).start()
+        threading.Timer(5.0, lambda: holder.execute("COMMIT")).start()
         client.set_tag(run, "during", "2")
     assert client.get_run(run).data.tags["during"] == "2"
     assert capsys.readouterr().err.count("linflab: ") == 2  # one when it waits, one when it continues
