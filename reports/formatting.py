@@ -8,8 +8,6 @@ import pandas as pd
 
 from linflab.reports import schema
 
-SOUND = "-sound"  # suffix of certifiers that account for float32 rounding
-
 CERTIFIER_DESCRIPTIONS = {
     "lipschitz": "margin/2",
     "ibp": "interval bound propagation",
@@ -39,8 +37,8 @@ def describe_certifiers(runs: pd.DataFrame, details: bool = True) -> str:
         rounding_note += f" (costs {100 * cost:.2f} points on average)"
     descriptions = []
     for name in names:
-        certifier = name.removesuffix(SOUND)
-        arithmetic = rounding_note if name.endswith(SOUND) else "real arithmetic"
+        certifier = name.removesuffix(schema.SOUND)
+        arithmetic = rounding_note if name.endswith(schema.SOUND) else "real arithmetic"
         description = f" ({CERTIFIER_DESCRIPTIONS.get(certifier, 'unknown certifier')})" if details else ""
         descriptions.append(f"{certifier}{description}, {arithmetic}")
     return " or ".join(descriptions) or "none (no results)"
@@ -53,7 +51,7 @@ def describe_attacks(runs: pd.DataFrame) -> str:
 
 def is_sound(runs: pd.DataFrame) -> bool:
     """Return whether the certificates of all runs account for float32 rounding."""
-    return bool(runs[schema.CERTIFIER].astype(str).str.endswith(SOUND).all())
+    return bool(runs[schema.CERTIFIER].astype(str).str.endswith(schema.SOUND).all())
 
 
 def describe_hardware(runs: pd.DataFrame) -> str:

@@ -25,7 +25,7 @@ METHOD = "linflab.method"
 COMMAND = "linflab.command"  # reproduces the run
 MODULES = "linflab.modules"  # modules outside linflab with parts of the run, comma-separated
 SEARCHED_SETTINGS = "linflab.searched_settings"  # dotted paths, comma-separated
-CERTIFIER = "linflab.certifier"  # with the suffix -sound, rounding is included
+CERTIFIER = "linflab.certifier"  # with the suffix SOUND, rounding is included
 ATTACK = "linflab.attacks"  # description of the attacks behind the robust accuracy
 TEST_VERIFICATION = "linflab.test_verification"  # description of the evaluation behind TEST_VERIFIED
 SELECTION = "linflab.model_selection"  # rule that selected the epoch
@@ -66,6 +66,8 @@ TEST_VERIFIED = "test/verified_accuracy"  # certified by complete or cascade at 
 FLOPS = "model/flops"
 PARAMETERS = "model/parameters"
 TRAIN_SECONDS = "train/seconds"
+
+SOUND = "-sound"  # suffix of certifiers that account for float32 rounding
 
 OBJECTIVE_METRICS = {  # by objective of a sweep: metric, and whether higher is better
     "certified": (BEST_VALIDATION_CERTIFIED, True),

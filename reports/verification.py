@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from linflab.reports.formatting import SOUND
+from linflab.reports.schema import SOUND
 
 
 @dataclass(frozen=True)

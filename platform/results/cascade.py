@@ -31,7 +31,6 @@ from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.weights import load_matching_dataset, load_weights
 from linflab.platform.trial import select_device
 from linflab.reports import schema
-from linflab.reports.formatting import SOUND
 from linflab.reports.intervals import proportion_interval
 from linflab.reports.outputs import write_text_atomic, write_whole
 from linflab.reports.verification import Verification
@@ -306,7 +305,7 @@ def log_result(storage: Storage, run: str, result: CascadeResult, store: Verdict
         TrainingError: If the run is not writable, for example because it was deleted.
     """
     part = "" if result.interval is None else f"/images-{len(result.verdicts)}"
-    certificate = f"cascade{SOUND if result.plan.sound else ''}"
+    certificate = f"cascade{schema.SOUND if result.plan.sound else ''}"
     name = f"{schema.TEST_CERTIFIED}/{certificate}/eps-{result.plan.eps!r}{part}"
     verification = None
     if result.plan.eps == result.training_eps and result.verdicts:

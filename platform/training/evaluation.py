@@ -17,7 +17,7 @@ from linflab.models.robustness.margins import margin
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import Split
 from linflab.platform.host import configure_process
-from linflab.reports.formatting import SOUND
+from linflab.reports.schema import SOUND
 
 
 @dataclass(frozen=True)
