@@ -19,6 +19,7 @@ SOURCES = (
     "module.cpp",
     "backward.h",
     "bounds.h",
+    "boxes.h",
     "forward.h",
     "limits.h",
     "outer.h",

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.distance import lp_distance, lp_distance_conv2d, masked_lp_distance, sort_distance, tensor_cores
+from linflab.models.networks.channel_moments import channel_moments
 
 
 class Normalize(nn.Module):
@@ -378,10 +379,10 @@ class SyncedBatchNorm(_BatchNorm):
         count = world_size() * y.numel() // y.shape[1]
         if count == 1:
             raise ValueError(f"y={tuple(y.shape)}: requires more than one value per feature; use a larger batch")
-        dims = [d for d in range(y.dim()) if d != 1]
         if world_size() == 1:
-            variance, mean = torch.var_mean(y, dims, correction=0)
+            mean, variance = channel_moments(y)
         else:
+            dims = [d for d in range(y.dim()) if d != 1]
             mean = all_reduce(y.mean(dims)) / world_size()
             variance = all_reduce((y - MeanShift.broadcast_to_positions(mean, y)).square().mean(dims)) / world_size()
         with torch.no_grad():

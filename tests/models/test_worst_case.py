@@ -13,6 +13,7 @@ from torch.nn import functional
 from linflab.models.networks.convnets import CNN7Config, ConvNetConfig
 from linflab.models.networks.layers import BatchNorm2d
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
+from linflab.models.robustness.bounds.centered import propagate_centered
 from linflab.models.robustness.bounds.coefficients import DenseCoefficients, PatchCoefficients
 from linflab.models.robustness.bounds.ibp import propagate_bounds, trace_and_check
 from linflab.models.robustness.bounds.linear_bounds import LinearBounds
@@ -295,7 +296,7 @@ def test_regularization_matches_by_hand() -> None:
     traced = trace_and_check(net, box)
     with torch.no_grad():
         boxes = propagate_bounds(traced, box)
-        actual = warmup_regularization(traced, boxes).item()
+        actual = warmup_regularization(traced, propagate_centered(traced, box)).item()
     expected, layers = 0.0, 0
     d0 = np.mean((box.upper - box.lower).numpy()) / 2
     for step in traced.steps:

@@ -1,6 +1,7 @@
 // Python module of the float32 distance kernels for CPUs, compiled once per instruction set.
 #include "backward.h"
 #include "bounds.h"
+#include "boxes.h"
 #include "forward.h"
 #include "limits.h"
 #include "patches.h"
@@ -123,5 +124,39 @@ PYBIND11_MODULE(MODULE_NAME, module) {
             sort_bounds(at(lower), at(upper), at(w), at(lo), at(hi), {samples, outputs, inputs},
                         {at(coefficients), terms}, threads);
         },
+        free);
+    module.def(
+        "relu_of_boxes",
+        [](uintptr_t center, uintptr_t radius, uintptr_t new_center, uintptr_t new_radius, int64_t n, float factor,
+           int threads) {
+            relu_of_boxes(at(center), at(radius), at(new_center), at(new_radius), n, factor, threads);
+        },
+        free);
+    module.def(
+        "relu_of_boxes_backward",
+        [](uintptr_t center, uintptr_t radius, uintptr_t grad_new_center, uintptr_t grad_new_radius,
+           uintptr_t grad_center, uintptr_t grad_radius, int64_t n, float factor, int threads) {
+            relu_of_boxes_backward(at(center), at(radius), at(grad_new_center), at(grad_new_radius), at(grad_center),
+                                   at(grad_radius), n, factor, threads);
+        },
+        free);
+    module.def(
+        "sums_of_boxes",
+        [](uintptr_t center, uintptr_t radius, uintptr_t sums, int64_t n, int threads) {
+            sums_of_boxes(at(center), at(radius), at<double>(sums), n, threads);
+        },
+        free);
+    module.def(
+        "sums_of_boxes_backward",
+        [](uintptr_t center, uintptr_t radius, uintptr_t grad_sums, uintptr_t grad_center, uintptr_t grad_radius,
+           int64_t n, int threads) {
+            sums_of_boxes_backward(at(center), at(radius), at<double>(grad_sums), at(grad_center), at(grad_radius), n,
+                                   threads);
+        },
+        free);
+    module.def(
+        "channel_moments",
+        [](uintptr_t x, uintptr_t mean, uintptr_t variance, int64_t samples, int64_t channels, int64_t positions,
+           int threads) { channel_moments(at(x), at(mean), at(variance), samples, channels, positions, threads); },
         free);
 }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from linflab.models.networks.channel_moments import channel_moments
 from linflab.models.networks.layers import SyncedBatchNorm
 from linflab.models.robustness.bounds.steps import ChannelAffine
 
@@ -31,13 +32,12 @@ def _batch_statistics(layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If there is only one value per feature, and so no variance.
     """
-    dims = [d for d in range(x.dim()) if d != 1]
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(
             f"batch normalization: requires more than one value per feature, not {tuple(x.shape)}; use more images"
         )
-    variance, mean = torch.var_mean(x, dims, correction=0)
+    mean, variance = channel_moments(x)
     num_batches = layer.num_batches_tracked
     if layer.running_mean is not None and layer.running_var is not None and num_batches is not None:
         with torch.no_grad():

@@ -9,8 +9,9 @@ from linflab.models.networks.hybrid import LinfDistHybrid
 from linflab.models.networks.linf_dist import InputMasks
 from linflab.models.networks.running_statistics import hold_batch_means
 from linflab.models.robustness.bounds.boxes import Box, ball_box
+from linflab.models.robustness.bounds.centered import Ends, merge_normalizations, propagate_centered
 from linflab.models.robustness.bounds.cut import cut_trace, head_trace
-from linflab.models.robustness.bounds.ibp import logit_difference_ranges, propagate_bounds
+from linflab.models.robustness.bounds.ibp import logit_difference_ranges
 from linflab.models.robustness.bounds.steps import Trace, compute_output
 from linflab.models.robustness.bounds.worst_case import (
     MIN_EPS,
@@ -96,11 +97,14 @@ class TwoPartBounds(WorstCaseBounds):
                 point_logits = compute_output(traced, points)
         if self.relu_shrink != 1:
             traced = shrink_relus(traced, self.relu_shrink)
-        boxes = propagate_bounds(traced, box)
-        center, spread = logit_difference_ranges(traced, boxes, labels)
-        differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
-        penalty = warmup_regularization(traced, boxes) if with_regularization else 0.0
         first, second = cut_trace(traced, self.activations)
+        merged = merge_normalizations(traced, keep=first.output)
+        boxes = propagate_centered(merged, box)
+        ends = Ends(boxes)
+        ends[traced.input] = box  # without rounding
+        center, spread = logit_difference_ranges(traced, ends, labels)
+        differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
+        penalty = warmup_regularization(merged, boxes).to(images) if with_regularization else 0.0
         return TwoPartOutput(
-            WorstCaseOutput(logits, differences, None, penalty, point_logits), boxes[first.output], second
+            WorstCaseOutput(logits, differences, None, penalty, point_logits), ends[first.output], second
         )

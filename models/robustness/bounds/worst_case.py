@@ -10,6 +10,7 @@ normalization uses the statistics of the batch; in evaluation mode, the running 
 values of an image and of its box.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,11 +23,17 @@ from linflab.models.networks.linf_dist import DistanceNet, InputMasks
 from linflab.models.networks.running_statistics import hold_batch_means
 from linflab.models.robustness.bounds.batch_norm import normalization_of
 from linflab.models.robustness.bounds.boxes import Box, ball_box
+from linflab.models.robustness.bounds.centered import (
+    CenteredBox,
+    Ends,
+    merge_normalizations,
+    propagate_centered,
+    sum_over_units,
+)
 from linflab.models.robustness.bounds.ibp import (
     check_trace,
     final_layer_logit_differences,
     logit_difference_ranges,
-    propagate_bounds,
 )
 from linflab.models.robustness.bounds.linear_bounds import IntermediateMethod, LinearBounds
 from linflab.models.robustness.bounds.loss_fusion import fused_cross_entropy
@@ -140,16 +147,18 @@ class WorstCaseBounds:
         centers = images if centers is None else centers
         box = ball_box(centers, max(eps, MIN_EPS) if with_regularization else eps)
         relaxation, intermediate = LINEAR_METHODS.get(self.bound, ("adaptive", "ibp"))
-        boxes = propagate_bounds(traced, box) if with_regularization or intermediate == "ibp" else {}
-        penalty = warmup_regularization(traced, boxes) if with_regularization else 0.0
+        steps = merge_normalizations(traced) if self.bound == "ibp" else traced
+        boxes = propagate_centered(steps, box) if with_regularization or intermediate == "ibp" else {}
+        penalty = warmup_regularization(steps, boxes).to(images) if with_regularization else 0.0
         if intermediate == "crown":
             differences = LinearBounds(traced, box, intermediate, relaxation).logit_differences(labels)
             return WorstCaseOutput(logits, differences, None, penalty, point_logits)
-        center, spread = logit_difference_ranges(traced, boxes, labels)
+        ends = Ends(boxes) if self.bound == "ibp" else {name: box.ends for name, box in boxes.items()}
+        center, spread = logit_difference_ranges(traced, ends, labels)
         differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
         if self.bound == "ibp" or crown_weight == 0:
             return WorstCaseOutput(logits, differences, None, penalty, point_logits)
-        bounds = LinearBounds(traced, box, intermediate, relaxation, boxes=boxes)
+        bounds = LinearBounds(traced, box, intermediate, relaxation, boxes=ends)
         if self.bound == "crown_ibp":
             linear = bounds.logit_differences(labels)
             mixed_differences = (
@@ -247,7 +256,7 @@ def shrink_relus(traced: Trace, factor: float) -> Trace:
     )
 
 
-def warmup_regularization(traced: Trace, boxes: dict[str, Box], tolerance: float = 0.5) -> Tensor:
+def warmup_regularization(traced: Trace, boxes: Mapping[str, CenteredBox], tolerance: float = 0.5) -> Tensor:
     """Return the warm-up regularization: bound tightness from layer to layer, and ReLU balance.
 
     For m layers of activations, let c and d be centers and radii of their pre-activation boxes, and t = tolerance:
@@ -270,19 +279,22 @@ def warmup_regularization(traced: Trace, boxes: dict[str, Box], tolerance: float
         one, other = torch.where(has_both, active, 1.0), torch.where(has_both, inactive, 1.0)
         return torch.relu(tolerance - torch.minimum(one / other, other / one))
 
-    total, layers = boxes[traced.input].lower.new_zeros(()), 0
-    first = ((boxes[traced.input].upper - boxes[traced.input].lower) / 2).mean()
+    total, layers = torch.zeros((), dtype=torch.float64, device=boxes[traced.input].center.device), 0
+    first = boxes[traced.input].radius.mean()
     for step in traced.steps:
         if not has_relaxation(step.layer):
             continue
         layers += 1
-        lower, upper = boxes[step.inputs[0]]
-        center, radius = (lower + upper) / 2, ((upper - lower) / 2).mean()
+        box = boxes[step.inputs[0]]
+        sums, count = sum_over_units(box), box.center.numel()
+        radius = sums.radii / count
         widening = torch.where(radius > 0, first / torch.where(radius > 0, radius, 1.0), tolerance)
         total = total + torch.relu(tolerance - widening)
         if isinstance(step.layer, nn.ReLU):
-            on, off = (lower > 0).to(center), (upper < 0).to(center)
-            squares = (center - center.mean()).square()
-            total = total + imbalance((center * on).sum(), -(center * off).sum())
-            total = total + imbalance((squares * on).sum(), (squares * off).sum())
+            mean = sums.centers / count
+            squares = [
+                squares - 2 * mean * centers + mean.square() * number
+                for number, centers, squares in (sums[2:5], sums[5:8])
+            ]
+            total = total + imbalance(sums.active_centers, -sums.inactive_centers) + imbalance(*squares)
     return total / (tolerance * max(layers, 1))

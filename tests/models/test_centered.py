@@ -1,0 +1,185 @@
+"""Boxes as centers and radii in training: values and gradients against independent formulas in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from linflab.models.distance import cpu
+from linflab.models.networks.channel_moments import channel_moments
+from linflab.models.networks.layers import BatchNorm2d
+from linflab.models.robustness.bounds.boxes import Box
+from linflab.models.robustness.bounds.centered import (
+    CenteredBox,
+    centered_box,
+    merge_normalizations,
+    propagate_centered,
+    sum_over_units,
+)
+from linflab.models.robustness.bounds.ibp import propagate_bounds
+from linflab.models.robustness.bounds.steps import ShrunkReLU, Trace, TraceStep
+from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+SIZES = st.sampled_from([1, 15, 16, 17, 511, 4096, 4097, 9001])
+
+
+def random_box(size: int, seed: int, dtype: torch.dtype) -> CenteredBox:
+    """Return a box of units of which about a third each is active, inactive and unstable."""
+    generator = torch.Generator().manual_seed(seed)
+    center, radius = torch.randn(size, generator=generator), torch.rand(size, generator=generator)
+    return CenteredBox(center.to(dtype).requires_grad_(), radius.to(dtype).requires_grad_())
+
+
+def in_float64(box: CenteredBox) -> CenteredBox:
+    return CenteredBox(*(part.detach().double().requires_grad_() for part in box))
+
+
+def run_relu(box: CenteredBox, factor: float) -> CenteredBox:
+    layer = nn.ReLU() if factor == 1 else ShrunkReLU(factor)
+    return propagate_centered(Trace("x", [TraceStep(layer, ("x",), "y")], "y"), box.ends)["y"]
+
+
+def relu_by_ends(box: CenteredBox, factor: float) -> CenteredBox:
+    lower, upper = box.center - box.radius, box.center + box.radius
+    shrunk = torch.where((lower < 0) & (upper > 0), factor * upper, upper)
+    return centered_box(Box(functional.relu(lower), functional.relu(shrunk)))
+
+
+def assert_same_gradients(outputs: list[Tensor], inputs: CenteredBox, expected: list[Tensor], at: CenteredBox) -> None:
+    """Check values and vector-Jacobian products with random vectors."""
+    for output, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output.double(), other.double(), rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    vectors = [torch.rand(output.shape, generator=generator) for output in outputs]
+    ours = torch.autograd.grad(outputs, inputs, [v.to(o) for v, o in zip(vectors, outputs, strict=True)])
+    theirs = torch.autograd.grad(expected, at, [v.to(o) for v, o in zip(vectors, expected, strict=True)])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+@DTYPES
+@given(size=SIZES, seed=st.integers(0, 1000), factor=st.sampled_from([1.0, 0.8, 0.0]))
+def test_relu_and_its_gradient(dtype: torch.dtype, size: int, seed: int, factor: float) -> None:
+    box = random_box(size, seed, dtype)
+    at = in_float64(box)
+    assert_same_gradients(list(run_relu(box, factor)), box, list(relu_by_ends(at, factor)), at)
+
+
+@DTYPES
+def test_relu_keeps_nan(dtype: torch.dtype) -> None:
+    center = torch.tensor([float("nan"), 1.0, -1.0], dtype=dtype)
+    for box in (CenteredBox(center, torch.ones_like(center)), CenteredBox(torch.ones_like(center), center)):
+        result = run_relu(box, 1.0)
+        assert result.center.isnan().tolist() == result.radius.isnan().tolist() == [True, False, False]
+
+
+@DTYPES
+@given(size=SIZES, seed=st.integers(0, 1000))
+def test_sums_over_units_and_their_gradients(dtype: torch.dtype, size: int, seed: int) -> None:
+    box = random_box(size, seed, dtype)
+    at = in_float64(box)
+    active, inactive = (at.center > at.radius).double(), (-at.center > at.radius).double()
+    expected = [at.radius.sum(), at.center.sum()]
+    for chosen in (active, inactive):
+        expected += [chosen.sum(), (chosen * at.center).sum(), (chosen * at.center**2).sum()]
+    sums = sum_over_units(box)
+    assert all(value.dtype == torch.float64 for value in sums)
+    has_gradient = [0, 1, 3, 4, 6, 7]  # numbers of units are constants
+    assert sums.active == active.sum() and sums.inactive == inactive.sum()
+    ours, theirs = ([values[k] for k in has_gradient] for values in (sums, expected))
+    assert_same_gradients(ours, box, theirs, at)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(5, 3, 7, 7), (2, 1, 4, 4), (33, 2, 100), (9, 4)])
+def test_channel_moments_and_their_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (3 + torch.randn(shape)).to(dtype).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    dims = [0, *range(2, len(shape))]
+    mean = y.mean(dims)
+    variance = (y - mean.view(-1, *[1] * (len(shape) - 2))).square().mean(dims)
+    box, at = CenteredBox(x, x), CenteredBox(y, y)
+    assert_same_gradients(list(channel_moments(x)), box, [mean, variance], at)
+
+
+def test_variance_of_large_means_is_accurate() -> None:
+    x = 1000 + torch.randn(64, 2, 14, 14)
+    variance = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(channel_moments(x)[1].double(), variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(cpu.KERNELS is None, reason="needs the C++ kernels")
+def test_kernels_do_not_depend_on_threads() -> None:
+    x, box = torch.randn(64, 3, 20, 20, requires_grad=True), random_box(300_000, 0, torch.float32)
+    threads, results = torch.get_num_threads(), list[list[Tensor]]()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            values = [*run_relu(box, 0.8), *sum_over_units(box), *channel_moments(x)]
+            gradients = torch.autograd.grad(sum(value.sum() for value in values), [*box, x])
+            results.append([*values, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def conv_network(norm: bool) -> nn.Sequential:
+    def layers(layer: nn.Module, norm_layer: nn.Module) -> list[nn.Module]:
+        return [layer, norm_layer, nn.ReLU()] if norm else [layer, nn.ReLU()]
+
+    return nn.Sequential(
+        *layers(nn.Conv2d(1, 3, 4, 2, 1, bias=False), BatchNorm2d(3)),
+        *layers(nn.Conv2d(3, 5, 3, 1, "same", groups=1), nn.BatchNorm2d(5)),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        *layers(nn.Linear(45, 7), nn.BatchNorm1d(7)),
+        nn.Linear(7, 4),
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_boxes_are_those_of_ibp(norm: bool) -> None:
+    torch.manual_seed(0)
+    network = conv_network(norm).double().train()
+    images = torch.rand(6, 1, 12, 12, dtype=torch.float64)
+    traced, _ = WorstCaseBounds(network).trace_batch(images)
+    box = Box(images - 0.05, images + 0.1)
+    merged = merge_normalizations(traced)
+    assert len(merged.steps) == len(traced.steps) - 3 * norm
+    boxes, expected = propagate_centered(merged, box), propagate_bounds(traced, box)
+    assert boxes.keys() <= expected.keys()
+    parameters = list(network.parameters())
+    for name in boxes:
+        torch.testing.assert_close(boxes[name].ends, expected[name], rtol=1e-10, atol=1e-12)
+    (ours, theirs) = (
+        torch.autograd.grad(b.upper.square().sum(), parameters, retain_graph=True)
+        for b in (boxes[traced.output].ends, expected[traced.output])
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_normalizations_with_other_uses_of_their_input_are_not_merged() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
+            self.last = nn.Linear(2 * 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last((y + self.norm(y)).flatten(1))
+
+    images = torch.rand(4, 1, 4, 4)
+    traced, _ = WorstCaseBounds(Residual()).trace_batch(images)
+    assert merge_normalizations(traced) == traced
+    (chain, _) = WorstCaseBounds(conv_network(norm=True)).trace_batch(torch.rand(4, 1, 12, 12))
+    merged = merge_normalizations(chain, keep=chain.steps[0].output)
+    assert [step.output for step in merged.steps[:2]] == [step.output for step in chain.steps[:2]]
+    assert len(merged.steps) == len(chain.steps) - 2
+    box = Box(images, images + 0.1)
+    ours, theirs = propagate_centered(traced, box), propagate_bounds(traced, box)
+    torch.testing.assert_close(ours[traced.output].ends, theirs[traced.output])
