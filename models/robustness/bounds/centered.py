@@ -19,6 +19,8 @@ from linflab.models.robustness.bounds.boxes import Box
 from linflab.models.robustness.bounds.rules import propagate_layer
 from linflab.models.robustness.bounds.steps import ChannelAffine, ShrunkReLU, Trace, TraceStep
 
+MERGED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # not their subclasses, which may compute something else
+
 
 class CenteredBox(NamedTuple):
     """The set of all x with |x - center| <= radius, elementwise."""
@@ -57,7 +59,9 @@ class NormalizedAffine(nn.Module):
         normalization: Scales and offsets of its features or channels.
     """
 
-    def __init__(self, layer: nn.Module, normalization: ChannelAffine) -> None:
+    parts: tuple[nn.Linear | nn.Conv1d | nn.Conv2d, Tensor, Tensor]
+
+    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, normalization: ChannelAffine) -> None:
         super().__init__()
         scale = normalization.scale
         weight = layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1))
@@ -94,7 +98,7 @@ def merge_normalizations(traced: Trace, keep: str | None = None) -> Trace:
             or source.output == keep
         ):
             continue
-        if type(source.layer) in (nn.Linear, nn.Conv1d, nn.Conv2d):
+        if isinstance(source.layer, nn.Linear | nn.Conv1d | nn.Conv2d) and type(source.layer) in MERGED:
             steps[step.output] = TraceStep(NormalizedAffine(source.layer, step.layer), source.inputs, step.output)
             del steps[source.output]
     return traced._replace(steps=list(steps.values()))
