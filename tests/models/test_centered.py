@@ -21,16 +21,16 @@ from linflab.models.robustness.bounds.centered import (
 from linflab.models.robustness.bounds.ibp import propagate_bounds
 from linflab.models.robustness.bounds.steps import ShrunkReLU, Trace, TraceStep
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
+from tests.models.backends import every_backend, use_backend
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 SIZES = st.sampled_from([1, 15, 16, 17, 511, 4096, 4097, 9001])
 
 
-def random_box(size: int, seed: int, dtype: torch.dtype) -> CenteredBox:
+def random_box(size: int, seed: int) -> CenteredBox:
     """Return a box of units of which about a third each is active, inactive and unstable."""
     generator = torch.Generator().manual_seed(seed)
     center, radius = torch.randn(size, generator=generator), torch.rand(size, generator=generator)
-    return CenteredBox(center.to(dtype).requires_grad_(), radius.to(dtype).requires_grad_())
+    return CenteredBox(center.requires_grad_(), radius.requires_grad_())
 
 
 def in_float64(box: CenteredBox) -> CenteredBox:
@@ -60,60 +60,67 @@ def assert_same_gradients(outputs: list[Tensor], inputs: CenteredBox, expected: 
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
 
 
-@DTYPES
+@every_backend
 @given(size=SIZES, seed=st.integers(0, 1000), factor=st.sampled_from([1.0, 0.8, 0.0]))
-def test_relu_and_its_gradient(dtype: torch.dtype, size: int, seed: int, factor: float) -> None:
-    box = random_box(size, seed, dtype)
+def test_relu_and_its_gradient(backend: str, size: int, seed: int, factor: float) -> None:
+    box = random_box(size, seed)
     at = in_float64(box)
-    assert_same_gradients(list(run_relu(box, factor)), box, list(relu_by_ends(at, factor)), at)
+    with use_backend(backend):
+        assert_same_gradients(list(run_relu(box, factor)), box, list(relu_by_ends(at, factor)), at)
 
 
-@DTYPES
-def test_relu_keeps_nan(dtype: torch.dtype) -> None:
-    center = torch.tensor([float("nan"), 1.0, -1.0], dtype=dtype)
-    for box in (CenteredBox(center, torch.ones_like(center)), CenteredBox(torch.ones_like(center), center)):
-        result = run_relu(box, 1.0)
+@every_backend
+def test_relu_keeps_nan(backend: str) -> None:
+    center = torch.tensor([float("nan"), 1.0, -1.0])
+    for box in (CenteredBox(center, torch.ones(3)), CenteredBox(torch.ones(3), center)):
+        with use_backend(backend):
+            result = run_relu(box, 1.0)
         assert result.center.isnan().tolist() == result.radius.isnan().tolist() == [True, False, False]
 
 
-@DTYPES
+@every_backend
 @given(size=SIZES, seed=st.integers(0, 1000))
-def test_sums_over_units_and_their_gradients(dtype: torch.dtype, size: int, seed: int) -> None:
-    box = random_box(size, seed, dtype)
+def test_sums_over_units_and_their_gradients(backend: str, size: int, seed: int) -> None:
+    box = random_box(size, seed)
     at = in_float64(box)
     active, inactive = (at.center > at.radius).double(), (-at.center > at.radius).double()
     expected = [at.radius.sum(), at.center.sum()]
     for chosen in (active, inactive):
         expected += [chosen.sum(), (chosen * at.center).sum(), (chosen * at.center**2).sum()]
-    sums = sum_over_units(box)
+    with use_backend(backend):
+        sums = sum_over_units(box)
     assert all(value.dtype == torch.float64 for value in sums)
     has_gradient = [0, 1, 3, 4, 6, 7]  # numbers of units are constants
     assert sums.active == active.sum() and sums.inactive == inactive.sum()
     ours, theirs = ([values[k] for k in has_gradient] for values in (sums, expected))
-    assert_same_gradients(ours, box, theirs, at)
+    with use_backend(backend):
+        assert_same_gradients(ours, box, theirs, at)
 
 
-@DTYPES
+@every_backend
 @pytest.mark.parametrize("shape", [(5, 3, 7, 7), (2, 1, 4, 4), (33, 2, 100), (9, 4)])
-def test_channel_moments_and_their_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = (3 + torch.randn(shape)).to(dtype).requires_grad_()
+def test_channel_moments_and_their_gradients(shape: tuple[int, ...], backend: str) -> None:
+    x = (3 + torch.randn(shape)).requires_grad_()
     y = x.detach().double().requires_grad_()
     dims = [0, *range(2, len(shape))]
     mean = y.mean(dims)
     variance = (y - mean.view(-1, *[1] * (len(shape) - 2))).square().mean(dims)
     box, at = CenteredBox(x, x), CenteredBox(y, y)
-    assert_same_gradients(list(channel_moments(x)), box, [mean, variance], at)
+    with use_backend(backend):
+        assert_same_gradients(list(channel_moments(x)), box, [mean, variance], at)
 
 
-def test_variance_of_large_means_is_accurate() -> None:
+@every_backend
+def test_variance_of_large_means_is_accurate(backend: str) -> None:
     x = 1000 + torch.randn(64, 2, 14, 14)
     variance = x.double().var((0, 2, 3), correction=0)
-    torch.testing.assert_close(channel_moments(x)[1].double(), variance, rtol=1e-4, atol=0)
+    with use_backend(backend):
+        torch.testing.assert_close(channel_moments(x)[1].double(), variance, rtol=1e-4, atol=0)
 
 
 @pytest.mark.skipif(cpu.KERNELS is None, reason="needs the C++ kernels")
 def test_kernels_do_not_depend_on_threads() -> None:
-    x, box = torch.randn(64, 3, 20, 20, requires_grad=True), random_box(300_000, 0, torch.float32)
+    x, box = torch.randn(64, 3, 20, 20, requires_grad=True), random_box(300_000, 0)
     threads, results = torch.get_num_threads(), list[list[Tensor]]()
     try:
         for count in (1, 2, 3):
