@@ -1,4 +1,4 @@
-"""C++ kernels for the ops of `ops.py` on CPUs, in float32.
+"""C++ kernels on CPUs, in float32: those of the ops of `ops.py`, and those of boxes in IBP training.
 
 The installation compiles `csrc/module.cpp` once per instruction set. The module for the widest instruction set of this
 machine is loaded. The ops use `torch.get_num_threads()` threads; their results do not depend on that number.
@@ -42,8 +42,9 @@ def _load_kernels() -> ModuleType | None:
             _check_source_hash(module)
             return module
     warnings.warn(
-        "linflab's C++ kernels are not installed, so l_p distances run in plain PyTorch, many times slower; install a "
-        "C++ compiler and run `pip install --no-deps --editable .` in linflab's directory",
+        "linflab's C++ kernels are not installed, so l_p distances run in plain PyTorch, many times slower, and IBP "
+        "training takes longer; install a C++ compiler and run `pip install --no-deps --editable .` in linflab's "
+        "directory",
         RuntimeWarning,
         stacklevel=2,
     )

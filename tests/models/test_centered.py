@@ -1,5 +1,7 @@
 """Boxes as centers and radii in training: values and gradients against independent formulas in float64."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,7 +50,9 @@ def relu_by_ends(box: CenteredBox, factor: float) -> CenteredBox:
     return centered_box(Box(functional.relu(lower), functional.relu(shrunk)))
 
 
-def assert_same_gradients(outputs: list[Tensor], inputs: CenteredBox, expected: list[Tensor], at: CenteredBox) -> None:
+def assert_same_gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], expected: Sequence[Tensor], at: Sequence[Tensor]
+) -> None:
     """Check values and vector-Jacobian products with random vectors."""
     for output, other in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output.double(), other.double(), rtol=1e-5, atol=1e-5)
@@ -66,7 +70,7 @@ def test_relu_and_its_gradient(backend: str, size: int, seed: int, factor: float
     box = random_box(size, seed)
     at = in_float64(box)
     with use_backend(backend):
-        assert_same_gradients(list(run_relu(box, factor)), box, list(relu_by_ends(at, factor)), at)
+        assert_same_gradients(run_relu(box, factor), box, relu_by_ends(at, factor), at)
 
 
 @every_backend
@@ -105,9 +109,8 @@ def test_channel_moments_and_their_gradients(shape: tuple[int, ...], backend: st
     dims = [0, *range(2, len(shape))]
     mean = y.mean(dims)
     variance = (y - mean.view(-1, *[1] * (len(shape) - 2))).square().mean(dims)
-    box, at = CenteredBox(x, x), CenteredBox(y, y)
     with use_backend(backend):
-        assert_same_gradients(list(channel_moments(x)), box, [mean, variance], at)
+        assert_same_gradients(channel_moments(x), [x], [mean, variance], [y])
 
 
 @every_backend
@@ -120,7 +123,7 @@ def test_variance_of_large_means_is_accurate(backend: str) -> None:
 
 @pytest.mark.skipif(cpu.KERNELS is None, reason="needs the C++ kernels")
 def test_kernels_do_not_depend_on_threads() -> None:
-    x, box = torch.randn(64, 3, 20, 20, requires_grad=True), random_box(300_000, 0)
+    x, box = torch.randn(64, 8, 40, 40, requires_grad=True), random_box(900_000, 0)
     threads, results = torch.get_num_threads(), list[list[Tensor]]()
     try:
         for count in (1, 2, 3):
@@ -161,7 +164,7 @@ def test_boxes_are_those_of_ibp(norm: bool) -> None:
     parameters = list(network.parameters())
     for name in boxes:
         torch.testing.assert_close(boxes[name].ends, expected[name], rtol=1e-10, atol=1e-12)
-    (ours, theirs) = (
+    ours, theirs = (
         torch.autograd.grad(b.upper.square().sum(), parameters, retain_graph=True)
         for b in (boxes[traced.output].ends, expected[traced.output])
     )
@@ -183,10 +186,73 @@ def test_normalizations_with_other_uses_of_their_input_are_not_merged() -> None:
     images = torch.rand(4, 1, 4, 4)
     traced, _ = WorstCaseBounds(Residual()).trace_batch(images)
     assert merge_normalizations(traced) == traced
-    (chain, _) = WorstCaseBounds(conv_network(norm=True)).trace_batch(torch.rand(4, 1, 12, 12))
+    chain, _ = WorstCaseBounds(conv_network(norm=True)).trace_batch(torch.rand(4, 1, 12, 12))
     merged = merge_normalizations(chain, keep=chain.steps[0].output)
     assert [step.output for step in merged.steps[:2]] == [step.output for step in chain.steps[:2]]
     assert len(merged.steps) == len(chain.steps) - 2
     box = Box(images, images + 0.1)
     ours, theirs = propagate_centered(traced, box), propagate_bounds(traced, box)
     torch.testing.assert_close(ours[traced.output].ends, theirs[traced.output])
+
+
+@pytest.mark.parametrize("outputs", [3, 5])  # as many as channels, or not
+def test_linear_layers_on_maps_are_normalized_by_channel(outputs: int) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Linear(6, outputs), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()
+    ).double()
+    images = torch.rand(4, 1, 6, 6, dtype=torch.float64)
+    traced, _ = WorstCaseBounds(network).trace_batch(images)
+    box = Box(images, images + 0.1)
+    ours = propagate_centered(merge_normalizations(traced), box)[traced.output].ends
+    torch.testing.assert_close(ours, propagate_bounds(traced, box)[traced.output])
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(1, 3, 4, padding="same", bias=False), nn.Flatten(-3)])
+def test_options_without_a_rule_are_rejected(layer: nn.Module) -> None:
+    norm = nn.BatchNorm2d(3) if isinstance(layer, nn.Conv2d) else nn.Identity()
+    with pytest.raises(TypeError, match="is not supported"):
+        traced = Trace("x", [TraceStep(layer, ("x",), "y"), TraceStep(norm, ("y",), "z")], "z")
+        traced, _ = WorstCaseBounds._forward(traced, torch.rand(2, 1, 6, 6))
+        propagate_centered(merge_normalizations(traced), Box(torch.zeros(2, 1, 6, 6), torch.ones(2, 1, 6, 6)))
+
+
+def curvature(box: CenteredBox, x: Tensor) -> Tensor:
+    """Return a scalar that depends on second derivatives of all functions with kernels."""
+    values = [*run_relu(box, 0.8), *sum_over_units(box), *channel_moments(x)]
+    total = sum((value.double().square().sum() for value in values), torch.zeros((), dtype=torch.float64))
+    gradients = torch.autograd.grad(total, [*box, x], create_graph=True)
+    return sum((gradient.double().square().sum() for gradient in gradients), torch.zeros((), dtype=torch.float64))
+
+
+def test_gradients_can_be_differentiated_again() -> None:
+    box, x = random_box(50, 0), torch.randn(4, 2, 3, 3, requires_grad=True)
+    at, y = in_float64(box), x.detach().double().requires_grad_()
+    ours, theirs = (torch.autograd.grad(curvature(b, z), [*b, z]) for b, z in ((box, x), (at, y)))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_transforms_of_torch_func_are_supported() -> None:
+    def loss(center: Tensor) -> Tensor:
+        box = CenteredBox(center, torch.full_like(center, 0.3))
+        return run_relu(box, 1.0).radius.square().sum() + sum_over_units(box).active_squares.to(center)
+
+    center = torch.randn(40, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(center), center)
+    torch.testing.assert_close(torch.func.grad(loss)(center.detach()), expected)
+
+
+def test_boxes_of_several_dtypes_use_plain_formulas() -> None:
+    center, radius = torch.randn(100), torch.rand(100).bfloat16()
+    result = run_relu(CenteredBox(center, radius), 1.0)
+    expected = relu_by_ends(CenteredBox(center, radius.float()), 1.0)
+    torch.testing.assert_close(result.center, expected.center, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batches_are_supported() -> None:
+    x = torch.rand(0, 3, 4, 4, requires_grad=True)
+    mean, variance = channel_moments(x)
+    assert mean.isnan().all() and variance.isnan().all()
+    (mean + variance).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert run_relu(CenteredBox(x, x), 1.0).center.shape == x.shape

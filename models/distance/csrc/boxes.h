@@ -16,7 +16,7 @@ constexpr int64_t BOX_GRAIN = 4096;  // numbers per part of a sum; parts do not 
 // Returns a in the lanes of the mask, and a times the factor elsewhere.
 inline Vec scale_except(uint32_t mask, Vec a, Vec factor) { return Vec::keep(mask, a) + Vec::keep(~mask, a * factor); }
 
-// Calls f with the first index and the number of lanes of each vector of n numbers, in parallel.
+// Calls f, in parallel, with a function that loads a vector of n numbers and one that stores it, for each vector.
 template <class F>
 void over_vectors(int64_t n, int threads, F f) {
     parallel(threads_for(threads, (double)n), n, BOX_GRAIN, [&](int64_t begin, int64_t end) {
@@ -63,36 +63,33 @@ constexpr int BOX_SUMS = 8;
 
 void sums_of_boxes(const float* __restrict center, const float* __restrict radius, double* sums, int64_t n,
                    int threads) {
-    constexpr int LANES = 16, STRETCH = 512;  // sums in float of at most STRETCH / LANES numbers
-    using Lanes = std::array<float, LANES>;
+    constexpr int LANES = 8;
+    using Lanes = std::array<double, LANES>;
     const int64_t parts = (n + BOX_GRAIN - 1) / BOX_GRAIN;
     std::vector<std::array<double, BOX_SUMS>> partial((size_t)parts);
     parallel(threads_for(threads, (double)n), n, BOX_GRAIN, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin / BOX_GRAIN; part * BOX_GRAIN < end; ++part) {
-            auto& total = partial[(size_t)part];
-            total.fill(0.0);
-            const int64_t last = std::min(n, (part + 1) * BOX_GRAIN);
-            for (int64_t start = part * BOX_GRAIN; start < last; start += STRETCH) {
-                Lanes lanes[BOX_SUMS] = {};
-                const auto add = [&](int64_t i, int k) {
-                    const float c = center[i], r = radius[i];
-                    const float active = c - r > 0.0f ? 1.0f : 0.0f, inactive = c + r < 0.0f ? 1.0f : 0.0f;
-                    lanes[0][k] += r;
-                    lanes[1][k] += c;
-                    lanes[2][k] += active;
-                    lanes[3][k] += active * c;
-                    lanes[4][k] += active * c * c;
-                    lanes[5][k] += inactive;
-                    lanes[6][k] += inactive * c;
-                    lanes[7][k] += inactive * c * c;
-                };
-                int64_t i = start;
-                const int64_t stop = std::min<int64_t>(last, start + STRETCH);
-                for (; i + LANES <= stop; i += LANES)
-                    for (int k = 0; k < LANES; ++k) add(i + k, k);
-                for (int k = 0; i + k < stop; ++k) add(i + k, k);
-                for (int s = 0; s < BOX_SUMS; ++s)
-                    for (const float lane : lanes[s]) total[(size_t)s] += (double)lane;
+            const int64_t stop = std::min(n, (part + 1) * BOX_GRAIN);
+            Lanes lanes[BOX_SUMS] = {};
+            const auto add = [&](int64_t i, int k) {
+                const float c = center[i], r = radius[i];
+                const double value = (double)c, active = c - r > 0.0f ? 1.0 : 0.0, inactive = c + r < 0.0f ? 1.0 : 0.0;
+                lanes[0][k] += (double)r;
+                lanes[1][k] += value;
+                lanes[2][k] += active;
+                lanes[3][k] += active * value;
+                lanes[4][k] += active * value * value;
+                lanes[5][k] += inactive;
+                lanes[6][k] += inactive * value;
+                lanes[7][k] += inactive * value * value;
+            };
+            int64_t i = part * BOX_GRAIN;
+            for (; i + LANES <= stop; i += LANES)
+                for (int k = 0; k < LANES; ++k) add(i + k, k);
+            for (int k = 0; i + k < stop; ++k) add(i + k, k);
+            for (int s = 0; s < BOX_SUMS; ++s) {
+                double& total = partial[(size_t)part][(size_t)s] = 0.0;
+                for (const double lane : lanes[s]) total += lane;
             }
         }
     });
@@ -118,20 +115,19 @@ void sums_of_boxes_backward(const float* center, const float* radius, const doub
 // Mean and biased variance over samples and positions of each channel of x (samples, channels, positions).
 void channel_moments(const float* x, float* mean, float* variance, int64_t samples, int64_t channels, int64_t positions,
                      int threads) {
-    constexpr int LANES = 16;
+    constexpr int LANES = 8;
     const double count = (double)(samples * positions);
     parallel(threads_for(threads, count * (double)channels), channels, 1, [&](int64_t begin, int64_t end) {
         const auto average = [&](int64_t channel, auto term) {
-            double total = 0.0;
+            double lanes[LANES] = {}, total = 0.0;
             for (int64_t b = 0; b < samples; ++b) {
-                const float* __restrict row = x + (b * channels + channel) * positions;
-                float lanes[LANES] = {};
+                const float* row = x + (b * channels + channel) * positions;
                 int64_t i = 0;
                 for (; i + LANES <= positions; i += LANES)
-                    for (int k = 0; k < LANES; ++k) lanes[k] += term(row[i + k]);
-                for (int k = 0; i + k < positions; ++k) lanes[k] += term(row[i + k]);
-                for (const float lane : lanes) total += (double)lane;
+                    for (int k = 0; k < LANES; ++k) lanes[k] += (double)term(row[i + k]);
+                for (int k = 0; i + k < positions; ++k) lanes[k] += (double)term(row[i + k]);
             }
+            for (const double lane : lanes) total += lane;
             return total / count;
         };
         for (int64_t channel = begin; channel < end; ++channel) {

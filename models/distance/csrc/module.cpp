@@ -1,4 +1,4 @@
-// Python module of the float32 distance kernels for CPUs, compiled once per instruction set.
+// Python module of the kernels for distances and boxes on CPUs, compiled once per instruction set.
 #include "backward.h"
 #include "bounds.h"
 #include "boxes.h"
@@ -21,7 +21,7 @@ T* at(uintptr_t address) {
 
 }  // namespace
 
-// Tensors are passed as addresses of contiguous float32 arrays. The caller checks shapes.
+// Tensors are passed as addresses of contiguous arrays, of float32 unless a type is given. The caller checks shapes.
 PYBIND11_MODULE(MODULE_NAME, module) {
     namespace py = pybind11;
     const auto free = py::call_guard<py::gil_scoped_release>();

@@ -4,20 +4,20 @@ Affine layers map centers and radii directly, and one pass over memory maps both
 about half as much memory as with lower and upper ends. Other layers use the rules of `rules.py`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from linflab.models.distance import cpu
+from linflab.models.distance import cpu, derivatives
 from linflab.models.robustness.bounds import rules
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box
-from linflab.models.robustness.bounds.rules import propagate_layer
-from linflab.models.robustness.bounds.steps import ChannelAffine, ShrunkReLU, Trace, TraceStep
+from linflab.models.robustness.bounds.rules import check_flatten, propagate_layer
+from linflab.models.robustness.bounds.steps import Add, ChannelAffine, Concat, ShrunkReLU, Trace, TraceStep
 
 MERGED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # not their subclasses, which may compute something else
 
@@ -52,26 +52,29 @@ class Ends(dict[str, Box]):
 
 
 class NormalizedAffine(nn.Module):
-    """A linear layer or convolution and a normalization of its outputs, as one layer of the same kind.
+    """A linear layer or convolution, and a normalization of its outputs.
 
     Args:
         layer: Linear layer or convolution.
-        normalization: Scales and offsets of its features or channels.
+        normalization: Scales and offsets of the channels or features of its outputs.
     """
 
-    parts: tuple[nn.Linear | nn.Conv1d | nn.Conv2d, Tensor, Tensor]
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d
+    normalization: ChannelAffine
 
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, normalization: ChannelAffine) -> None:
         super().__init__()
-        scale = normalization.scale
-        weight = layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1))
-        bias = normalization.offset if layer.bias is None else normalization.offset + layer.bias * scale
-        # Neither a module nor parameters of this one.
-        object.__setattr__(self, "parts", (layer, weight, bias))
+        object.__setattr__(self, "layer", layer)  # not a module of this one
+        object.__setattr__(self, "normalization", normalization)
 
     def propagate(self, box: CenteredBox) -> CenteredBox:
         """Return the box of outputs."""
-        layer, weight, bias = self.parts
+        layer, (scale, offset) = self.layer, (self.normalization.scale, self.normalization.offset)
+        if isinstance(layer, nn.Linear) and box.center.dim() > 2:  # its outputs are not the channels
+            return _affine(self.normalization, _affine(layer, box))
+        affine_map(layer, box.center.shape[1:])  # rejects options without a rule
+        weight = layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        bias = offset if layer.bias is None else offset + layer.bias * scale
         if isinstance(layer, nn.Linear):
             return CenteredBox(functional.linear(box.center, weight, bias), functional.linear(box.radius, weight.abs()))
         return CenteredBox(
@@ -88,18 +91,15 @@ def merge_normalizations(traced: Trace, keep: str | None = None) -> Trace:
     """
     uses = [name for step in traced.steps for name in step.inputs] + [traced.output, keep]
     sources = {step.output: step for step in traced.steps}
-    steps = {step.output: step for step in traced.steps}
+    steps = dict(sources)
     for step in traced.steps:
         source = sources.get(step.inputs[0])
-        if (
-            type(step.layer) is not ChannelAffine
-            or source is None
-            or uses.count(source.output) > 1
-            or source.output == keep
-        ):
+        if type(step.layer) is not ChannelAffine or source is None or uses.count(source.output) > 1:
             continue
-        if isinstance(source.layer, nn.Linear | nn.Conv1d | nn.Conv2d) and type(source.layer) in MERGED:
-            steps[step.output] = TraceStep(NormalizedAffine(source.layer, step.layer), source.inputs, step.output)
+        layer = source.layer
+        has_standard_rule = propagate_layer.dispatch(type(layer)) is rules._affine
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and type(layer) in MERGED and has_standard_rule:
+            steps[step.output] = TraceStep(NormalizedAffine(layer, step.layer), source.inputs, step.output)
             del steps[source.output]
     return traced._replace(steps=list(steps.values()))
 
@@ -119,7 +119,7 @@ def _propagate(layer: nn.Module, boxes: Sequence[CenteredBox]) -> CenteredBox:
     if rule is not None:
         return rule(layer, boxes[0])
     ends = [box.ends for box in boxes]
-    return centered_box(propagate_layer(layer, ends if isinstance(layer, rules.Add | rules.Concat) else ends[0]))
+    return centered_box(propagate_layer(layer, ends if isinstance(layer, Add | Concat) else ends[0]))
 
 
 def _affine(layer: nn.Module, box: CenteredBox) -> CenteredBox:
@@ -128,16 +128,18 @@ def _affine(layer: nn.Module, box: CenteredBox) -> CenteredBox:
     return CenteredBox(layer(box.center), affine.apply(box.radius, affine.weight.abs().to(box.radius)))
 
 
-def _flatten(layer: nn.Module, box: CenteredBox) -> CenteredBox:
+def _flatten(layer: nn.Flatten, box: CenteredBox) -> CenteredBox:
+    check_flatten(layer)
     return CenteredBox(layer(box.center), layer(box.radius))
 
 
 def _relu(layer: nn.Module, box: CenteredBox) -> CenteredBox:
     factor = layer.factor if isinstance(layer, ShrunkReLU) else 1.0
-    return CenteredBox(*_ReLUOfBoxes.apply(box.center, box.radius, factor))
+    return CenteredBox(*_fast_or_plain(_ReLUOfBoxes, _relu_of_boxes, box.center, box.radius, factor))
 
 
-RULES: dict[Callable[..., Box], Callable[[nn.Module, CenteredBox], CenteredBox]] = {
+# By rule for boxes with ends: the same rule for centers and radii. Layers without one use the rule for ends.
+RULES: dict[Callable[..., Box], Callable[[Any, CenteredBox], CenteredBox]] = {
     rules._affine: _affine,
     rules._flatten: _flatten,
     rules._relu: _relu,
@@ -145,78 +147,54 @@ RULES: dict[Callable[..., Box], Callable[[nn.Module, CenteredBox], CenteredBox]]
 }
 
 
-def _kernels(center: Tensor) -> Any:
-    """Return the module of C++ kernels if they support these tensors, else None."""
-    return cpu.KERNELS if center.is_cpu and cpu.is_supported(center) else None
+def _fast_or_plain(fast: type[torch.autograd.Function], plain: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of C++ kernels where they support the arguments, else that of the formula in plain PyTorch."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    same = all(x.is_cpu and cpu.is_supported(x) and x.shape == tensors[0].shape for x in tensors)
+    return fast.apply(*arguments) if same and not derivatives.is_transformed() else plain(*arguments)
+
+
+def _differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Tensor], gradients: Any) -> tuple[Any, ...]:
+    """Return gradients of a formula that can be differentiated again."""
+    return tuple(torch.func.vjp(plain, *inputs)[1](gradients))
+
+
+def _relu_of_boxes(center: Tensor, radius: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Return centers and radii of max(x, 0), with the upper ends of unstable units multiplied by a factor."""
+    lower, upper = center - radius, functional.relu(center + radius)
+    if factor != 1:
+        upper = torch.where(lower < 0, factor * upper, upper)
+    lower = functional.relu(lower)
+    return (lower + upper) / 2, (upper - lower) / 2
 
 
 class _ReLUOfBoxes(torch.autograd.Function):
-    """Centers and radii of max(x, 0), with the upper ends of unstable units multiplied by a factor."""
+    """`_relu_of_boxes` by C++ kernels."""
 
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        center, radius = center.contiguous(), radius.contiguous()
         ctx.factor = factor
         ctx.save_for_backward(center, radius)
-        if kernels := _kernels(center):
-            outputs = torch.empty_like(center), torch.empty_like(center)
-            pointers = [tensor.data_ptr() for tensor in (center, radius, *outputs)]
-            kernels.relu_of_boxes(*pointers, center.numel(), factor, torch.get_num_threads())
-            return outputs
-        lower, upper = (center - radius), functional.relu(center + radius)
-        if factor != 1:
-            upper = torch.where(lower < 0, factor * upper, upper)
-        lower = functional.relu(lower)
-        return (lower + upper) / 2, (upper - lower) / 2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_center: Tensor, grad_radius: Tensor) -> tuple[Tensor, Tensor, None]:
-        center, radius = ctx.saved_tensors
-        if kernels := _kernels(center):
-            gradients = torch.empty_like(center), torch.empty_like(center)
-            tensors = (center, radius, grad_center.contiguous(), grad_radius.contiguous(), *gradients)
-            pointers = [tensor.data_ptr() for tensor in tensors]
-            kernels.relu_of_boxes_backward(*pointers, center.numel(), ctx.factor, torch.get_num_threads())
-            return *gradients, None
-        by_lower = ((grad_center - grad_radius) / 2).masked_fill(center <= radius, 0)
-        by_upper = ((grad_center + grad_radius) / 2).masked_fill(center + radius <= 0, 0)
-        if ctx.factor != 1:
-            by_upper = torch.where(center < radius, ctx.factor * by_upper, by_upper)
-        return by_upper + by_lower, by_upper - by_lower, None
-
-
-class _SumsOfBoxes(torch.autograd.Function):
-    """Sums over units, (8,) in float64; see `UnitSums`."""
-
-    @staticmethod
-    def forward(ctx: Any, center: Tensor, radius: Tensor) -> Tensor:
         center, radius = center.contiguous(), radius.contiguous()
-        ctx.save_for_backward(center, radius)
-        if kernels := _kernels(center):
-            sums = torch.empty(8, dtype=torch.float64)
-            pointers = [tensor.data_ptr() for tensor in (center, radius, sums)]
-            kernels.sums_of_boxes(*pointers, center.numel(), torch.get_num_threads())
-            return sums
-        units = [radius.sum(dtype=torch.float64), center.sum(dtype=torch.float64)]
-        for chosen in (center > radius, center + radius < 0):
-            values = center * chosen
-            units += [value.sum(dtype=torch.float64) for value in (chosen, values, values.square())]
-        return torch.stack(units)
+        outputs = torch.empty_like(center), torch.empty_like(center)
+        pointers = [tensor.data_ptr() for tensor in (center, radius, *outputs)]
+        assert cpu.KERNELS is not None
+        cpu.KERNELS.relu_of_boxes(*pointers, center.numel(), factor, torch.get_num_threads())
+        return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        center, radius = ctx.saved_tensors
-        if kernels := _kernels(center):
-            gradients = torch.empty_like(center), torch.empty_like(center)
-            pointers = [tensor.data_ptr() for tensor in (center, radius, gradient.contiguous(), *gradients)]
-            kernels.sums_of_boxes_backward(*pointers, center.numel(), torch.get_num_threads())
-            return gradients
-        by = gradient.to(center).unbind()
-        active = (by[3] + 2 * center * by[4]).masked_fill(center <= radius, 0)
-        inactive = (by[6] + 2 * center * by[7]).masked_fill(center + radius >= 0, 0)
-        return by[1] + active + inactive, by[0].expand_as(radius)
+    def backward(ctx: Any, grad_center: Tensor, grad_radius: Tensor) -> tuple[Tensor | None, ...]:
+        given = (*ctx.saved_tensors, grad_center, grad_radius)
+        if torch.is_grad_enabled():  # with create_graph=True
+            formula = functools.partial(_relu_of_boxes, factor=ctx.factor)
+            return *_differentiable_gradients(formula, given[:2], given[2:]), None
+        tensors = [tensor.contiguous() for tensor in given]
+        gradients = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+        pointers = [tensor.data_ptr() for tensor in (*tensors, *gradients)]
+        assert cpu.KERNELS is not None
+        size = tensors[0].numel()
+        cpu.KERNELS.relu_of_boxes_backward(*pointers, size, ctx.factor, torch.get_num_threads())
+        return *gradients, None
 
 
 class UnitSums(NamedTuple):
@@ -247,4 +225,39 @@ class UnitSums(NamedTuple):
 
 def sum_over_units(box: CenteredBox) -> UnitSums:
     """Return sums over the units of a layer, from the box of its pre-activations."""
-    return UnitSums(*_SumsOfBoxes.apply(*box).unbind())
+    return UnitSums(*_fast_or_plain(_SumsOfBoxes, _sums_of_boxes, *box).unbind())
+
+
+def _sums_of_boxes(center: Tensor, radius: Tensor) -> Tensor:
+    """Return the numbers of `UnitSums` (8,) in float64."""
+    radius, active, inactive = radius.double(), center > radius, center + radius < 0
+    center = center.double()
+    sums = [radius.sum(), center.sum()]
+    for chosen in (active, inactive):
+        values = torch.where(chosen, center, 0.0)
+        sums += [chosen.sum(dtype=torch.float64), values.sum(), values.square().sum()]
+    return torch.stack(sums)
+
+
+class _SumsOfBoxes(torch.autograd.Function):
+    """`_sums_of_boxes` by C++ kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, radius: Tensor) -> Tensor:
+        ctx.save_for_backward(center, radius)
+        center, radius, sums = center.contiguous(), radius.contiguous(), torch.empty(8, dtype=torch.float64)
+        pointers = [tensor.data_ptr() for tensor in (center, radius, sums)]
+        assert cpu.KERNELS is not None
+        cpu.KERNELS.sums_of_boxes(*pointers, center.numel(), torch.get_num_threads())
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True
+            return _differentiable_gradients(_sums_of_boxes, ctx.saved_tensors, gradient)
+        center, radius, gradient = (tensor.contiguous() for tensor in (*ctx.saved_tensors, gradient))
+        gradients = torch.empty_like(center), torch.empty_like(center)
+        pointers = [tensor.data_ptr() for tensor in (center, radius, gradient, *gradients)]
+        assert cpu.KERNELS is not None
+        cpu.KERNELS.sums_of_boxes_backward(*pointers, center.numel(), torch.get_num_threads())
+        return gradients

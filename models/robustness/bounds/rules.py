@@ -119,9 +119,14 @@ def _negation(layer: Negate, box: Box, sound: bool = False) -> Box:
 
 @propagate_layer.register
 def _flatten(layer: nn.Flatten, box: Box, sound: bool = False) -> Box:
+    check_flatten(layer)
+    return Box(layer(box.lower), layer(box.upper))
+
+
+def check_flatten(layer: nn.Flatten) -> None:
+    """Raise TypeError if the layer may merge samples."""
     if layer.start_dim < 1:
         raise TypeError(f"bounds: Flatten with start_dim={layer.start_dim} is not supported; use start_dim=1 or more")
-    return Box(layer(box.lower), layer(box.upper))
 
 
 @propagate_layer.register(Add)

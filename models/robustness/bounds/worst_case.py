@@ -154,6 +154,8 @@ class WorstCaseBounds:
             differences = LinearBounds(traced, box, intermediate, relaxation).logit_differences(labels)
             return WorstCaseOutput(logits, differences, None, penalty, point_logits)
         ends = Ends(boxes) if self.bound == "ibp" else {name: box.ends for name, box in boxes.items()}
+        if boxes:
+            ends[traced.input] = box  # without rounding
         center, spread = logit_difference_ranges(traced, ends, labels)
         differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
         if self.bound == "ibp" or crown_weight == 0:
@@ -269,9 +271,12 @@ def warmup_regularization(traced: Trace, boxes: Mapping[str, CenteredBox], toler
     Training with Short Warmup", NeurIPS 2021.
 
     Args:
-        traced: Steps of the network.
-        boxes: IBP boxes of all its values, by name.
+        traced: Steps of the network, in which normalizations may be merged.
+        boxes: IBP boxes of the values in these steps, by name.
         tolerance: The threshold t.
+
+    Returns:
+        A scalar in float64.
     """
 
     def imbalance(active: Tensor, inactive: Tensor) -> Tensor:
