@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linflab.models.distance import cpu
 from linflab.models.networks.channel_moments import channel_moments
 from linflab.models.networks.layers import BatchNorm2d
 from linflab.models.robustness.bounds.boxes import Box
@@ -23,7 +22,7 @@ from linflab.models.robustness.bounds.centered import (
 from linflab.models.robustness.bounds.ibp import propagate_bounds
 from linflab.models.robustness.bounds.steps import ShrunkReLU, Trace, TraceStep
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
-from tests.models.backends import every_backend, use_backend
+from tests.models.backends import BACKENDS, every_backend, use_backend
 
 SIZES = st.sampled_from([1, 15, 16, 17, 511, 4096, 4097, 9001])
 
@@ -121,15 +120,16 @@ def test_variance_of_large_means_is_accurate(backend: str) -> None:
         torch.testing.assert_close(channel_moments(x)[1].double(), variance, rtol=1e-4, atol=0)
 
 
-@pytest.mark.skipif(cpu.KERNELS is None, reason="needs the C++ kernels")
-def test_kernels_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_kernels_do_not_depend_on_threads(backend: str) -> None:
     x, box = torch.randn(64, 8, 40, 40, requires_grad=True), random_box(900_000, 0)
     threads, results = torch.get_num_threads(), list[list[Tensor]]()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            values = [*run_relu(box, 0.8), *sum_over_units(box), *channel_moments(x)]
-            gradients = torch.autograd.grad(sum(value.sum() for value in values), [*box, x])
+            with use_backend(backend):
+                values = [*run_relu(box, 0.8), *sum_over_units(box), *channel_moments(x)]
+                gradients = torch.autograd.grad(sum(value.sum() for value in values), [*box, x])
             results.append([*values, *gradients])
     finally:
         torch.set_num_threads(threads)

@@ -147,15 +147,14 @@ class WorstCaseBounds:
         centers = images if centers is None else centers
         box = ball_box(centers, max(eps, MIN_EPS) if with_regularization else eps)
         relaxation, intermediate = LINEAR_METHODS.get(self.bound, ("adaptive", "ibp"))
-        steps = merge_normalizations(traced) if self.bound == "ibp" else traced
-        boxes = propagate_centered(steps, box) if with_regularization or intermediate == "ibp" else {}
-        penalty = warmup_regularization(steps, boxes).to(images) if with_regularization else 0.0
+        merged = merge_normalizations(traced) if self.bound == "ibp" else traced
+        boxes = propagate_centered(merged, box) if with_regularization or intermediate == "ibp" else {}
+        penalty = warmup_regularization(merged, boxes).to(images) if with_regularization else 0.0
         if intermediate == "crown":
             differences = LinearBounds(traced, box, intermediate, relaxation).logit_differences(labels)
             return WorstCaseOutput(logits, differences, None, penalty, point_logits)
         ends = Ends(boxes) if self.bound == "ibp" else {name: box.ends for name, box in boxes.items()}
-        if boxes:
-            ends[traced.input] = box  # without rounding
+        ends[traced.input] = box  # without rounding
         center, spread = logit_difference_ranges(traced, ends, labels)
         differences = (center + spread).scatter(1, labels[:, None], -torch.inf)
         if self.bound == "ibp" or crown_weight == 0:
