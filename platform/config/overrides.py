@@ -253,6 +253,10 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         # Pydantic's location includes the kind that selects a section's class; the kind is not part of the path.
         if isinstance(node, Mapping) and part not in node and part is not details["loc"][-1]:
             continue
+        if isinstance(node, list) and isinstance(part, int) and part >= len(node):
+            count = sum(one["type"] == "missing" and one["loc"][:-1] == details["loc"][:-1] for one in errors)
+            setting = f"{shorten('.'.join(path))}={shorten(node)}"
+            return f"{setting}: too few values; use a list of {len(node) + count}"
         path.append(str(part))
         if isinstance(node, list) and isinstance(part, int):
             node = node[part]

@@ -207,8 +207,9 @@ def quiet_mlflow() -> None:
     """Suppress MLflow's own output, unless environment variables enable it."""
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # one URL for each run on a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file
-    # MLflow logs a traceback for every locked database before it raises.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # They log a traceback for every locked database before they raise, and for a signal while a connection is closed.
+    for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _check_server(uri: str) -> None:

@@ -140,17 +140,17 @@ def disturb(sweep: Sweep, rng: random.Random, name: str, kills: int, driver_kill
 
 @pytest.mark.slow
 def test_sweep_with_random_kills_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    arguments = [RECIPE, "demo", *SHORT, "--budget", "8", "--sampler", "random", "--name", "many"]
+    arguments = [RECIPE, "demo", *SHORT, "--budget", "6", "--sampler", "random", "--name", "many"]
     undisturbed, disturbed = Sweep(tmp_path / "calm"), Sweep(tmp_path / "wild")
     undisturbed.start(*arguments)
     undisturbed.finish()
     disturbed.start(*arguments)
-    disturb(disturbed, random.Random(1), "many", kills=6, driver_kills=(2, 4))
+    disturb(disturbed, random.Random(1), "many", kills=4, driver_kills=(1, 3))
     disturbed.finish()
     trials = disturbed.trials("many")
-    assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 9)}
+    assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 7)}
     assert set(trials["status"]) == {"FINISHED"}
-    assert trials[schema.START_EPOCHS].str.contains("[,|]").sum() >= 3, "too few trials were killed"
+    assert trials[schema.START_EPOCHS].str.contains("[,|]").sum() >= 2, "too few trials were killed"
     report, expected_report = (sweep.storage / "reports" / "sweep-many.csv" for sweep in (disturbed, undisturbed))
     assert report.read_bytes() == expected_report.read_bytes()
     assert disturbed.histories("many") == undisturbed.histories("many")
@@ -159,7 +159,7 @@ def test_sweep_with_random_kills_equals_an_undisturbed_one(tmp_path: Path) -> No
         assert all(torch.equal(tensor, weights[trial][name]) for name, tensor in tensors.items()), trial
     client = MlflowClient(Storage(disturbed.storage).tracking_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(runs) == 9 and {run.info.status for run in runs} == {"FINISHED"}  # includes the sweep's own run
+    assert len(runs) == 7 and {run.info.status for run in runs} == {"FINISHED"}  # includes the sweep's own run
     assert not list(disturbed.storage.glob("checkpoints/*")) and not list(disturbed.storage.glob("ray/*"))
 
 

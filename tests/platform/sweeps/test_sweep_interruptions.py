@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from linflab.platform.cluster.ports import find_free_port, is_listening
+from linflab.platform.cluster.ports import find_free_port
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
 from tests.conftest import RECIPE
@@ -198,9 +199,15 @@ class Server:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 240
-        while not is_listening(self.port):
+        while not self.is_ready():
             assert time.monotonic() < deadline and self.process.poll() is None, (self.folder / "log").read_text()
             time.sleep(0.2)
+
+    def is_ready(self) -> bool:
+        """Return True if the server answers; it listens some time before that."""
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+        return False
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
