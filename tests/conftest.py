@@ -32,7 +32,9 @@ from linflab.reports import schema
 EXAMPLES = int(os.environ.get("LINFLAB_EXAMPLES", "15"))
 settings.register_profile("linflab", deadline=None, max_examples=EXAMPLES, derandomize=True)
 settings.load_profile("linflab")
+# Tests share cores, and threads of several processes wait for each other: two can take ten times as long as one.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands
 
 RECIPE = "digits_eps0.1_linf_dist_net"
 QUICK = ["training.epochs=3", "evaluation.attack.steps=10", "evaluation.attack.restarts=1"]

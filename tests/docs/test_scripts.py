@@ -39,7 +39,7 @@ def test_tutorials_print_what_their_pages_show(path: Path, tmp_path: Path) -> No
         f"from pathlib import Path; outputs = tutorials.run_script(Path({str(path)!r}), Path({str(tmp_path)!r})); "
         f"Path({str(tmp_path / 'outputs.json')!r}).write_text(json.dumps(outputs))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=script_environment())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=without_storage())
     assert done.returncode == 0, done.stdout + done.stderr
     outputs = json.loads((tmp_path / "outputs.json").read_text())
     recorded = json.loads((TUTORIALS / "recorded" / f"{path.stem}.json").read_text())
@@ -51,7 +51,7 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
     is_study = path.stem in STUDIES
     arguments = [*STUDIES[path.stem], "--output-dir", "figures"] if is_study else []
     command = [sys.executable, str(path), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=script_environment())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=without_storage())
     assert done.returncode == 0, done.stdout + done.stderr
     if is_study:
         assert list((tmp_path / "figures").iterdir())
@@ -63,10 +63,6 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
         assert answers == ["unsat", "sat"]
 
 
-def script_environment() -> dict[str, str]:
-    """Return the environment of a script: one thread, and no settings that would send runs elsewhere.
-
-    Scripts that use all cores are many times slower next to other tests, since their threads wait for each other.
-    """
-    inherited = {name: value for name, value in os.environ.items() if name not in ("LINFLAB_STORAGE", "RAY_ADDRESS")}
-    return {**inherited, "OMP_NUM_THREADS": "1"}
+def without_storage() -> dict[str, str]:
+    """Return the environment without settings that would send runs elsewhere."""
+    return {name: value for name, value in os.environ.items() if name not in ("LINFLAB_STORAGE", "RAY_ADDRESS")}
