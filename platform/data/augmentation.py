@@ -1,7 +1,7 @@
-"""Data augmentation: random crop, shift and flip in training, center crop in evaluation.
+"""Data augmentation: random crop, shift, flip and gamma correction in training, center crop in evaluation.
 
-Whole batches are processed as uint8, on the device that holds them. All random draws of an epoch are made together, one
-row per image in the order of the epoch. The draws therefore do not depend on the number of workers.
+Whole batches are cropped and flipped as uint8, on the device that holds them. All random draws of an epoch are made
+together, one row per image in the order of the epoch. The draws therefore do not depend on the number of workers.
 """
 
 from typing import Literal
@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
+GAMMA_STEPS = 2**20  # random exponents are multiples of a small step, so that draws are integers
+
 
 class AugmentationConfig(BaseModel):
-    """Random crop with padding, and horizontal flip; both only in training."""
+    """Random crop with padding, horizontal flip and gamma correction; all only in training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,6 +27,13 @@ class AugmentationConfig(BaseModel):
         "constant", description="constant: black pixels; edge: pixels of the edge"
     )
     horizontal_flip: bool = Field(False, description="flip each training image horizontally with probability 1/2")
+    gamma: float = Field(
+        0.0,
+        ge=0,
+        le=2,
+        description="gamma correction: the pixel values of each training image are raised to the power exp(u), with u "
+        "uniform in [-gamma, gamma]",
+    )
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the network's input for images of this size."""
@@ -40,25 +49,34 @@ class AugmentationConfig(BaseModel):
             generator: Source of the random draws.
 
         Returns:
-            (count, 3) int64: first row and first column of the crop in the padded image, and flip (0 or 1).
+            (count, 4) int64: first row and first column of the crop in the padded image, flip (0 or 1), and position
+            of the exponent of gamma correction in its range (0 to `GAMMA_STEPS`).
         """
         columns = [
             torch.randint(full + 2 * self.padding - size + 1, (count,), generator=generator)
             for full, size in zip((height, width), self.output_size(height, width), strict=True)
         ]
         flips = torch.randint(2 if self.horizontal_flip else 1, (count,), generator=generator)
-        return torch.stack([*columns, flips], dim=1)
+        steps = torch.randint(GAMMA_STEPS + 1, (count,), generator=generator)
+        return torch.stack([*columns, flips, steps], dim=1)
 
-    def augment(self, images: Tensor, params: Tensor) -> Tensor:
-        """Crop and flip images (B, C, H, W) uint8 by `params` (B, 3); return (B, C, *output_size)."""
+    def crop_and_flip(self, images: Tensor, params: Tensor) -> Tensor:
+        """Crop and flip images (B, C, H, W) uint8 by `params` (B, 4); return (B, C, *output_size)."""
         if self.crop_size is None and self.padding == 0 and not self.horizontal_flip:
             return images
         height, width = images.shape[2:]
         out_height, out_width = self.output_size(height, width)
-        row, column, flip = params.unbind(1)
+        row, column, flip = params[:, :3].unbind(1)
         windows = self._pad(images).unfold(2, out_height, 1).unfold(3, out_width, 1)  # a view of all crops
         crops = windows[torch.arange(len(images), device=images.device), :, row, column]
         return torch.where(flip.bool()[:, None, None, None], crops.flip(3), crops) if self.horizontal_flip else crops
+
+    def correct_gamma(self, inputs: Tensor, params: Tensor) -> Tensor:
+        """Raise inputs (B, C, H, W), pixel values in [0, 1], to powers given by `params` (B, 4)."""
+        if self.gamma == 0:
+            return inputs
+        u = self.gamma * (2 * params[:, 3].to(inputs) / GAMMA_STEPS - 1)
+        return inputs.pow(u.exp()[:, None, None, None])
 
     def _pad(self, images: Tensor) -> Tensor:
         if self.padding_mode == "constant":
