@@ -40,13 +40,15 @@ RECIPE = "digits_eps0.1_linf_dist_net"
 QUICK = ["training.epochs=3", "evaluation.attack.steps=10", "evaluation.attack.restarts=1"]
 
 TIERS = ("integration", "slow", "cluster", "slurm", "browser")  # tests without these markers are unit tests
-# Files whose slow tests take longest. They run first, since other processes wait for one that starts them last.
+# Files whose slow tests take longest. They run first, since other processes wait for one that starts them last. Files
+# that start Ray alternate with others, since two of them at a time slow each other down.
 LONGEST_FILES = (
     "test_sweep_interruptions.py",
+    "test_certifiers.py",
+    "test_complete.py",
     "test_sweep.py",
     "test_scripts.py",
     "test_train_interruptions.py",
-    "test_certifiers.py",
     "test_survival.py",
     "test_training.py",
 )
