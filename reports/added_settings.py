@@ -6,7 +6,7 @@ from typing import Any
 # Values that correspond to the behavior of earlier versions, as plain data. A path can lead to a section; its value is
 # then null or a mapping.
 ADDED_SETTINGS: Mapping[str, Any] = {
-    "augmentation.gamma": 0.0,
+    "augmentation.gamma_range": 0.0,
     "compute.tensor_cores": False,
     "evaluation.time_limit": 30.0,
     "model.per_channel_std": False,

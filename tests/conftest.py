@@ -32,7 +32,7 @@ from linflab.reports import schema
 EXAMPLES = int(os.environ.get("LINFLAB_EXAMPLES", "15"))
 settings.register_profile("linflab", deadline=None, max_examples=EXAMPLES, derandomize=True)
 settings.load_profile("linflab")
-# Tests share cores, and threads of several processes wait for each other: two can take ten times as long as one.
+# Tests share cores, and threads of several processes wait for each other: two threads can take ten times as long.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands
 
@@ -41,7 +41,7 @@ QUICK = ["training.epochs=3", "evaluation.attack.steps=10", "evaluation.attack.r
 
 TIERS = ("integration", "slow", "cluster", "slurm", "browser")  # tests without these markers are unit tests
 # Files whose slow tests take longest. They run first, since other processes wait for one that starts them last. Files
-# that start Ray alternate with others, since two of them at a time slow each other down.
+# that start Ray are mixed with others, since two of them at a time slow each other down.
 LONGEST_FILES = (
     "test_sweep_interruptions.py",
     "test_certifiers.py",

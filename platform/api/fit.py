@@ -102,7 +102,7 @@ def fit(
             grows for half of training.
         p_schedule: Schedule of p for distance layers; networks without distance layers ignore it.
         optimizer: All settings of the optimizer; if given, they replace `learning_rate` and the other defaults.
-        augmentation: Random crops and horizontal flips.
+        augmentation: Random crops, horizontal flips and gamma correction.
         seed: Seed of the image order and of all other random draws.
         on_epoch: Called with the metrics of each epoch.
 

@@ -256,7 +256,7 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         if isinstance(node, list) and isinstance(part, int) and part >= len(node):
             count = sum(one["type"] == "missing" and one["loc"][:-1] == details["loc"][:-1] for one in errors)
             setting = f"{shorten('.'.join(path))}={shorten(node)}"
-            return f"{setting}: too few values; use a list of {len(node) + count}"
+            return f"{setting}: too few values; use {len(node) + count}"
         path.append(str(part))
         if isinstance(node, list) and isinstance(part, int):
             node = node[part]
@@ -268,6 +268,8 @@ def _format_validation_error(error: ValidationError, tree: Mapping[str, Any]) ->
         return f"{name}={shorten(node)}: unknown setting{_suggest(path[-1], fields)}; use one of {', '.join(fields)}"
     if details["type"] == "missing":
         return f"{name}: missing; set it, since it has no default"
+    if details["type"] == "too_long":
+        return f"{name}={shorten(node)}: too many values; use at most {details['ctx']['max_length']}"
     if details["type"] == "value_error":  # from our validators, which name the settings
         return f"{name}: {details['ctx']['error']}"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
-GAMMA_STEPS = 2**20  # random exponents are multiples of a small step, so that draws are integers
+GAMMA_STEPS = 2**20  # logarithms of random exponents are multiples of a small step, so that draws are integers
 
 
 class AugmentationConfig(BaseModel):
@@ -27,12 +27,12 @@ class AugmentationConfig(BaseModel):
         "constant", description="constant: black pixels; edge: pixels of the edge"
     )
     horizontal_flip: bool = Field(False, description="flip each training image horizontally with probability 1/2")
-    gamma: float = Field(
+    gamma_range: float = Field(
         0.0,
         ge=0,
         le=2,
         description="gamma correction: the pixel values of each training image are raised to the power exp(u), with u "
-        "uniform in [-gamma, gamma]",
+        "uniform in [-gamma_range, gamma_range]; 0: none",
     )
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -49,19 +49,20 @@ class AugmentationConfig(BaseModel):
             generator: Source of the random draws.
 
         Returns:
-            (count, 4) int64: first row and first column of the crop in the padded image, flip (0 or 1), and position
-            of the exponent of gamma correction in its range (0 to `GAMMA_STEPS`).
+            (count, 3) int64: first row and first column of the crop in the padded image, and flip (0 or 1). With gamma
+            correction, (count, 4): also the logarithm of the exponent, as a position in its range, 0 to `GAMMA_STEPS`.
         """
         columns = [
             torch.randint(full + 2 * self.padding - size + 1, (count,), generator=generator)
             for full, size in zip((height, width), self.output_size(height, width), strict=True)
         ]
-        flips = torch.randint(2 if self.horizontal_flip else 1, (count,), generator=generator)
-        steps = torch.randint(GAMMA_STEPS + 1, (count,), generator=generator)
-        return torch.stack([*columns, flips, steps], dim=1)
+        columns.append(torch.randint(2 if self.horizontal_flip else 1, (count,), generator=generator))
+        if self.gamma_range > 0:
+            columns.append(torch.randint(GAMMA_STEPS + 1, (count,), generator=generator))
+        return torch.stack(columns, dim=1)
 
     def crop_and_flip(self, images: Tensor, params: Tensor) -> Tensor:
-        """Crop and flip images (B, C, H, W) uint8 by `params` (B, 4); return (B, C, *output_size)."""
+        """Crop and flip images (B, C, H, W) uint8 by `params` (B, 3 or 4); return (B, C, *output_size)."""
         if self.crop_size is None and self.padding == 0 and not self.horizontal_flip:
             return images
         height, width = images.shape[2:]
@@ -72,11 +73,14 @@ class AugmentationConfig(BaseModel):
         return torch.where(flip.bool()[:, None, None, None], crops.flip(3), crops) if self.horizontal_flip else crops
 
     def correct_gamma(self, inputs: Tensor, params: Tensor) -> Tensor:
-        """Raise inputs (B, C, H, W), pixel values in [0, 1], to powers given by `params` (B, 4)."""
-        if self.gamma == 0:
+        """Raise inputs (B, C, H, W), pixel values in [0, 1], to random powers given by `params` (B, 4).
+
+        Powers are computed in float64, so that rounded results are the same on all devices but for rare exceptions.
+        """
+        if self.gamma_range == 0:
             return inputs
-        u = self.gamma * (2 * params[:, 3].to(inputs) / GAMMA_STEPS - 1)
-        return inputs.pow(u.exp()[:, None, None, None])
+        u = self.gamma_range * (2 * params[:, 3].double() / GAMMA_STEPS - 1)
+        return inputs.double().pow(u.exp()[:, None, None, None]).to(inputs)
 
     def _pad(self, images: Tensor) -> Tensor:
         if self.padding_mode == "constant":

@@ -53,7 +53,7 @@ class Split:
 
         Args:
             positions: (B) positions in the split.
-            draws: (B, 4) rows of `sample_augmentation`, to augment the images; None for images in evaluation.
+            draws: (B, 3 or 4) rows of `sample_augmentation`, to augment the images; None for images in evaluation.
 
         Returns:
             Images (B, C, H, W) float32 with pixels in [0, 1], and labels (B) int64.
@@ -67,11 +67,11 @@ class Split:
         return self.augmentation.correct_gamma(inputs, draws), labels
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Return integer pixels as float32 in [0, 1]."""
+        """Return pixels as float32, scaled to [0, 1]."""
         return images.to(torch.float32).div_(self.max_value)
 
     def sample_augmentation(self, generator: torch.Generator) -> Tensor:
-        """Draw augmentation parameters (N, 4) int64 for an epoch; row i is for image i of the epoch's order."""
+        """Draw augmentation parameters (N, 3 or 4) int64 for an epoch; row i is for image i of the epoch's order."""
         return self.augmentation.sample_params(len(self), self.images.shape[2], self.images.shape[3], generator)
 
     def take(self, count: int) -> "Split":

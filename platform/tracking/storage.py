@@ -204,10 +204,11 @@ class Storage:
 
 
 def quiet_mlflow() -> None:
-    """Suppress MLflow's own output, unless environment variables enable it."""
+    """Suppress output of MLflow and SQLAlchemy; environment variables can enable MLflow's."""
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # one URL for each run on a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file
-    # They log a traceback for every locked database before they raise, and for a signal while a connection is closed.
+    # MLflow logs a traceback for every locked database before it raises. SQLAlchemy logs one if a signal arrives while
+    # it closes a connection.
     for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

@@ -30,7 +30,7 @@ from tests.conftest import QUICK, RECIPE, has_words
 
 pytestmark = pytest.mark.integration
 
-AUGMENTED = [*QUICK, "augmentation.padding=1", "training.checkpoint_interval=1"]
+AUGMENTED = [*QUICK, "augmentation.padding=1", "augmentation.gamma_range=0.2", "training.checkpoint_interval=1"]
 
 
 def make_config(*overrides: str) -> ExperimentConfig:

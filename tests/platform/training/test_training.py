@@ -290,7 +290,7 @@ TWO_WORKER_KINDS = ("mlp", "SortNet", "SortNet hybrid", "CROWN-IBP", "COLT", "PV
 
 
 def load_two_worker_config(kind: str) -> ExperimentConfig:
-    settings = ["augmentation.padding=1", "augmentation.horizontal_flip=true"]
+    settings = ["augmentation.padding=1", "augmentation.horizontal_flip=true", "augmentation.gamma_range=0.2"]
     settings += [] if kind in ("CROWN-IBP", "COLT", "PVT") else ["optimizer.lp_weight_decay=0.005"]
     settings += ["model.mean_over=kept"] if kind == "SortNet" else []
     return load_config(RECIPE, [*KINDS.get(kind, []), *settings, "training.epochs=2"])
