@@ -40,18 +40,6 @@ RECIPE = "digits_eps0.1_linf_dist_net"
 QUICK = ["training.epochs=3", "evaluation.attack.steps=10", "evaluation.attack.restarts=1"]
 
 TIERS = ("integration", "slow", "cluster", "slurm", "browser")  # tests without these markers are unit tests
-# Files whose slow tests take longest. They run first, since other processes wait for one that starts them last. Files
-# that start Ray are mixed with others, since two of them at a time slow each other down.
-LONGEST_FILES = (
-    "test_sweep_interruptions.py",
-    "test_certifiers.py",
-    "test_complete.py",
-    "test_sweep.py",
-    "test_scripts.py",
-    "test_train_interruptions.py",
-    "test_survival.py",
-    "test_training.py",
-)
 # Tests with these fixtures are integration tests.
 COMMAND_FIXTURES = {"linflab", "run_cli", "digits_net", "finished_sweep", "finished_training"}
 
@@ -61,9 +49,7 @@ def is_unit_test(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that run commands as integration tests, and put the longest files first."""
-    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    """Mark tests that run commands as integration tests."""
     for item in items:
         if COMMAND_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.integration)

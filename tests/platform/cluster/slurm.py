@@ -93,7 +93,7 @@ class SlurmCluster:
         result = subprocess.run(
             ["nsenter", "--target", str(login.pid), "--mount", "--pid", "--net", "--uts", "--ipc", f"--wdns={ROOT}",
              *command],
-            env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
+            env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert (result.returncode == 0) is check, result.stdout + result.stderr
         return (result.stdout + result.stderr).strip()
