@@ -75,7 +75,7 @@ class AugmentationConfig(BaseModel):
     def correct_gamma(self, inputs: Tensor, params: Tensor) -> Tensor:
         """Raise inputs (B, C, H, W), pixel values in [0, 1], to random powers given by `params` (B, 4).
 
-        Powers are computed in float64, so that rounded results are the same on all devices but for rare exceptions.
+        Powers are computed in float64 and then rounded, so the results of two devices rarely differ.
         """
         if self.gamma_range == 0:
             return inputs
