@@ -25,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from linflab.reports import labels, schema
 from linflab.reports.added_settings import ADDED_TEXTS
+from linflab.reports.ensembles import compare_by_members, describe_seeds, repeat_commands, sort_by_seed
 from linflab.reports.formatting import (
     describe_attacks,
     describe_certifiers,
@@ -34,8 +35,6 @@ from linflab.reports.formatting import (
     describe_workers,
     format_duration,
     is_sound,
-    reproduce_command,
-    short_commit,
 )
 from linflab.reports.intervals import CONFIDENCE, confidence_half_width
 from linflab.reports.literature import dataset_title, parse_eps, quoted_rows, sources
@@ -77,6 +76,7 @@ from linflab.reports.verification import verification_bases
 ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: schema.TEST_CERTIFIED}  # their metrics
 TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
 SEED, INCLUDE_VALIDATION = "seed", "training.include_validation"
+COMMANDS = "linflab.commands"  # added column: commands that repeat a run, and their commits
 UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on results are not compared either
 SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
@@ -379,7 +379,10 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
         schema.TEST_CERTIFIED_REAL, schema.TEST_VERIFIED, schema.TEST_VERIFICATION, schema.TEST_VIOLATIONS,
         schema.TRAIN_SECONDS, schema.SELECTION,
     ]  # fmt: skip
-    return runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
+    complete = runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
+    if COMMANDS in complete:
+        return complete
+    return complete.assign(**{COMMANDS: repeat_commands(complete), SEED: describe_seeds(complete, SEED)})
 
 
 def _footnote_marks() -> Iterator[str]:
@@ -429,6 +432,7 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
     settings = scored_runs[compared_columns].fillna("").astype(str)
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
+    settings = compare_by_members(settings, scored_runs)
     scored_runs = scored_runs.assign(configuration=settings.groupby(compared_columns, sort=False).ngroup())
     scored_runs = scored_runs.drop_duplicates(
         ["configuration", SEED, INCLUDE_VALIDATION]
@@ -480,7 +484,7 @@ def _measured_rows(
     selected: Sequence[tuple[pd.DataFrame, str]], group: Group, group_by: Sequence[str], letters: Iterator[str]
 ) -> list[Row]:
     """Return the rows of a group, with distinguishing labels; `selected` holds runs and selection notes."""
-    runs_by_row = [runs.iloc[pd.to_numeric(runs[SEED], errors="coerce").argsort(kind="stable")] for runs, _ in selected]
+    runs_by_row = [sort_by_seed(runs, SEED) for runs, _ in selected]
     names, settings = [], []
     for runs in runs_by_row:
         first = runs.iloc[0]
@@ -563,9 +567,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     num_violations = runs[schema.TEST_VIOLATIONS].sum()
     if num_violations > 0:
         parts.append(f"Certificate violations: {int(num_violations)}")
-    reproduce_commands = tuple(
-        (reproduce_command(run), short_commit(run)) for _, run in runs.iterrows() if run.notna()[schema.COMMAND]
-    )
+    reproduce_commands = tuple(dict.fromkeys(command for commands in runs[COMMANDS] for command in commands))
     note = f"{'. '.join(parts)}."
     basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}
     basis[TEST_VERIFIED] = "; ".join(bases)

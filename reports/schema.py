@@ -67,6 +67,8 @@ FLOPS = "model/flops"
 PARAMETERS = "model/parameters"
 TRAIN_SECONDS = "train/seconds"
 
+CHOSEN_WEIGHTS = "with weights chosen on validation images"  # end of SELECTION of such an ensemble
+
 SOUND = "-sound"  # suffix of certifiers that account for float32 rounding
 
 OBJECTIVE_METRICS = {  # by objective of a sweep: metric, and whether higher is better

@@ -62,6 +62,7 @@ def start_ray() -> None:
         ray.init(
             address=address or "local",
             num_cpus=allocated_cpus() if address is None else None,
+            include_dashboard=False if address is None else None,  # 10 processes that nothing here uses
             namespace=f"linflab-{os.getuid()}",  # keeps the actors of a cluster's users apart
             runtime_env=_worker_environment(address),
             configure_logging=True,

@@ -246,7 +246,7 @@ def log_ensemble(
             metrics[schema.BEST_VALIDATION_CERTIFIED] = validation.certified
         selection = f"mean of the selected networks of {len(members)} runs"
         if ensemble.has_chosen_weights:
-            selection += ", with weights chosen on validation images"
+            selection += f", {schema.CHOSEN_WEIGHTS}"
         spec = evaluation_spec(experiment, network, with_attacks=True)
         images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
         metrics |= evaluate_on_test(network, dataset.test, spec, experiment, on_report, images)

@@ -1,0 +1,93 @@
+"""Rows of ensembles: averaged over seeds if their members are alike, with the commands of the members."""
+
+import pandas as pd
+import pytest
+
+from linflab.reports import schema
+from linflab.reports.comparison import comparison_table, table_for_names
+from linflab.reports.tables import Row
+from tests.reports.runs import TABLE, make_run, select_measured
+
+RULE = "mean of the selected networks of 2 runs"
+
+
+def make_member(number: int, **other: object) -> dict[str, object]:
+    settings = {"model.kind": "linf_dist_mlp", "objective.kind": "hinge", "seed": str(number % 10), **other}
+    return make_run(number, 0.77, 0.76, **settings)
+
+
+def make_ensemble(number: int, members: list[int], **other: object) -> dict[str, object]:
+    ids = [f"{one:032x}" for one in members]
+    settings = {
+        "method": "", "model.kind": "ensemble", "model.members.0.kind": "linf_dist_mlp",
+        "model.members.1.kind": "linf_dist_mlp", "model.weights": "[]", "model.runs": str(ids), "seed": "0",
+        schema.MEMBERS: ",".join(ids), schema.SELECTION: RULE,
+        schema.COMMAND: f"linflab ensemble {' '.join(ids)} --name e{number}", "objective.kind": "hinge",
+    }  # fmt: skip
+    return make_run(number, 0.78, 0.77, **{**settings, **other})
+
+
+def find_rows(*runs: dict[str, object]) -> list[Row]:
+    """Return the rows of ensembles."""
+    rows = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    return [row for row in rows if row.cell("Method").text.startswith("Ensemble (2 l_inf-dist Net)")]
+
+
+def numbers_of(rows: list[Row]) -> list[list[int]]:
+    return [[int(run, 16) for run in row.runs] for row in rows]
+
+
+def test_ensembles_of_members_that_differ_in_seeds_share_a_row() -> None:
+    members = [make_member(number) for number in (10, 11, 12, 13)]
+    ensembles = [make_ensemble(21, [10, 11]), make_ensemble(20, [12, 13])]
+    rows = find_rows(*members, *ensembles)
+    assert numbers_of(rows) == [[21, 20]]
+    (row,) = rows
+    assert row.footnote.startswith("Seeds 0+1, 2+3. Only configuration (78.00% on validation)")
+    names = [f"{number:032x}"[:8] for number in (10, 11, 12, 13)]
+    assert row.reproduce_commands == (
+        (f"linflab train r seed=10 --name {names[0]}", ""),
+        (f"linflab train r seed=11 --name {names[1]}", ""),
+        (f"linflab ensemble {names[0]} {names[1]} --name e21", ""),
+        (f"linflab train r seed=12 --name {names[2]}", ""),
+        (f"linflab train r seed=13 --name {names[3]}", ""),
+        (f"linflab ensemble {names[2]} {names[3]} --name e20", ""),
+    )
+
+
+@pytest.mark.parametrize("change", ({"model.width": "65"}, {"training.epochs": "26"}))
+def test_ensembles_of_members_with_other_settings_compete(change: dict[str, object]) -> None:
+    members = [make_member(10), make_member(11), make_member(12), make_member(13, **change)]
+    better = {schema.BEST_VALIDATION_CERTIFIED: 0.79}
+    rows = find_rows(*members, make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13], **better))
+    assert numbers_of(rows) == [[21]]
+
+
+def test_weights_chosen_on_validation_images_do_not_separate_ensembles() -> None:
+    members = [make_member(number) for number in (10, 11, 12, 13)]
+    weights = ("[2.0, 1.0]", "[1.0, 3.0]")
+    for rule, expected in ((f"{RULE}, {schema.CHOSEN_WEIGHTS}", [[20, 21]]), (RULE, [[20]])):
+        ensembles = [
+            make_ensemble(20, [10, 11], **{"model.weights": weights[0], schema.SELECTION: rule}),
+            make_ensemble(21, [12, 13], **{"model.weights": weights[1], schema.SELECTION: rule}),
+        ]
+        assert numbers_of(find_rows(*members, *ensembles)) == expected
+
+
+def test_ensembles_of_unknown_members_stay_apart() -> None:
+    """Their settings are unknown, so they compete for the row; the command has whole ids."""
+    ensembles = [make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13])]
+    assert numbers_of(find_rows(*ensembles)) == [[20]]
+    (row,) = table_for_names(pd.DataFrame(ensembles), [f"{20:032x}"], quoted=False).rows
+    assert row.reproduce_commands == ((ensembles[0][schema.COMMAND], ""),)
+
+
+def test_members_are_found_by_their_ids_before_export() -> None:
+    members = [
+        make_member(30, **{schema.ORIGINAL_RUN_ID: f"{10:032x}", "seed": "3"}),
+        make_member(31, **{schema.ORIGINAL_RUN_ID: f"{11:032x}", "seed": "4"}),
+    ]
+    ensemble = make_ensemble(40, [10, 11], **{schema.ORIGINAL_RUN_ID: f"{20:032x}"})
+    (row,) = table_for_names(pd.DataFrame([*members, ensemble]), [f"{20:032x}"], quoted=False).rows
+    assert row.footnote.startswith("Seed 3+4.")
+    assert [command.split()[1] for command, _ in row.reproduce_commands] == ["train", "train", "ensemble"]
