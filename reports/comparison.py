@@ -382,7 +382,8 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
     complete = runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
     if COMMANDS in complete:
         return complete
-    return complete.assign(**{COMMANDS: repeat_commands(complete), SEED: describe_seeds(complete, SEED)})
+    commands: list[Any] = repeat_commands(complete)
+    return complete.assign(**{COMMANDS: commands, SEED: describe_seeds(complete, SEED)})
 
 
 def _footnote_marks() -> Iterator[str]:

@@ -4,6 +4,7 @@ Members of an ensemble are runs themselves. Their settings and commands are know
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -69,18 +70,17 @@ def compare_by_members(settings: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFra
     """
     if MEMBER_RUNS not in settings:
         return settings
-    settings = settings.copy()
     texts = ["\n".join(f"{path}={value}" for path, value in row.items() if value) for _, row in settings.iterrows()]
-    members = settings[MEMBER_RUNS].tolist()
+    members, weights = settings[MEMBER_RUNS].tolist(), settings[MEMBER_WEIGHTS].tolist()
     for position, parts in find_members(runs).items():
         members[position] = "\n\n".join(texts[part] for part in parts)
-    chosen = [isinstance(rule, str) and schema.CHOSEN_WEIGHTS in rule for rule in runs[schema.SELECTION]]
-    return settings.assign(
-        **{MEMBER_RUNS: members, MEMBER_WEIGHTS: settings[MEMBER_WEIGHTS].mask(chosen, schema.CHOSEN_WEIGHTS)}
-    )
+    for position, rule in enumerate(runs[schema.SELECTION]):
+        if isinstance(rule, str) and rule.endswith(schema.CHOSEN_WEIGHTS):
+            weights[position] = schema.CHOSEN_WEIGHTS
+    return settings.assign(**{MEMBER_RUNS: members, MEMBER_WEIGHTS: weights})
 
 
-def describe_seeds(runs: pd.DataFrame, column: str) -> list[object]:
+def describe_seeds(runs: pd.DataFrame, column: str) -> list[Any]:
     """Return the seed of each run as text; that of an ensemble has the seeds of its members, as in `0+3`."""
     seeds = runs[column].tolist()
     for position, members in find_members(runs).items():
