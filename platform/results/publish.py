@@ -7,6 +7,8 @@ as large as the published ones take hundreds of megabytes.
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +194,7 @@ def export_model(network: nn.Module, images: torch.Tensor, path: Path) -> None:
         outputs = network(images)
     for name in ("mlflow", "torch.export"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_requirement_check():
         warnings.simplefilter("ignore")
         mlflow.pytorch.save_model(
             network,
@@ -201,3 +203,24 @@ def export_model(network: nn.Module, images: torch.Tensor, path: Path) -> None:
             input_example=images.numpy(),
             pip_requirements=["linflab"],  # the graph needs ops of linflab.models.distance to load
         )
+
+
+@contextmanager
+def _without_requirement_check() -> Iterator[None]:
+    """Make MLflow not compare a model's requirements with the installed packages.
+
+    This takes about 5 seconds, most of the time of saving a model, to list the files of all packages. MLflow only logs
+    the result as a warning, which `export_model` hides.
+    """
+    from mlflow.utils import environment
+
+    name = "warn_dependency_requirement_mismatches"
+    check = getattr(environment, name, None)
+    if check is None:  # another version of MLflow
+        yield
+        return
+    setattr(environment, name, lambda requirements: None)
+    try:
+        yield
+    finally:
+        setattr(environment, name, check)
