@@ -94,6 +94,8 @@ def _ensemble_name(settings: Mapping[str, object]) -> str:
         inner = _text(settings.get(f"model.members.{index}.backbone.kind"))
         networks[f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind)] += 1
     names = [name if number == 1 else f"{number} {name}" for name, number in networks.items()]
+    if _text(settings.get("model.mirror")) == "True":
+        names.append("mirrored")
     return f"Ensemble ({', '.join(names)})" if names else "Ensemble"
 
 

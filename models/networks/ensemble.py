@@ -3,6 +3,9 @@
 If logits of member k are L_k-Lipschitz in the l_inf norm of the pixel values, their mean is Lipschitz with the mean of
 the L_k under the same weights, so its margin certifies images like that of a single network. Logits of different kinds
 of networks differ in scale: distances are about 0.1, logits of ReLU networks about 10. Weights balance them.
+
+The mirror image of a perturbed image is the mirror image perturbed by the same amount. The mean of a network's logits
+for an image and for its mirror image is therefore Lipschitz with the network's constant. Bounds propagate through both.
 """
 
 import math
@@ -24,15 +27,19 @@ Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class EnsembleConfig(NetworkConfig):
     """Settings of the mean of trained networks, which is not trained itself.
 
-    All members have the same input shape and the same kind of normalization. Members cannot be ensembles.
+    All members have the same input shape and the same kind of normalization. Members cannot be ensembles. There are at
+    least two, or one whose logits for mirror images are averaged too.
     """
 
     kind: Literal["ensemble"] = Field("ensemble", description="mean of the logits of trained networks")
     members: Annotated[
         tuple[Annotated[NetworkConfig, OtherKinds(NetworkConfig, "ensemble")], ...],
-        Field(min_length=2, max_length=MAX_MEMBERS, description="networks whose logits are averaged"),
+        Field(min_length=1, max_length=MAX_MEMBERS, description="networks whose logits are averaged"),
     ]
     weights: tuple[Weight, ...] = Field((), description="weight of each member in the mean; none: equal weights")
+    mirror: bool = Field(
+        False, description="also average the logits for the mirror image; for networks trained with horizontal flips"
+    )
     runs: tuple[str, ...] = Field((), description="ids of the runs that trained the members, in the same order")
 
     @property
@@ -59,9 +66,12 @@ class EnsembleConfig(NetworkConfig):
         """Check the members, their weights, and that they normalize images in the same way.
 
         Raises:
-            ValueError: If settings of a member are incompatible, only some members normalize each channel by its own
-                standard deviation, or weights are missing for some members or differ too much.
+            ValueError: If there is only one member without mirror images, settings of a member are incompatible, only
+                some members normalize each channel by its own standard deviation, or weights are missing for some
+                members or differ too much.
         """
+        if len(self.members) == 1 and not self.mirror:
+            raise ValueError("model.members: must be at least 2 networks; add one, or use model.mirror=true")
         if self.weights and len(self.weights) != len(self.members):
             raise ValueError(
                 f"model.weights={_format(self.weights)}: must be one number for each of the {len(self.members)} "
@@ -84,7 +94,8 @@ class EnsembleConfig(NetworkConfig):
     ) -> "Ensemble":
         """Return the network for images (C, H, W) with pixel values in [0, 1]; see `NetworkConfig.build`."""
         cls = LipschitzEnsemble if self.is_lipschitz else Ensemble
-        return cls([member.build(input_shape, classes, mean, std) for member in self.members], self.weights)
+        members = [member.build(input_shape, classes, mean, std) for member in self.members]
+        return cls(members, self.weights, self.mirror)
 
 
 class Ensemble(nn.Module):
@@ -93,14 +104,15 @@ class Ensemble(nn.Module):
     Args:
         members: Networks for the same images and classes.
         weights: Positive weight of each member, of any sum; none: equal weights.
+        mirror: If True, the mean also includes the logits for images that are mirrored left to right.
 
     Attributes:
         shares: Weights, divided by their sum.
     """
 
-    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] = ()) -> None:
+    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] = (), mirror: bool = False) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members, self.mirror = nn.ModuleList(members), mirror
         weights = weights or [1.0] * len(members)
         total = math.fsum(weights)
         self.shares = tuple(weight / total for _, weight in zip(members, weights, strict=True))
@@ -110,8 +122,23 @@ class Ensemble(nn.Module):
         return math.fsum(share * value for share, value in zip(self.shares, values, strict=True))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return mean logits (B, classes) of images (B, C, H, W)."""
-        first, *others = (share * member(images) for share, member in zip(self.shares, self.members, strict=True))
+        """Return mean logits (B, classes) of images (B, C, H, W).
+
+        Raises:
+            ValueError: If images have another number of dimensions, so that they cannot be mirrored.
+        """
+        views = [images]
+        if self.mirror:
+            if images.dim() != 4:
+                raise ValueError(
+                    f"images: must be (B, C, H, W) to be mirrored, not {tuple(images.shape)}; reshape them"
+                )
+            views.append(images.flip(3))
+        first, *others = (
+            share / len(views) * member(view)
+            for view in views
+            for share, member in zip(self.shares, self.members, strict=True)
+        )
         total = first
         for part in others:
             total = total + part

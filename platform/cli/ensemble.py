@@ -14,7 +14,7 @@ from linflab.reports.plain import shorten
 
 
 def ensemble(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids or names of two or more trained runs")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids or names of trained runs")],
     name: Annotated[str, typer.Option(help="Name of the new run")],
     weights: Annotated[
         str | None,
@@ -23,6 +23,9 @@ def ensemble(
             help="Weight of each run, as in 1,10; auto: chosen on validation images; default: equal weights",
         ),
     ] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Also average over mirror images; for runs trained with random flips")
+    ] = False,
     tag: Tags = None,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
 ) -> None:
@@ -32,6 +35,10 @@ def ensemble(
     of their constants, and is certified from its margin (lipschitz). With other networks among the runs, such as ReLU
     networks trained with IBP, interval bounds certify it (ibp). Settings of the evaluation are those of the first run,
     with the attacks of all runs. Epochs and training time are sums over the runs.
+
+    With --mirror, the mean includes the logits for the mirror image of each image, left to right, also of a single run.
+    The mean is certified in the same way, since a perturbation is mirrored with its image. This helps networks that
+    were trained with augmentation.horizontal_flip=true.
 
     Networks of different kinds have logits of different sizes, which need weights. With --weights auto, the weight of
     a run is the inverse of the mean magnitude of its worst-case margins on validation images, by interval bounds. In
@@ -52,9 +59,11 @@ def ensemble(
         from linflab.reports.tables import format_eps
 
         signals.watch_again()  # imported libraries may have replaced the handlers
-        prepared = prepare_ensemble(storage, runs, numbers)
+        prepared = prepare_ensemble(storage, runs, numbers, mirror)
     ids = [member.run_id for member in prepared.members]
     flags = [f"--tag={key}={value}" for key, value in own_tags.items()]
+    if mirror:
+        flags = ["--mirror", *flags]
     if prepared.weights:
         flags = [f"--weights={','.join(map(repr, prepared.weights))}", *flags]
     command = shlex.join(["linflab", "ensemble", *ids, "--name", name, *flags])
@@ -72,10 +81,11 @@ def ensemble(
     clean, robust, certified = (
         f"{100 * metrics[metric]:.2f}%" for metric in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
+    networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{', also for mirror images' * mirror}"
     weighting = f" with weights {', '.join(f'{weight:g}' for weight in prepared.weights)}" if prepared.weights else ""
     console.print(
         f"Test set, eps={format_eps(prepared.experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
-        f"({result.certificate}). Mean of {len(ids)} networks{weighting}."
+        f"({result.certificate}). Mean of {networks}{weighting}."
     )
     with console.status("Logging model and figures ..."):
         log_optional(lambda: log_model_and_figures(storage, result.run_id), repeat)

@@ -71,7 +71,7 @@ class EnsembleOfRuns:
 
 
 def prepare_ensemble(
-    storage: Storage, runs: Sequence[str], weights: Sequence[float] | Literal["auto"] = ()
+    storage: Storage, runs: Sequence[str], weights: Sequence[float] | Literal["auto"] = (), mirror: bool = False
 ) -> EnsembleOfRuns:
     """Return the ensemble of trained runs, after all checks of the input.
 
@@ -83,15 +83,17 @@ def prepare_ensemble(
         storage: Storage of the runs.
         runs: Names of runs, or prefixes of their ids.
         weights: Weight of each run in the mean; none: equal weights; auto: chosen on validation images.
+        mirror: Also average the logits for mirror images.
 
     Raises:
-        InputError: If there are fewer than two runs or too many, a run does not exist, is given twice, has no weights
-            or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is missing; also if the
-            weights of the mean are invalid, or cannot be chosen.
+        InputError: If there are fewer than two runs (one with `mirror`) or too many, a run does not exist, is given
+            twice, has no weights or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is
+            missing; also if the weights of the mean are invalid, or cannot be chosen.
     """
-    if not 2 <= len(runs) <= MAX_MEMBERS:
+    if not 2 - mirror <= len(runs) <= MAX_MEMBERS:
         raise InputError(
-            f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs; add runs to average, or leave some out"
+            f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs, or one with --mirror; add runs to average, or "
+            "leave some out"
         )
     for run in runs:
         if run.startswith(PREFIX) or is_remote(run):
@@ -103,15 +105,15 @@ def prepare_ensemble(
     members = [_read_member(storage, run, run_id) for run, run_id in zip(runs, ids, strict=True)]
     _check_members(runs, members)
     is_auto = isinstance(weights, str)
-    experiment = _ensemble_config(members, () if isinstance(weights, str) else weights)
+    experiment = _ensemble_config(members, () if isinstance(weights, str) else weights, mirror)
     if is_auto:
         _check_held_out(runs, members)
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
     if is_auto:
         device = select_device(experiment)
-        networks = [member.weights.network.to(device).eval() for member in members]
+        networks = [Ensemble([member.weights.network], mirror=mirror).to(device).eval() for member in members]
         validation = dataset.to(device).validation
-        experiment = _ensemble_config(members, choose_weights(networks, runs, validation, experiment))
+        experiment = _ensemble_config(members, choose_weights(networks, runs, validation, experiment), mirror)
     network = build_network(experiment, members[0].weights.info)
     assert isinstance(network, Ensemble)
     for part, member in zip(network.members, members, strict=True):
@@ -176,7 +178,7 @@ def _compared_values(member: Member) -> Mapping[str, object]:
     }
 
 
-def _ensemble_config(members: Sequence[Member], weights: Sequence[float]) -> ExperimentConfig:
+def _ensemble_config(members: Sequence[Member], weights: Sequence[float], mirror: bool) -> ExperimentConfig:
     """Return the config of an ensemble; see `prepare_ensemble`.
 
     Raises:
@@ -190,6 +192,7 @@ def _ensemble_config(members: Sequence[Member], weights: Sequence[float]) -> Exp
         "kind": "ensemble",
         "members": [experiment.model.model_dump(mode="json") for experiment in experiments],
         "weights": list(weights),
+        "mirror": mirror,
         "runs": [member.run_id for member in members],
     }
     tree["method"] = ""

@@ -52,9 +52,10 @@ members = st.lists(
 )
 Parts = list[tuple[NetworkConfig, float, float]]
 seeds = st.integers(0, 1000)
+mirrors = st.booleans()
 
 
-def build(parts: Parts, seed: int, scale: float = 1.0) -> LipschitzEnsemble:
+def build(parts: Parts, seed: int, scale: float = 1.0, mirror: bool = False) -> LipschitzEnsemble:
     """Return a float32 ensemble, in evaluation mode, of networks with their own standard deviations and weights."""
     torch.manual_seed(seed)
     networks = [config.build(SHAPE, CLASSES, (0.4, 0.5), std) for config, std, _ in parts]
@@ -62,19 +63,23 @@ def build(parts: Parts, seed: int, scale: float = 1.0) -> LipschitzEnsemble:
         for network in networks:
             for parameter in network.parameters():
                 parameter *= scale
-    return LipschitzEnsemble(networks, [weight for *_, weight in parts]).eval()
+    return LipschitzEnsemble(networks, [weight for *_, weight in parts], mirror).eval()
 
 
 def mean_of_logits(network: Ensemble, parts: Parts, images: Tensor) -> Tensor:
     """Return the weighted mean of the members' logits in float64, as a reference."""
     weights = torch.tensor([weight for *_, weight in parts], dtype=torch.float64)
-    logits = [copy.deepcopy(member).double()(images.double()) for member in network.members]
-    return torch.tensordot(weights, torch.stack(logits), 1) / weights.sum()
+    copies, images = [copy.deepcopy(member).double() for member in network.members], images.double()
+    logits = torch.stack([member(images) for member in copies])
+    if network.mirror:
+        columns = torch.arange(images.shape[3] - 1, -1, -1)
+        logits = (logits + torch.stack([member(images[:, :, :, columns]) for member in copies])) / 2
+    return torch.tensordot(weights, logits, 1) / weights.sum()
 
 
-@given(members, seeds, st.floats(1e-6, 1))
-def test_the_constant_is_the_mean_of_the_members(parts: Parts, seed: int, size: float) -> None:
-    network = build(parts, seed).double()
+@given(members, seeds, st.floats(1e-6, 1), mirrors)
+def test_the_constant_is_the_mean_of_the_members(parts: Parts, seed: int, size: float, mirror: bool) -> None:
+    network = build(parts, seed, mirror=mirror).double()
     expected = sum(weight / std for _, std, weight in parts) / sum(weight for *_, weight in parts)
     assert network.lipschitz_constant == pytest.approx(expected, rel=1e-6)  # members store the deviation in float32
     images = torch.rand(16, *SHAPE, dtype=torch.float64)
@@ -96,9 +101,9 @@ def test_the_constant_is_attained() -> None:
     assert (difference.abs() == 1.5).all() and network.lipschitz_constant == 1.5
 
 
-@given(members, seeds, st.sampled_from([0.01, 1.0, 100.0]))
-def test_rounding_is_within_its_bound(parts: Parts, seed: int, scale: float) -> None:
-    network = build(parts, seed, scale)
+@given(members, seeds, st.sampled_from([0.01, 1.0, 100.0]), mirrors)
+def test_rounding_is_within_its_bound(parts: Parts, seed: int, scale: float, mirror: bool) -> None:
+    network = build(parts, seed, scale, mirror)
     rounding = lipschitz_rounding(network)
     images = torch.rand(16, *SHAPE)
     images[::2] = images[::2].round()
@@ -111,9 +116,9 @@ def test_rounding_is_within_its_bound(parts: Parts, seed: int, scale: float) -> 
     assert rounding.logit_rounding_error < 1e-4 * max(1.0, rounding.largest_logit)
 
 
-@given(members, seeds)
-def test_certified_images_survive_attacks(parts: Parts, seed: int) -> None:
-    network = build(parts, seed)
+@given(members, seeds, mirrors)
+def test_certified_images_survive_attacks(parts: Parts, seed: int, mirror: bool) -> None:
+    network = build(parts, seed, mirror=mirror)
     fit_briefly(network)
     images, _ = make_labeled_images(8)
     with torch.no_grad(), strict_float32():
@@ -131,11 +136,12 @@ def test_certified_images_survive_attacks(parts: Parts, seed: int) -> None:
             assert (margin(network(points), labels) > 0)[certified].all()
 
 
-def build_mixture(index: int) -> tuple[Ensemble, Tensor]:
+def build_mixture(index: int, mirror: bool = False) -> tuple[Ensemble, Tensor]:
     """Return a mixture of networks whose logits vary, in evaluation mode, and the weights as float64."""
     configs, weights = MIXTURES[index]
     torch.manual_seed(index)
-    network = EnsembleConfig(members=configs, weights=weights).build(SHAPE, CLASSES, (0.4, 0.5), 0.4)
+    config = EnsembleConfig(members=configs, weights=weights, mirror=mirror)
+    network = config.build(SHAPE, CLASSES, (0.4, 0.5), 0.4)
     assert isinstance(network, Ensemble)
     for member in network.members:
         fit_briefly(member.eval())
@@ -149,13 +155,20 @@ def bound_differences(network: nn.Module, images: Tensor, labels: Tensor, sound:
     return bounds.scatter(1, labels[:, None], 0.0)
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("index", range(len(MIXTURES)))
-def test_bounds_of_differences_are_the_weighted_mean_of_the_members(index: int) -> None:
+def test_bounds_of_differences_are_the_weighted_mean_of_the_members(index: int, mirror: bool) -> None:
     """For merged last layers, differences of the mean's interval are looser."""
-    network, weights = build_mixture(index)
+    network, weights = build_mixture(index, mirror)
     images, labels = make_labeled_images(8)
     exact, points = copy.deepcopy(network).double(), images.double()
-    parts = torch.stack([bound_differences(member, points, labels) for member in exact.members])
+
+    def bound_members(one: Ensemble, inputs: Tensor, sound: bool = False) -> Tensor:
+        views = [inputs, inputs[..., [5, 4, 3, 2, 1, 0]]] if mirror else [inputs]
+        rows = [[bound_differences(member, view, labels, sound) for member in one.members] for view in views]
+        return torch.stack([torch.stack(row) for row in rows]).mean(dim=0)
+
+    parts = bound_members(exact, points)
     expected = torch.tensordot(weights, parts, 1) / weights.sum()
     computed = bound_differences(exact, points, labels)
     torch.testing.assert_close(computed, expected, rtol=1e-6, atol=1e-12)
@@ -167,15 +180,16 @@ def test_bounds_of_differences_are_the_weighted_mean_of_the_members(index: int) 
     for inputs, one in ((images, network), (points, exact)):
         sound = bound_differences(one, inputs, labels, sound=True).double()
         assert (sound >= expected - 1e-12).all()
-        parts = torch.stack([bound_differences(member, inputs, labels, sound=True) for member in one.members])
+        parts = bound_members(one, inputs, sound=True)
         mean = torch.tensordot(weights, parts.double(), 1) / weights.sum()
         torch.testing.assert_close(sound, mean, rtol=0, atol=1e-5 * mean.abs().amax().item())
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("index", range(len(MIXTURES)))
-def test_sound_bounds_of_mixtures_cover_computed_logits(index: int) -> None:
+def test_sound_bounds_of_mixtures_cover_computed_logits(index: int, mirror: bool) -> None:
     """At one point, nothing but rounding separates bound and difference; in a ball, no point exceeds the bound."""
-    network, _ = build_mixture(index)
+    network, _ = build_mixture(index, mirror)
     images, labels = make_labeled_images(64)
     rows = labels[:, None]
     for eps in (0.0, 0.03):
@@ -219,6 +233,16 @@ def test_rounding_of_the_sum_is_part_of_the_bound() -> None:
     assert exceeded > 15
 
 
+def test_the_mean_over_mirror_images_does_not_depend_on_the_side() -> None:
+    network = EnsembleConfig(members=(RELU,), mirror=True).build(SHAPE, CLASSES).eval()
+    images, _ = make_labeled_images(4)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), network(images.flip(3)))
+        assert (network.members[0](images) - network.members[0](images.flip(3))).abs().amax() > 1e-3
+    with pytest.raises(ValueError, match=r"^images: .*\(4, 72\)"):
+        network(images.flatten(1))
+
+
 def test_other_networks_are_certified_by_ibp() -> None:
     config = EnsembleConfig(members=(CONFIGS[0], HYBRID))
     network = config.build(SHAPE, CLASSES).eval()
@@ -251,7 +275,10 @@ def test_hooks_of_members_are_rejected() -> None:
 
 def test_invalid_members_are_rejected() -> None:
     inner = EnsembleConfig(members=(CONFIGS[0], CONFIGS[0]))
-    for invalid in ((), (CONFIGS[0],), (CONFIGS[0], inner)):
+    with pytest.raises(ValueError, match=r"^model\.members: .*at least 2.*model\.mirror=true"):
+        EnsembleConfig(members=(CONFIGS[0],)).check()
+    EnsembleConfig(members=(CONFIGS[0],), mirror=True).check()
+    for invalid in ((), (CONFIGS[0], inner)):
         with pytest.raises(ValueError, match="members"):
             EnsembleConfig(members=invalid)
     for weight in (0.0, -1.0, float("inf"), float("nan")):

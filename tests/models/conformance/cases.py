@@ -26,7 +26,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linf_dist_hybrid": [{"backbone": net, "hidden_size": 8} for net in (MLP, CONV, SORT)],
     "l_inf_nearest": [{"samples": 12}],
     "group_sort": [{"depth": 3, "width": 14}],
-    "ensemble": [{"members": list(nets)} for nets in ((MLP, MLP), (MLP, GROUP_SORT, CONV), (SORT, RELU))],
+    "ensemble": [
+        {"members": [MLP], "mirror": True},
+        {"members": [MLP, GROUP_SORT, CONV]},
+        {"members": [SORT, RELU]},
+    ],
     "conv_net": [{"size": "strided", "batch_norm": True}],
     "cnn7": [{"width": 2, "hidden_size": 10}],
     "wide_resnet": [{"widen_factor": 1}],

@@ -136,6 +136,42 @@ def test_relu_networks_are_averaged_with_chosen_weights_and_certified_by_ibp(sto
     assert counts[0] >= max(counts[1:]) - 2 and latest[schema.BEST_VALIDATION_CERTIFIED] == counts[0] / len(images)
 
 
+def test_a_single_run_is_averaged_over_mirror_images(storage: Storage, run_cli: RunCli, tmp_path: Path) -> None:
+    folder = ["--storage", str(storage.root)]
+    done = run_cli("ensemble", "first", "--mirror", "--name", "both sides", *folder)
+    assert done.returncode == 0 and "Mean of 1 network, also for mirror images." in done.stdout, done.stdout
+    records = linflab.records(storage.root).set_index(schema.NAME)
+    latest, member = records.loc["both sides"], linflab.load("first", storage.root)
+    assert latest[schema.FLOPS] == 2 * records.loc["first"][schema.FLOPS] and latest["model.mirror"] == "True"
+    assert latest[schema.CERTIFIER] == "lipschitz-sound" and latest[schema.TEST_VIOLATIONS] == 0
+    test = load_dataset("digits").test
+    images, labels = test.batch(torch.arange(len(test)))
+    with torch.no_grad():
+        logits = (member(images).double() + member(torch.stack(images.unbind(3)[::-1], dim=3)).double()) / 2
+    margins = margin(logits, labels)
+    assert latest[schema.TEST_CLEAN] == pytest.approx((margins > 0).double().mean().item(), abs=2 / len(test))
+    expected = (margins / (2 * member.lipschitz_constant) > 0.1).double().mean().item()
+    assert latest[schema.TEST_CERTIFIED] == pytest.approx(expected, abs=2 / len(test))
+    _, *arguments = shlex.split(latest[schema.COMMAND])
+    assert "--mirror" in arguments and run_cli(*arguments, *folder).returncode == 0
+    assert linflab.records(storage.root).iloc[0][schema.TEST_ROBUST] == latest[schema.TEST_ROBUST]
+    exported = run_cli("export", latest["run_id"], "--format", "onnx", "--output-dir", str(tmp_path / "onnx"), *folder)
+    assert exported.returncode == 0, exported.stderr
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    (computed,) = session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})
+    torch.testing.assert_close(torch.from_numpy(computed).double(), logits[:3], rtol=0, atol=1e-4)
+
+
+def test_weights_of_mirrored_members_are_those_of_their_means(storage: Storage) -> None:
+    chosen = prepare_ensemble(storage, ["relu", "first"], "auto", mirror=True)
+    assert isinstance(chosen.network, Ensemble) and chosen.network.mirror and chosen.has_chosen_weights
+    validation = load_dataset("digits").validation
+    images, labels = validation.batch(torch.arange(len(validation)))
+    means = [Ensemble([member], mirror=True).eval() for member in chosen.network.members]
+    counts = [int(certify(network, images, labels, 0.1, "ibp").sum()) for network in (chosen.network, *means)]
+    assert counts[0] >= max(counts[1:]) - 2
+
+
 def test_given_weights_come_back(storage: Storage) -> None:
     prepared = prepare_ensemble(storage, ["first", "second"], (1.0, 2.5))
     assert prepared.weights == (1.0, 2.5) and not prepared.has_chosen_weights
@@ -178,7 +214,7 @@ def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Stora
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["first", "--name", "x"], ["runs=first", "2"]),
+        (["first", "--name", "x"], ["runs=first", "2", "--mirror"]),
         (["first", "first", "--name", "x"], ["first", "twice"]),
         (["first", "other eps", "--name", "x"], ["other eps", "eps=0.05", "eps=0.1"]),
         (["first", "missing", "--name", "x"], ["missing"]),
