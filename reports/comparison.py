@@ -25,7 +25,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from linflab.reports import labels, schema
 from linflab.reports.added_settings import ADDED_TEXTS
-from linflab.reports.ensembles import compare_by_members, describe_seeds, repeat_commands, sort_by_seed
+from linflab.reports.ensembles import (
+    MEMBER_RUNS,
+    MEMBER_SETTINGS,
+    SEEDS,
+    add_member_columns,
+    repeat_commands,
+    share_members,
+    sort_by_seed,
+)
 from linflab.reports.formatting import (
     describe_attacks,
     describe_certifiers,
@@ -76,7 +84,6 @@ from linflab.reports.verification import verification_bases
 ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: schema.TEST_CERTIFIED}  # their metrics
 TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
 SEED, INCLUDE_VALIDATION = "seed", "training.include_validation"
-COMMANDS = "linflab.commands"  # added column: commands that repeat a run, and their commits
 UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on results are not compared either
 SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
@@ -139,7 +146,7 @@ class MeasuredRows(_Strict):
                 "[method, model.width]"
             )
         for path in paths:
-            if path in UNCOMPARED_SETTINGS or not labels.affects_results(path):
+            if path in (*UNCOMPARED_SETTINGS, MEMBER_RUNS) or not labels.affects_results(path):
                 raise ValueError(
                     f"group_by={path}: is not supported, since runs that differ only in it share a row; "
                     "use another setting"
@@ -377,13 +384,10 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
         schema.FLOPS,
         schema.BEST_VALIDATION_CERTIFIED, schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED,
         schema.TEST_CERTIFIED_REAL, schema.TEST_VERIFIED, schema.TEST_VERIFICATION, schema.TEST_VIOLATIONS,
-        schema.TRAIN_SECONDS, schema.SELECTION,
+        schema.TRAIN_SECONDS, schema.SELECTION, schema.MEMBERS,
     ]  # fmt: skip
     complete = runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
-    if COMMANDS in complete:
-        return complete
-    commands: list[Any] = repeat_commands(complete)
-    return complete.assign(**{COMMANDS: commands, SEED: describe_seeds(complete, SEED)})
+    return complete if SEEDS in complete else add_member_columns(complete, SEED, UNCOMPARED_SETTINGS)
 
 
 def _footnote_marks() -> Iterator[str]:
@@ -427,16 +431,16 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
     """Yield the runs of each row, and a note on their selection, which never uses test results."""
     if scored_runs.empty:
         return
-    compared_columns = [
+    compared_columns = [MEMBER_SETTINGS]
+    compared_columns += [
         name for name in param_columns(scored_runs) if name not in UNCOMPARED_SETTINGS and labels.affects_results(name)
     ]
     settings = scored_runs[compared_columns].fillna("").astype(str)
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
-    settings = compare_by_members(settings, scored_runs)
     scored_runs = scored_runs.assign(configuration=settings.groupby(compared_columns, sort=False).ngroup())
     scored_runs = scored_runs.drop_duplicates(
-        ["configuration", SEED, INCLUDE_VALIDATION]
+        ["configuration", SEEDS, INCLUDE_VALIDATION]
     )  # keeps the latest of runs with equal settings and seed
     rows = settings.reindex(columns=list(measured.group_by)).fillna("").loc[scored_runs.index]
     kinds = settings.reindex(columns=list(KINDS)).fillna("").loc[scored_runs.index]
@@ -485,7 +489,7 @@ def _measured_rows(
     selected: Sequence[tuple[pd.DataFrame, str]], group: Group, group_by: Sequence[str], letters: Iterator[str]
 ) -> list[Row]:
     """Return the rows of a group, with distinguishing labels; `selected` holds runs and selection notes."""
-    runs_by_row = [sort_by_seed(runs, SEED) for runs, _ in selected]
+    runs_by_row = [sort_by_seed(runs) for runs, _ in selected]
     names, settings = [], []
     for runs in runs_by_row:
         first = runs.iloc[0]
@@ -494,7 +498,7 @@ def _measured_rows(
         }
         method = describe_method({str(path): value for path, value in first.items()}, first["method"]) or MISSING
         names.append(method + (f" ({describe_settings(row_settings)})" if row_settings else ""))
-        seeds = ", ".join(str(seed) for seed in runs[SEED])
+        seeds = ", ".join(runs[SEEDS])
         shared_settings = {
             path: first[path] for path in param_columns(runs) if path not in (SEED, INCLUDE_VALIDATION, *group_by)
         }
@@ -541,7 +545,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     }
     for column, name in ACCURACIES.items():
         cells[INTERVALS[column]] = _interval(100 * runs[name])
-    seeds = ", ".join(str(seed) for seed in runs[SEED])
+    seeds = ", ".join(runs[SEEDS])
     has_several_runs = len(runs) > 1
     parts = [f"Seed{'s' * has_several_runs} {seeds}", selection]
     if first.get("objective.bound") == "hybrid_zonotope":
@@ -568,7 +572,10 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     num_violations = runs[schema.TEST_VIOLATIONS].sum()
     if num_violations > 0:
         parts.append(f"Certificate violations: {int(num_violations)}")
-    reproduce_commands = tuple(dict.fromkeys(command for commands in runs[COMMANDS] for command in commands))
+    if share_members(runs):
+        parts.append("Runs share members, so they vary less than independent ones")
+    commands = (command for _, run in runs.iterrows() for command in repeat_commands(run))
+    reproduce_commands = tuple(dict.fromkeys(commands))  # a shared member is trained once
     note = f"{'. '.join(parts)}."
     basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}
     basis[TEST_VERIFIED] = "; ".join(bases)

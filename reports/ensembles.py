@@ -1,98 +1,113 @@
 """Rows of ensembles: which ensembles differ only in seeds, and commands that repeat an ensemble with its members.
 
-Members of an ensemble are runs themselves. Their settings and commands are known if they are among the runs of a table.
+Members of an ensemble are runs themselves. If they are among all runs, their settings, seeds and commands are known.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from linflab.reports import schema
+from linflab.reports import labels, schema
+from linflab.reports.added_settings import ADDED_TEXTS
 from linflab.reports.formatting import reproduce_command, short_commit
+from linflab.reports.records import param_columns
 
-MEMBER_RUNS, MEMBER_WEIGHTS = "model.runs", "model.weights"  # settings
-ID_CHARS = 8  # of an id in a command, which starts the id of a run and is the name of a repeated one
-Commands = tuple[tuple[str, str], ...]  # with the commit of linflab, empty if unknown
+# Columns that are added to runs.
+SEEDS = "linflab.seeds"  # seed as text; that of an ensemble has the seeds of its members, as in 0+3
+MEMBER_SETTINGS = "linflab.member_settings"  # settings of the members without seeds; empty for other runs
+MEMBER_COMMANDS = "linflab.member_commands"  # (command, commit) of each member; none for other runs
 
-
-def find_members(runs: pd.DataFrame) -> dict[int, list[int]]:
-    """Return the positions of the members of each ensemble by its own position, without ensembles of other runs.
-
-    Args:
-        runs: Runs, as returned by `read_runs`. Members have the id of the run, or its id before export and import.
-    """
-    if schema.MEMBERS not in runs:
-        return {}
-    columns = [runs[name] for name in (schema.ORIGINAL_RUN_ID, "run_id") if name in runs]
-    positions = {one: position for column in columns for position, one in enumerate(column) if isinstance(one, str)}
-    found = {}
-    for position, ids in enumerate(runs[schema.MEMBERS]):
-        members = [positions.get(one) for one in ids.split(",")] if isinstance(ids, str) else []
-        known = [one for one in members if one is not None]
-        if members and len(known) == len(members):
-            found[position] = known
-    return found
+MEMBER_RUNS, MEMBER_WEIGHTS = "model.runs", "model.weights"  # settings of ensembles
+ID_CHARS = 8  # of an id in a command: the start of a run's id, and the name of a repeated run
 
 
-def repeat_commands(runs: pd.DataFrame) -> list[Commands]:
-    """Return the commands that repeat each run; none if its command is unknown.
+def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...]) -> pd.DataFrame:
+    """Return all runs with columns that describe the members of ensembles.
 
-    Those of an ensemble start with the commands of its members, which are named after the original runs. The ensemble's
-    own command uses these names, so it averages original or repeated members.
-    """
-    commands = [_command(run) for _, run in runs.iterrows()]
-    for position, members in find_members(runs).items():
-        if commands[position] and all(commands[member] for member in members):
-            [(own, commit)] = commands[position]
-            training = []
-            for run_id, member in zip(runs[schema.MEMBERS].iloc[position].split(","), members, strict=True):
-                [(command, member_commit)] = commands[member]
-                training.append((f"{command} --name {run_id[:ID_CHARS]}", member_commit))
-                own = own.replace(run_id, run_id[:ID_CHARS])
-            commands[position] = (*training, (own, commit))
-    return commands
-
-
-def _command(run: pd.Series) -> Commands:
-    return ((reproduce_command(run), short_commit(run)),) if isinstance(run.get(schema.COMMAND), str) else ()
-
-
-def compare_by_members(settings: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return settings in which ensembles are equal if their members are equal up to seeds.
-
-    Ids of the members become the settings of their runs, and weights that were chosen on validation images do not
-    count. Ensembles of unknown members keep their ids.
+    Ensembles of known members get no ids in `model.runs`, so they are equal if their members are equal up to seeds.
+    Weights that were chosen on validation images are shown as `auto`. The order of the members does not matter.
 
     Args:
-        settings: Compared settings of runs, as text.
-        runs: The runs, in the same order.
+        runs: All runs, as returned by `read_runs`.
+        seed: Column of the seeds.
+        uncompared: Settings in which equal members may differ.
     """
-    if MEMBER_RUNS not in settings:
-        return settings
-    texts = ["\n".join(f"{path}={value}" for path, value in row.items() if value) for _, row in settings.iterrows()]
-    members, weights = settings[MEMBER_RUNS].tolist(), settings[MEMBER_WEIGHTS].tolist()
-    for position, parts in find_members(runs).items():
-        members[position] = "\n\n".join(texts[part] for part in parts)
-    for position, rule in enumerate(runs[schema.SELECTION]):
+    seeds = [str(value) if value == value and value is not None else "unknown" for value in runs[seed]]
+    settings: list[str] = [""] * len(runs)
+    commands: list[tuple[tuple[str, str], ...]] = [()] * len(runs)
+    added: dict[str, list[Any]] = {SEEDS: seeds, MEMBER_SETTINGS: settings, MEMBER_COMMANDS: commands}
+    ensembles = [position for position, ids in enumerate(runs[schema.MEMBERS]) if isinstance(ids, str)]
+    if not ensembles:
+        return runs.assign(**added)
+    positions = _positions_by_id(runs)
+    compared = [path for path in param_columns(runs) if path not in uncompared and labels.affects_results(path)]
+    member_runs, weights = (
+        runs.get(path, pd.Series("", index=runs.index)).tolist() for path in (MEMBER_RUNS, MEMBER_WEIGHTS)
+    )
+    for position in ensembles:
+        rule = runs[schema.SELECTION].iloc[position]
         if isinstance(rule, str) and rule.endswith(schema.CHOSEN_WEIGHTS):
-            weights[position] = schema.CHOSEN_WEIGHTS
-    return settings.assign(**{MEMBER_RUNS: members, MEMBER_WEIGHTS: weights})
+            weights[position] = "auto"
+        ids = runs[schema.MEMBERS].iloc[position].split(",")
+        if not all(one in positions for one in ids):
+            continue
+        members = [runs.iloc[positions[one]] for one in ids]
+        described = sorted(
+            (_describe(member, compared), seeds[positions[one]]) for member, one in zip(members, ids, strict=True)
+        )
+        settings[position] = "\n\n".join(text for text, _ in described)
+        seeds[position] = "+".join(text for _, text in described)
+        member_runs[position] = ""
+        commands[position] = tuple(
+            (f"{reproduce_command(member)} --name {one[:ID_CHARS]}", short_commit(member))
+            for member, one in zip(members, ids, strict=True)
+            if isinstance(member.get(schema.COMMAND), str)
+        )
+    return runs.assign(**added, **{MEMBER_RUNS: member_runs, MEMBER_WEIGHTS: weights})
 
 
-def describe_seeds(runs: pd.DataFrame, column: str) -> list[Any]:
-    """Return the seed of each run as text; that of an ensemble has the seeds of its members, as in `0+3`."""
-    seeds = runs[column].tolist()
-    for position, members in find_members(runs).items():
-        seeds[position] = "+".join(str(runs[column].iloc[member]) for member in members)
-    return seeds
+def _positions_by_id(runs: pd.DataFrame) -> Mapping[str, int]:
+    """Return the position of each run by its id, and by its id before export and import."""
+    columns = [runs[name] for name in (schema.ORIGINAL_RUN_ID, "run_id") if name in runs]
+    return {one: position for column in columns for position, one in enumerate(column) if isinstance(one, str)}
 
 
-def sort_by_seed(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return runs in the order of their seeds, which `describe_seeds` wrote."""
+def _describe(run: pd.Series, paths: list[str]) -> str:
+    """Return the settings of a run as text; settings that earlier versions lack have their defaults."""
+    texts = {path: "" if run[path] != run[path] or run[path] is None else str(run[path]) for path in paths}
+    return "\n".join(f"{path}={text or ADDED_TEXTS.get(path, '')}" for path, text in texts.items())
+
+
+def repeat_commands(run: pd.Series) -> tuple[tuple[str, str], ...]:
+    """Return the commands that repeat a run, with the commit of linflab (empty if unknown); none if unknown.
+
+    Those of an ensemble start with the commands of its members, if they are known. They name each repeated member after
+    the start of the original id. The last command uses these names, so it also works with the original members.
+    """
+    if not isinstance(run.get(schema.COMMAND), str):
+        return ()
+    own, members = reproduce_command(run), run[MEMBER_COMMANDS]
+    ids = run[schema.MEMBERS].split(",") if members else []
+    if len(members) < len(ids):  # the command of a member is unknown
+        ids, members = [], ()
+    for one in ids:
+        own = own.replace(one, one[:ID_CHARS])
+    return (*members, (own, short_commit(run)))
+
+
+def share_members(runs: pd.DataFrame) -> bool:
+    """Return whether a network is a member of several of the runs."""
+    ids = [one for text in runs[schema.MEMBERS] if isinstance(text, str) for one in text.split(",")]
+    return len(set(ids)) < len(ids)
+
+
+def sort_by_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return runs in the order of their seeds."""
 
     def key(position: int) -> list[float]:
-        parts = str(runs[column].iloc[position]).split("+")
+        parts = str(runs[SEEDS].iloc[position]).split("+")
         return [float(part) if part.isdigit() else math.inf for part in parts]
 
     return runs.iloc[sorted(range(len(runs)), key=key)]

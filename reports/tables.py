@@ -50,7 +50,7 @@ class Row:
         source: Source of a quoted row.
         selected_on: Images on which settings, runs or epochs were selected; empty if the row does not state it. Rows
             selected on test images have the mark `TEST_MARK`.
-        reproduce_commands: Command and commit (empty if unknown) of each run of a measured row.
+        reproduce_commands: Command and commit (empty if unknown) of each run of a measured row, and of members.
         runs: Ids of the runs of a measured row.
         basis: Measurement conditions by column, such as the attacks. Columns without an entry are comparable between
             all rows.
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def command(self) -> str:
-        """Commands to reproduce the row, one line per run."""
+        """Commands to reproduce the row, one per line."""
         return "\n".join(command for command, _ in self.reproduce_commands)
 
     def cell(self, column: str) -> Cell:

@@ -71,7 +71,7 @@ class EnsembleConfig(NetworkConfig):
                 members or differ too much.
         """
         if len(self.members) == 1 and not self.mirror:
-            raise ValueError("model.members: must be at least 2 networks; add one, or use model.mirror=true")
+            raise ValueError("model.members: must be at least 2 networks, but is 1; add one, or use model.mirror=true")
         if self.weights and len(self.weights) != len(self.members):
             raise ValueError(
                 f"model.weights={_format(self.weights)}: must be one number for each of the {len(self.members)} "

@@ -14,7 +14,7 @@ from linflab.reports.plain import shorten
 
 
 def ensemble(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids or names of trained runs")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids or names of trained runs")],
     name: Annotated[str, typer.Option(help="Name of the new run")],
     weights: Annotated[
         str | None,
@@ -36,7 +36,7 @@ def ensemble(
     networks trained with IBP, interval bounds certify it (ibp). Settings of the evaluation are those of the first run,
     with the attacks of all runs. Epochs and training time are sums over the runs.
 
-    With --mirror, the mean includes the logits for the mirror image of each image, left to right, also of a single run.
+    With --mirror, the logits are also computed for the image mirrored left to right, and averaged. One run is enough.
     The mean is certified in the same way, since a perturbation is mirrored with its image. This helps networks that
     were trained with augmentation.horizontal_flip=true.
 
@@ -64,8 +64,8 @@ def ensemble(
     flags = [f"--tag={key}={value}" for key, value in own_tags.items()]
     if mirror:
         flags = ["--mirror", *flags]
-    if prepared.weights:
-        flags = [f"--weights={','.join(map(repr, prepared.weights))}", *flags]
+    if numbers:
+        flags = [f"--weights={numbers if isinstance(numbers, str) else ','.join(map(repr, numbers))}", *flags]
     command = shlex.join(["linflab", "ensemble", *ids, "--name", name, *flags])
     tags = {schema.COMMAND: command, **{schema.USER_TAG + key: value for key, value in own_tags.items()}}
     repeat = " ".join([command, *map(shlex.quote, storage_options(storage))])
@@ -81,7 +81,7 @@ def ensemble(
     clean, robust, certified = (
         f"{100 * metrics[metric]:.2f}%" for metric in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
-    networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{', also for mirror images' * mirror}"
+    networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{' over images and their mirror images' * mirror}"
     weighting = f" with weights {', '.join(f'{weight:g}' for weight in prepared.weights)}" if prepared.weights else ""
     console.print(
         f"Test set, eps={format_eps(prepared.experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "

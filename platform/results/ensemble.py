@@ -247,7 +247,10 @@ def log_ensemble(
             (validation,) = evaluate(network, dataset.validation, spec, experiment.evaluation.batch_size)
             metrics[schema.BEST_VALIDATION_CLEAN] = validation.clean
             metrics[schema.BEST_VALIDATION_CERTIFIED] = validation.certified
-        selection = f"mean of the selected networks of {len(members)} runs"
+        mirrored = isinstance(network, Ensemble) and network.mirror
+        plural = "s" * (len(members) > 1)
+        selection = f"mean of the selected network{plural} of {len(members)} run{plural}"
+        selection += " over images and their mirror images" * mirrored
         if ensemble.has_chosen_weights:
             selection += f", {schema.CHOSEN_WEIGHTS}"
         spec = evaluation_spec(experiment, network, with_attacks=True)

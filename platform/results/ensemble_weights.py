@@ -41,7 +41,7 @@ def choose_weights(
         InputError: If bounds of a network are not finite or all 0.
         TypeError: If a layer of a network has no rule.
     """
-    scales, parts, is_refined = [], list[Tensor](), len(networks) <= MAX_REFINED_MEMBERS
+    scales, parts, is_refined = [], list[Tensor](), 1 < len(networks) <= MAX_REFINED_MEMBERS
     for network, run in zip(networks, runs, strict=True):
         differences = _worst_case_differences(network, validation, experiment)
         scale = differences.amax(dim=1).abs().double().mean().item()

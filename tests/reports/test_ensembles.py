@@ -4,27 +4,31 @@ import pandas as pd
 import pytest
 
 from linflab.reports import schema
-from linflab.reports.comparison import comparison_table, table_for_names
+from linflab.reports.comparison import MeasuredRows, comparison_table, table_for_names
 from linflab.reports.tables import Row
 from tests.reports.runs import TABLE, make_run, select_measured
 
 RULE = "mean of the selected networks of 2 runs"
 
 
+def make_id(number: int) -> str:
+    return f"{number:08x}" + "0" * 24
+
+
 def make_member(number: int, **other: object) -> dict[str, object]:
     settings = {"model.kind": "linf_dist_mlp", "objective.kind": "hinge", "seed": str(number % 10), **other}
-    return make_run(number, 0.77, 0.76, **settings)
+    return make_run(number, 0.77, 0.76, **{"run_id": make_id(number), **settings})
 
 
 def make_ensemble(number: int, members: list[int], **other: object) -> dict[str, object]:
-    ids = [f"{one:032x}" for one in members]
+    ids = [make_id(one) for one in members]
     settings = {
         "method": "", "model.kind": "ensemble", "model.members.0.kind": "linf_dist_mlp",
         "model.members.1.kind": "linf_dist_mlp", "model.weights": "[]", "model.runs": str(ids), "seed": "0",
         schema.MEMBERS: ",".join(ids), schema.SELECTION: RULE,
         schema.COMMAND: f"linflab ensemble {' '.join(ids)} --name e{number}", "objective.kind": "hinge",
     }  # fmt: skip
-    return make_run(number, 0.78, 0.77, **{**settings, **other})
+    return make_run(number, 0.78, 0.77, **{"run_id": make_id(number), **settings, **other})
 
 
 def find_rows(*runs: dict[str, object]) -> list[Row]:
@@ -34,7 +38,7 @@ def find_rows(*runs: dict[str, object]) -> list[Row]:
 
 
 def numbers_of(rows: list[Row]) -> list[list[int]]:
-    return [[int(run, 16) for run in row.runs] for row in rows]
+    return [[int(run[:8], 16) for run in row.runs] for row in rows]
 
 
 def test_ensembles_of_members_that_differ_in_seeds_share_a_row() -> None:
@@ -44,7 +48,7 @@ def test_ensembles_of_members_that_differ_in_seeds_share_a_row() -> None:
     assert numbers_of(rows) == [[21, 20]]
     (row,) = rows
     assert row.footnote.startswith("Seeds 0+1, 2+3. Only configuration (78.00% on validation)")
-    names = [f"{number:032x}"[:8] for number in (10, 11, 12, 13)]
+    names = ["0000000a", "0000000b", "0000000c", "0000000d"]
     assert row.reproduce_commands == (
         (f"linflab train r seed=10 --name {names[0]}", ""),
         (f"linflab train r seed=11 --name {names[1]}", ""),
@@ -78,16 +82,55 @@ def test_ensembles_of_unknown_members_stay_apart() -> None:
     """Their settings are unknown, so they compete for the row; the command has whole ids."""
     ensembles = [make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13])]
     assert numbers_of(find_rows(*ensembles)) == [[20]]
-    (row,) = table_for_names(pd.DataFrame(ensembles), [f"{20:032x}"], quoted=False).rows
+    (row,) = table_for_names(pd.DataFrame(ensembles), [make_id(20)], quoted=False).rows
     assert row.reproduce_commands == ((ensembles[0][schema.COMMAND], ""),)
 
 
 def test_members_are_found_by_their_ids_before_export() -> None:
     members = [
-        make_member(30, **{schema.ORIGINAL_RUN_ID: f"{10:032x}", "seed": "3"}),
-        make_member(31, **{schema.ORIGINAL_RUN_ID: f"{11:032x}", "seed": "4"}),
+        make_member(30, **{schema.ORIGINAL_RUN_ID: make_id(10), "seed": "3"}),
+        make_member(31, **{schema.ORIGINAL_RUN_ID: make_id(11), "seed": "4"}),
     ]
-    ensemble = make_ensemble(40, [10, 11], **{schema.ORIGINAL_RUN_ID: f"{20:032x}"})
-    (row,) = table_for_names(pd.DataFrame([*members, ensemble]), [f"{20:032x}"], quoted=False).rows
+    ensemble = make_ensemble(40, [10, 11], **{schema.ORIGINAL_RUN_ID: make_id(20)})
+    (row,) = table_for_names(pd.DataFrame([*members, ensemble]), [make_id(20)], quoted=False).rows
     assert row.footnote.startswith("Seed 3+4.")
     assert [command.split()[1] for command, _ in row.reproduce_commands] == ["train", "train", "ensemble"]
+
+
+def test_members_are_known_even_if_they_are_not_in_the_table() -> None:
+    """Members may not meet a filter, have no test results, or have no known command."""
+    members = [make_member(number, **{schema.TEST_CERTIFIED: None}) for number in (10, 11, 12, 13)]
+    ensembles = [make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13])]
+    definition = TABLE.model_copy(update={"measured": MeasuredRows(filters={"model.kind": "ensemble"})})
+    (row,) = select_measured(comparison_table(definition, pd.DataFrame([*members, *ensembles])))
+    assert row.footnote.startswith("Seeds 0+1, 2+3. Only configuration") and len(row.reproduce_commands) == 6
+    members[0][schema.COMMAND] = None
+    (row,) = select_measured(comparison_table(definition, pd.DataFrame([*members, *ensembles])))
+    assert row.reproduce_commands[0] == (ensembles[0][schema.COMMAND], "") and len(row.reproduce_commands) == 4
+
+
+def test_members_in_another_order_are_the_same_ensemble() -> None:
+    members = [make_member(number) for number in (10, 11, 12)]
+    ensembles = [make_ensemble(20, [10, 11]), make_ensemble(21, [11, 10]), make_ensemble(22, [10, 12])]
+    (row,) = find_rows(*members, *ensembles)
+    assert numbers_of([row]) == [[20, 22]] and "Runs share members" in row.footnote
+    expected = ["train", "train", "ensemble", "train", "ensemble"]
+    assert [command.split()[1] for command, _ in row.reproduce_commands] == expected
+    (row,) = find_rows(*members, make_member(13), make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13]))
+    assert "share members" not in row.footnote
+
+
+def test_ids_of_members_are_neither_labels_nor_groups() -> None:
+    members = [make_member(number) for number in (10, 11, 12, 13)]
+    runs = pd.DataFrame([*members, make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13])])
+    rows = table_for_names(runs, [make_id(20), make_id(21)], quoted=False).rows
+    names = [f"Ensemble (2 l_inf-dist Net) (seed={seeds})" for seeds in ("0+1", "2+3")]
+    assert [row.cell("Method").text for row in rows] == names
+    with pytest.raises(ValueError, match=r"group_by=model\.runs: is not supported"):
+        MeasuredRows(group_by=("model.runs",))
+
+
+def test_ensembles_of_earlier_versions_have_no_weights() -> None:
+    ensemble = make_ensemble(20, [10, 11])
+    del ensemble["model.weights"]
+    assert numbers_of(find_rows(make_member(10), make_member(11), ensemble)) == [[20]]
