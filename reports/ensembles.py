@@ -27,7 +27,8 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
     """Return all runs with columns that describe the members of ensembles.
 
     Ensembles of known members get no ids in `model.runs`, so they are equal if their members are equal up to seeds.
-    Weights that were chosen on validation images are shown as `auto`. The order of the members does not matter.
+    Weights that were chosen on validation images are shown as `auto`. The order of the members matters only if they have
+    given weights.
 
     Args:
         runs: All runs, as returned by `read_runs`.
@@ -54,9 +55,11 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
         if not all(one in positions for one in ids):
             continue
         members = [runs.iloc[positions[one]] for one in ids]
-        described = sorted(
+        described = [
             (_describe(member, compared), seeds[positions[one]]) for member, one in zip(members, ids, strict=True)
-        )
+        ]
+        if weights[position] in ("auto", "[]"):
+            described.sort()
         settings[position] = "\n\n".join(text for text, _ in described)
         seeds[position] = "+".join(text for _, text in described)
         member_runs[position] = ""

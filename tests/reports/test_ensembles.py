@@ -134,3 +134,11 @@ def test_ensembles_of_earlier_versions_have_no_weights() -> None:
     ensemble = make_ensemble(20, [10, 11])
     del ensemble["model.weights"]
     assert numbers_of(find_rows(make_member(10), make_member(11), ensemble)) == [[20]]
+
+
+def test_given_weights_belong_to_their_members() -> None:
+    members = [make_member(10), make_member(11)]
+    weights = {"model.weights": "[1.0, 2.0]"}
+    ensembles = [make_ensemble(20, [10, 11], **weights), make_ensemble(21, [11, 10], **weights)]
+    (row,) = find_rows(*members, *ensembles)
+    assert numbers_of([row]) == [[20, 21]] and row.footnote.startswith("Seeds 0+1, 1+0")
