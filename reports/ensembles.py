@@ -27,8 +27,8 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
     """Return all runs with columns that describe the members of ensembles.
 
     Ensembles of known members get no ids in `model.runs`, so they are equal if their members are equal up to seeds.
-    Weights that were chosen on validation images are shown as `auto`. The order of the members matters only if they have
-    given weights.
+    Weights that were chosen on validation images are shown as `auto`. The order of the members matters only if their
+    weights were given.
 
     Args:
         runs: All runs, as returned by `read_runs`.
