@@ -9,7 +9,7 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "augmentation.gamma_range": 0.0,
     "compute.tensor_cores": False,
     "evaluation.time_limit": 30.0,
-    "model.mirror": False,
+    "model.mirror": [],
     "model.per_channel_std": False,
     "model.variant": "xu2020",
     "optimizer.algorithm": "adamw",

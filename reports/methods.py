@@ -3,6 +3,7 @@
 A run's setting `method` is free text. Tables therefore compare kinds: the values of the settings in `KINDS`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from itertools import count
@@ -82,20 +83,20 @@ def method_name(settings: Mapping[str, object]) -> str:
 
 
 def _ensemble_name(settings: Mapping[str, object]) -> str:
-    """Return the name of an ensemble, with its members' networks, such as `Ensemble (2 l_inf-dist Net, cnn7)`.
+    """Return the name of an ensemble, with its members' networks, such as `Ensemble (2 mirrored l_inf-dist Net, cnn7)`.
 
     Tables of runs that vary in the networks group them by kind, so the members may be missing.
     """
     networks: Counter[str] = Counter()
+    mirror = re.findall("true|false", _text(settings.get("model.mirror")).lower())  # one for each member, or none
     for index in count():
         kind = _text(settings.get(f"model.members.{index}.kind"))
         if not kind:
             break
         inner = _text(settings.get(f"model.members.{index}.backbone.kind"))
-        networks[f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind)] += 1
+        network = f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind)
+        networks[f"mirrored {network}" if mirror[index : index + 1] == ["true"] else network] += 1
     names = [name if number == 1 else f"{number} {name}" for name, number in networks.items()]
-    if _text(settings.get("model.mirror")) == "True":
-        names.append("mirrored")
     return f"Ensemble ({', '.join(names)})" if names else "Ensemble"
 
 

@@ -37,8 +37,10 @@ class EnsembleConfig(NetworkConfig):
         Field(min_length=1, max_length=MAX_MEMBERS, description="networks whose logits are averaged"),
     ]
     weights: tuple[Weight, ...] = Field((), description="weight of each member in the mean; none: equal weights")
-    mirror: bool = Field(
-        False, description="also average the logits for the mirror image; for networks trained with horizontal flips"
+    mirror: tuple[bool, ...] = Field(
+        (),
+        description="for each member, whether its logits for the mirror image are averaged too; for networks trained "
+        "with horizontal flips; none: false for all",
     )
     runs: tuple[str, ...] = Field((), description="ids of the runs that trained the members, in the same order")
 
@@ -67,15 +69,22 @@ class EnsembleConfig(NetworkConfig):
 
         Raises:
             ValueError: If there is only one member without mirror images, settings of a member are incompatible, only
-                some members normalize each channel by its own standard deviation, or weights are missing for some
-                members or differ too much.
+                some members normalize each channel by its own standard deviation, weights differ too much, or values
+                for some members are missing.
         """
-        if len(self.members) == 1 and not self.mirror:
-            raise ValueError("model.members: must be at least 2 networks, but is 1; add one, or use model.mirror=true")
+        if len(self.members) == 1 and not any(self.mirror):
+            raise ValueError(
+                "model.members: must be at least 2 networks, but is 1; add one, or use model.mirror=[true]"
+            )
         if self.weights and len(self.weights) != len(self.members):
             raise ValueError(
                 f"model.weights={_format(self.weights)}: must be one number for each of the {len(self.members)} "
                 "members; give one each, or none for equal weights"
+            )
+        if self.mirror and len(self.mirror) != len(self.members):
+            raise ValueError(
+                f"model.mirror={list(self.mirror)}: must be one true or false for each of the {len(self.members)} "
+                "members; give one each, or none"
             )
         if self.weights and max(self.weights) / min(self.weights) > MAX_WEIGHT_RATIO:
             raise ValueError(
@@ -104,15 +113,19 @@ class Ensemble(nn.Module):
     Args:
         members: Networks for the same images and classes.
         weights: Positive weight of each member, of any sum; none: equal weights.
-        mirror: If True, the mean also includes the logits for images that are mirrored left to right.
+        mirror: For each member, whether its logits are the mean over the image and the image mirrored left to right;
+            none: no member's.
 
     Attributes:
         shares: Weights, divided by their sum.
     """
 
-    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] = (), mirror: bool = False) -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], weights: Sequence[float] = (), mirror: Sequence[bool] = ()
+    ) -> None:
         super().__init__()
-        self.members, self.mirror = nn.ModuleList(members), mirror
+        self.members = nn.ModuleList(members)
+        self.mirror = tuple(mirror) or (False,) * len(members)
         weights = weights or [1.0] * len(members)
         total = math.fsum(weights)
         self.shares = tuple(weight / total for _, weight in zip(members, weights, strict=True))
@@ -127,17 +140,18 @@ class Ensemble(nn.Module):
         Raises:
             ValueError: If images have another number of dimensions, so that they cannot be mirrored.
         """
-        views = [images]
-        if self.mirror:
+        mirrored = images
+        if any(self.mirror):
             if images.dim() != 4:
                 raise ValueError(
                     f"images: must be (B, C, H, W) to be mirrored, not {tuple(images.shape)}; reshape them"
                 )
-            views.append(images.flip(3))
+            mirrored = images.flip(3)
+        views = ((images, mirrored) if mirror else (images,) for mirror in self.mirror)
         first, *others = (
-            share / len(views) * member(view)
-            for view in views
-            for share, member in zip(self.shares, self.members, strict=True)
+            share / len(own_views) * member(view)
+            for share, member, own_views in zip(self.shares, self.members, views, strict=True)
+            for view in own_views
         )
         total = first
         for part in others:

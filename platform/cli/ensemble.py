@@ -24,7 +24,7 @@ def ensemble(
         ),
     ] = None,
     mirror: Annotated[
-        bool, typer.Option("--mirror", help="Also average over mirror images; for runs trained with random flips")
+        bool, typer.Option("--mirror", help="Average runs trained with random flips over mirror images, too")
     ] = False,
     tag: Tags = None,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
@@ -36,9 +36,9 @@ def ensemble(
     networks trained with IBP, interval bounds certify it (ibp). Settings of the evaluation are those of the first run,
     with the attacks of all runs. Epochs and training time are sums over the runs.
 
-    With --mirror, the logits are also computed for the image mirrored left to right, and averaged. One run is enough.
-    The mean is certified in the same way, since a perturbation is mirrored with its image. This helps networks that
-    were trained with augmentation.horizontal_flip=true.
+    With --mirror, the logits of runs trained with augmentation.horizontal_flip=true are also computed for the image
+    mirrored left to right, and averaged. Other runs have not seen mirror images, and count as without --mirror. One run
+    is enough. The mean is certified in the same way, since a perturbation is mirrored with its image.
 
     Networks of different kinds have logits of different sizes, which need weights. With --weights auto, the weight of
     a run is the inverse of the mean magnitude of its worst-case margins on validation images, by interval bounds. In
@@ -81,7 +81,7 @@ def ensemble(
     clean, robust, certified = (
         f"{100 * metrics[metric]:.2f}%" for metric in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
-    networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{' over images and their mirror images' * mirror}"
+    networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{prepared.mirror_note}"
     weighting = f" with weights {', '.join(f'{weight:g}' for weight in prepared.weights)}" if prepared.weights else ""
     console.print(
         f"Test set, eps={format_eps(prepared.experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "

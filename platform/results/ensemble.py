@@ -69,6 +69,15 @@ class EnsembleOfRuns:
         assert isinstance(self.experiment.model, EnsembleConfig)
         return self.experiment.model.weights
 
+    @property
+    def mirror_note(self) -> str:
+        """Which of the members are averaged over mirror images, as the end of a text; empty if none is."""
+        assert isinstance(self.experiment.model, EnsembleConfig)
+        count, views = sum(self.experiment.model.mirror), "over images and their mirror images"
+        if not count:
+            return ""
+        return f" {views}" if count == len(self.members) else f", {count} of them {views}"
+
 
 def prepare_ensemble(
     storage: Storage, runs: Sequence[str], weights: Sequence[float] | Literal["auto"] = (), mirror: bool = False
@@ -83,12 +92,12 @@ def prepare_ensemble(
         storage: Storage of the runs.
         runs: Names of runs, or prefixes of their ids.
         weights: Weight of each run in the mean; none: equal weights; auto: chosen on validation images.
-        mirror: Also average the logits for mirror images.
+        mirror: Also average logits for mirror images, of the runs that were trained with random flips.
 
     Raises:
         InputError: If there are fewer than two runs (one with `mirror`) or too many, a run does not exist, is given
             twice, has no weights or is an ensemble, the runs differ in dataset, eps or input shape, or the dataset is
-            missing; also if the weights of the mean are invalid, or cannot be chosen.
+            missing; also if the weights of the mean are invalid, or cannot be chosen, or no run can be mirrored.
     """
     if not 2 - mirror <= len(runs) <= MAX_MEMBERS:
         raise InputError(
@@ -105,15 +114,24 @@ def prepare_ensemble(
     members = [_read_member(storage, run, run_id) for run, run_id in zip(runs, ids, strict=True)]
     _check_members(runs, members)
     is_auto = isinstance(weights, str)
-    experiment = _ensemble_config(members, () if isinstance(weights, str) else weights, mirror)
+    mirrored = tuple(mirror and member.weights.experiment.augmentation.horizontal_flip for member in members)
+    if mirror and not any(mirrored):
+        raise InputError(
+            f"mirror=true: no run has seen mirror images ({', '.join(runs)}); use at least one that was trained with "
+            "augmentation.horizontal_flip=true, or leave out --mirror"
+        )
+    experiment = _ensemble_config(members, () if isinstance(weights, str) else weights, mirrored)
     if is_auto:
         _check_held_out(runs, members)
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
     if is_auto:
         device = select_device(experiment)
-        networks = [Ensemble([member.weights.network], mirror=mirror).to(device).eval() for member in members]
+        networks = [
+            Ensemble([member.weights.network], mirror=[is_mirrored]).to(device).eval()
+            for member, is_mirrored in zip(members, mirrored, strict=True)
+        ]
         validation = dataset.to(device).validation
-        experiment = _ensemble_config(members, choose_weights(networks, runs, validation, experiment), mirror)
+        experiment = _ensemble_config(members, choose_weights(networks, runs, validation, experiment), mirrored)
     network = build_network(experiment, members[0].weights.info)
     assert isinstance(network, Ensemble)
     for part, member in zip(network.members, members, strict=True):
@@ -178,7 +196,7 @@ def _compared_values(member: Member) -> Mapping[str, object]:
     }
 
 
-def _ensemble_config(members: Sequence[Member], weights: Sequence[float], mirror: bool) -> ExperimentConfig:
+def _ensemble_config(members: Sequence[Member], weights: Sequence[float], mirrored: Sequence[bool]) -> ExperimentConfig:
     """Return the config of an ensemble; see `prepare_ensemble`.
 
     Raises:
@@ -192,7 +210,7 @@ def _ensemble_config(members: Sequence[Member], weights: Sequence[float], mirror
         "kind": "ensemble",
         "members": [experiment.model.model_dump(mode="json") for experiment in experiments],
         "weights": list(weights),
-        "mirror": mirror,
+        "mirror": list(mirrored) if any(mirrored) else [],
         "runs": [member.run_id for member in members],
     }
     tree["method"] = ""
@@ -247,10 +265,9 @@ def log_ensemble(
             (validation,) = evaluate(network, dataset.validation, spec, experiment.evaluation.batch_size)
             metrics[schema.BEST_VALIDATION_CLEAN] = validation.clean
             metrics[schema.BEST_VALIDATION_CERTIFIED] = validation.certified
-        mirrored = isinstance(network, Ensemble) and network.mirror
         plural = "s" * (len(members) > 1)
         selection = f"mean of the selected network{plural} of {len(members)} run{plural}"
-        selection += " over images and their mirror images" * mirrored
+        selection += ensemble.mirror_note
         if ensemble.has_chosen_weights:
             selection += f", {schema.CHOSEN_WEIGHTS}"
         spec = evaluation_spec(experiment, network, with_attacks=True)

@@ -40,7 +40,9 @@ HYBRID = ["model.kind=linf_dist_hybrid", "model.backbone.kind=linf_dist_mlp", "m
         (NET, [*HYBRID, "objective.kind=taps"], "l_inf-dist Net+MLP (TAPS)"),
         (RELU, ["objective.kind=pvt"], "after PVT"),
         (RELU, ["objective.kind=cross_entropy", "method=ours"], "ours"),
-        (NET, ["model={kind: ensemble, mirror: true, members: [{kind: sort_net}]}"], "Ensemble (SortNet, mirrored)"),
+        (NET, ["model={kind: ensemble, mirror: [true], members: [{kind: sort_net}]}"], "Ensemble (mirrored SortNet)"),
+        (NET, ["model={kind: ensemble, mirror: [true, false, true], members: [{kind: sort_net}, {kind: sort_net}, "
+               "{kind: sort_net}]}"], "Ensemble (2 mirrored SortNet, SortNet)"),
         (NET, ["model={kind: ensemble, members: [{kind: sort_net}, {kind: linf_dist_hybrid}, {kind: sort_net}, "
                "{kind: cnn7}]}"], "Ensemble (2 SortNet, l_inf-dist Net+MLP, cnn7)"),
         ("mnist_eps0.3_linf_dist_net_v2", ["training.epochs=3"], "l_inf-dist Net (v2)"),

@@ -63,13 +63,13 @@ def lipschitz_rounding(network: nn.Module) -> LipschitzRounding:
 def _ensemble_rounding(network: LipschitzEnsemble) -> LipschitzRounding:
     """Bound the rounding of the weighted mean of K logits, which has K products with rounded shares, and K - 1 sums.
 
-    With mirror images, which have the same bounds, K is twice the number of members. The mean passes on the mean of the
-    members' errors. Its own rounding is relative to the mean of their magnitudes, by gamma(K + 1) in any order of
-    summation. Products can underflow. The excess is at most the largest of the members, and includes the rounding of
-    the shares and of the mean of the constants in float64.
+    A member that is averaged over mirror images, which have the same bounds, has two of the K logits. The mean passes
+    on the mean of the members' errors. Its own rounding is relative to the mean of their magnitudes, by gamma(K + 1) in
+    any order of summation. Products can underflow. The excess is at most the largest of the members, and includes the
+    rounding of the shares and of the mean of the constants in float64.
     """
     members = [lipschitz_rounding(member) for member in network.members]
-    count = len(members) * (2 if network.mirror else 1)
+    count = len(members) + sum(network.mirror)
     largest = network.mean_over_members(member.largest_logit for member in members)
     error = network.mean_over_members(member.logit_rounding_error for member in members)
     error += ROOM * (gamma(count + 1, _dtype(network)) * largest + count * UNDERFLOW_SLACK)

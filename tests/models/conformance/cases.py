@@ -27,8 +27,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "l_inf_nearest": [{"samples": 12}],
     "group_sort": [{"depth": 3, "width": 14}],
     "ensemble": [
-        {"members": [MLP], "mirror": True},
-        {"members": [MLP, GROUP_SORT, CONV]},
+        {"members": [MLP], "mirror": [True]},
+        {"members": [MLP, GROUP_SORT, CONV], "mirror": [False, True, False]},
         {"members": [SORT, RELU]},
     ],
     "conv_net": [{"size": "strided", "batch_norm": True}],

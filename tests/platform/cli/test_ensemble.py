@@ -31,10 +31,11 @@ SHORT = ["training.epochs=1", "evaluation.attack.steps=3", "evaluation.attack.re
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage with runs of one epoch: two distance nets, a ReLU network, and a net for another eps."""
+    """A storage with runs of one epoch: distance nets, one with flips, a ReLU network, a net for another eps."""
     folder = tmp_path_factory.mktemp("runs")
     linflab.train(RECIPE, [*SHORT, "seed=0"], folder, "first")
     linflab.train(RECIPE, [*SHORT, "seed=1", "model.width=20", "training.epochs=2"], folder, "second")
+    linflab.train(RECIPE, [*SHORT, "augmentation.horizontal_flip=true"], folder, "flipped")
     linflab.train("digits_eps0.1_ibp", SHORT, folder, "relu")
     linflab.train(RECIPE, [*SHORT, "eps=0.05", "objective.theta=0.05"], folder, "other eps")
     return folder
@@ -138,12 +139,12 @@ def test_relu_networks_are_averaged_with_chosen_weights_and_certified_by_ibp(sto
 
 def test_a_single_run_is_averaged_over_mirror_images(storage: Storage, run_cli: RunCli, tmp_path: Path) -> None:
     folder = ["--storage", str(storage.root)]
-    done = run_cli("ensemble", "first", "--mirror", "--name", "both sides", *folder)
+    done = run_cli("ensemble", "flipped", "--mirror", "--name", "both sides", *folder)
     assert done.returncode == 0, done.stderr
     assert "Mean of 1 network over images and their mirror images." in " ".join(done.stdout.split())
     records = linflab.records(storage.root).set_index(schema.NAME)
-    latest, member = records.loc["both sides"], linflab.load("first", storage.root)
-    assert latest[schema.FLOPS] == 2 * records.loc["first"][schema.FLOPS] and latest["model.mirror"] == "True"
+    latest, member = records.loc["both sides"], linflab.load("flipped", storage.root)
+    assert latest[schema.FLOPS] == 2 * records.loc["flipped"][schema.FLOPS] and latest["model.mirror"] == "[True]"
     assert latest[schema.CERTIFIER] == "lipschitz-sound" and latest[schema.TEST_VIOLATIONS] == 0
     test = load_dataset("digits").test
     images, labels = test.batch(torch.arange(len(test)))
@@ -163,15 +164,24 @@ def test_a_single_run_is_averaged_over_mirror_images(storage: Storage, run_cli: 
     torch.testing.assert_close(torch.from_numpy(computed).double(), logits[:3], rtol=0, atol=1e-4)
 
 
-def test_weights_of_mirrored_members_are_those_of_their_means(storage: Storage) -> None:
-    runs = ["relu", "first"]
+def test_only_runs_with_flips_are_mirrored(storage: Storage, run_cli: RunCli) -> None:
+    runs = ["relu", "flipped"]
     chosen = prepare_ensemble(storage, runs, "auto", mirror=True)
-    assert isinstance(chosen.network, Ensemble) and chosen.network.mirror and chosen.has_chosen_weights
+    assert isinstance(chosen.network, Ensemble) and chosen.has_chosen_weights
+    assert chosen.network.mirror == (False, True)
     validation, members = load_dataset("digits").validation, list(chosen.network.members)
-    means = [Ensemble([member], mirror=True).eval() for member in members]
-    assert chosen.weights == choose_weights(means, runs, validation, chosen.experiment)
-    assert chosen.weights != choose_weights(members, runs, validation, chosen.experiment)
-    assert prepare_ensemble(storage, ["first"], "auto", mirror=True).weights == (1.0,)
+    mean = Ensemble(members[1:], mirror=[True]).eval()
+    assert chosen.weights == choose_weights([members[0], mean], runs, validation, chosen.experiment)
+    assert prepare_ensemble(storage, ["flipped"], "auto", mirror=True).weights == (1.0,)
+    assert prepare_ensemble(storage, runs).network.mirror == (False, False)
+
+    done = run_cli("ensemble", *runs, "--mirror", "--name", "one side", "--storage", str(storage.root))
+    assert "Mean of 2 networks, 1 of them over images and their mirror images." in " ".join(done.stdout.split())
+    latest = linflab.records(storage.root).iloc[0]
+    assert latest[schema.METHOD] == "Ensemble (cnn7, mirrored l_inf-dist Net)"
+    assert latest[schema.SELECTION].endswith("2 runs, 1 of them over images and their mirror images")
+    network = linflab.load("one side", storage.root)
+    assert network.mirror == (False, True)
 
 
 def test_given_weights_come_back(storage: Storage) -> None:
@@ -217,6 +227,10 @@ def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Stora
     ("arguments", "expected"),
     [
         (["first", "--name", "x"], ["runs=first", "2", "--mirror"]),
+        (
+            ["first", "relu", "--name", "x", "--mirror"],
+            ["mirror=true", "first, relu", "augmentation.horizontal_flip=true"],
+        ),
         (["first", "first", "--name", "x"], ["first", "twice"]),
         (["first", "other eps", "--name", "x"], ["other eps", "eps=0.05", "eps=0.1"]),
         (["first", "missing", "--name", "x"], ["missing"]),
