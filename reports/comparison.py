@@ -26,8 +26,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from linflab.reports import labels, schema
 from linflab.reports.added_settings import ADDED_TEXTS
 from linflab.reports.ensembles import (
+    MEMBER_NETWORKS,
     MEMBER_RUNS,
     MEMBER_SETTINGS,
+    MIRROR,
     SEEDS,
     add_member_columns,
     repeat_commands,
@@ -436,6 +438,9 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         name for name in param_columns(scored_runs) if name not in UNCOMPARED_SETTINGS and labels.affects_results(name)
     ]
     settings = scored_runs[compared_columns].fillna("").astype(str)
+    # `MEMBER_SETTINGS` has these settings of known members, in an order that does not depend on that of the run.
+    member_columns = [path for path in settings if path == MIRROR or path.startswith(MEMBER_NETWORKS)]
+    settings.loc[settings[MEMBER_SETTINGS] != "", member_columns] = ""
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
     scored_runs = scored_runs.assign(configuration=settings.groupby(compared_columns, sort=False).ngroup())

@@ -12,6 +12,7 @@ import pandas as pd
 from linflab.reports import labels, schema
 from linflab.reports.added_settings import ADDED_TEXTS
 from linflab.reports.formatting import reproduce_command, short_commit
+from linflab.reports.methods import mirror_flags
 from linflab.reports.records import param_columns
 
 # Columns that are added to runs.
@@ -19,7 +20,9 @@ SEEDS = "linflab.seeds"  # seed as text; that of an ensemble has the seeds of it
 MEMBER_SETTINGS = "linflab.member_settings"  # settings of the members without seeds; empty for other runs
 MEMBER_COMMANDS = "linflab.member_commands"  # (command, commit) of each member; none for other runs
 
-MEMBER_RUNS, MEMBER_WEIGHTS = "model.runs", "model.weights"  # settings of ensembles
+# Settings of ensembles.
+MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR = "model.runs", "model.weights", "model.mirror"
+MEMBER_NETWORKS = "model.members."  # start of their paths
 ID_CHARS = 8  # of an id in a command: the start of a run's id, and the name of a repeated run
 
 
@@ -44,8 +47,8 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
         return runs.assign(**added)
     positions = _positions_by_id(runs)
     compared = [path for path in param_columns(runs) if path not in uncompared and labels.affects_results(path)]
-    member_runs, weights = (
-        runs.get(path, pd.Series("", index=runs.index)).tolist() for path in (MEMBER_RUNS, MEMBER_WEIGHTS)
+    member_runs, weights, mirrors = (
+        runs.get(path, pd.Series("", index=runs.index)).tolist() for path in (MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR)
     )
     for position in ensembles:
         rule = runs[schema.SELECTION].iloc[position]
@@ -55,8 +58,10 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
         if not all(one in positions for one in ids):
             continue
         members = [runs.iloc[positions[one]] for one in ids]
+        flags = mirror_flags(mirrors[position], len(ids))
         described = [
-            (_describe(member, compared), seeds[positions[one]]) for member, one in zip(members, ids, strict=True)
+            (f"{MIRROR}={flag}\n{_describe(member, compared)}", seeds[positions[one]])
+            for member, one, flag in zip(members, ids, flags, strict=True)
         ]
         if weights[position] in ("auto", "[]"):
             described.sort()

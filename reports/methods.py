@@ -83,21 +83,39 @@ def method_name(settings: Mapping[str, object]) -> str:
 
 
 def _ensemble_name(settings: Mapping[str, object]) -> str:
-    """Return the name of an ensemble, with its members' networks, such as `Ensemble (2 mirrored l_inf-dist Net, cnn7)`.
+    """Return the name of an ensemble, with its members' networks, such as `Ensemble (cnn7, 2 mirrored SortNet)`.
 
-    Tables of runs that vary in the networks group them by kind, so the members may be missing.
+    The name does not depend on the order of the members. Tables of runs that vary in the networks group them by kind,
+    so the members may be missing.
     """
-    networks: Counter[str] = Counter()
-    mirror = re.findall("true|false", _text(settings.get("model.mirror")).lower())  # one for each member, or none
+    members: list[str] = []
     for index in count():
         kind = _text(settings.get(f"model.members.{index}.kind"))
         if not kind:
             break
         inner = _text(settings.get(f"model.members.{index}.backbone.kind"))
-        network = f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind)
-        networks[f"mirrored {network}" if mirror[index : index + 1] == ["true"] else network] += 1
-    names = [name if number == 1 else f"{number} {name}" for name, number in networks.items()]
+        members.append(f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind))
+    flags = mirror_flags(settings.get("model.mirror"), len(members))
+    networks = Counter("mirrored " * flag + member for member, flag in zip(members, flags, strict=True))
+    names = [name if number == 1 else f"{number} {name}" for name, number in sorted(networks.items(), key=_unmirrored)]
     return f"Ensemble ({', '.join(names)})" if names else "Ensemble"
+
+
+def mirror_flags(value: object, members: int) -> tuple[bool, ...]:
+    """Return for each member of an ensemble whether it is averaged over mirror images.
+
+    Args:
+        value: Setting `model.mirror`, as value or as text.
+        members: Number of members.
+    """
+    flags = tuple(flag == "true" for flag in re.findall("true|false", _text(value).lower()))
+    return flags if len(flags) == members else (False,) * members
+
+
+def _unmirrored(network: tuple[str, int]) -> tuple[str, bool]:
+    """Return a sort key for a network's name and number: without case, mirrored networks before others."""
+    name = network[0].removeprefix("mirrored ")
+    return name.lower(), name == network[0]
 
 
 def describe_method(settings: Mapping[str, object], logged_name: object) -> str:

@@ -94,6 +94,6 @@ def _type(field: Mapping[str, Any]) -> str:
         return f"list of {_values(items)}"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    return {"string": "text", "boolean": "`true`, `false`", "null": "`null`"}.get(
+    return {"string": "text", "boolean": "`true` or `false`", "null": "`null`"}.get(
         field.get("type", ""), field.get("type", "any")
     )

@@ -39,8 +39,8 @@ class EnsembleConfig(NetworkConfig):
     weights: tuple[Weight, ...] = Field((), description="weight of each member in the mean; none: equal weights")
     mirror: tuple[bool, ...] = Field(
         (),
-        description="for each member, whether its logits for the mirror image are averaged too; for networks trained "
-        "with horizontal flips; none: false for all",
+        description="for each member, whether logits for the mirror image are averaged too, for networks trained with "
+        "horizontal flips; none: false for all",
     )
     runs: tuple[str, ...] = Field((), description="ids of the runs that trained the members, in the same order")
 
@@ -83,8 +83,8 @@ class EnsembleConfig(NetworkConfig):
             )
         if self.mirror and len(self.mirror) != len(self.members):
             raise ValueError(
-                f"model.mirror={list(self.mirror)}: must be one true or false for each of the {len(self.members)} "
-                "members; give one each, or none"
+                f"model.mirror={str(list(self.mirror)).lower()}: must be true or false for each of the "
+                f"{len(self.members)} members; give one value each, or [] for none"
             )
         if self.weights and max(self.weights) / min(self.weights) > MAX_WEIGHT_RATIO:
             raise ValueError(
@@ -118,6 +118,10 @@ class Ensemble(nn.Module):
 
     Attributes:
         shares: Weights, divided by their sum.
+        mirror: For each member, whether it is averaged over mirror images.
+
+    Raises:
+        ValueError: If there is not one weight or value of `mirror` for each member.
     """
 
     def __init__(
@@ -125,7 +129,11 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.mirror = tuple(mirror) or (False,) * len(members)
+        self.mirror = tuple(bool(one) for one in mirror) or (False,) * len(members)
+        if len(self.mirror) != len(members):
+            raise ValueError(
+                f"mirror={list(self.mirror)}: must be one value for each of the {len(members)} members; give one each"
+            )
         weights = weights or [1.0] * len(members)
         total = math.fsum(weights)
         self.shares = tuple(weight / total for _, weight in zip(members, weights, strict=True))

@@ -24,7 +24,7 @@ def ensemble(
         ),
     ] = None,
     mirror: Annotated[
-        bool, typer.Option("--mirror", help="Average runs trained with random flips over mirror images, too")
+        bool, typer.Option("--mirror", help="Also average over mirror images, for runs trained with random flips")
     ] = False,
     tag: Tags = None,
     storage_dir: StorageFolder = DEFAULT_STORAGE,
@@ -37,8 +37,8 @@ def ensemble(
     with the attacks of all runs. Epochs and training time are sums over the runs.
 
     With --mirror, the logits of runs trained with augmentation.horizontal_flip=true are also computed for the image
-    mirrored left to right, and averaged. Other runs have not seen mirror images, and count as without --mirror. One run
-    is enough. The mean is certified in the same way, since a perturbation is mirrored with its image.
+    mirrored left to right, and averaged. Other runs have not seen mirror images, and are averaged as without --mirror.
+    One run is enough. The mean is certified in the same way, since a perturbation is mirrored with its image.
 
     Networks of different kinds have logits of different sizes, which need weights. With --weights auto, the weight of
     a run is the inverse of the mean magnitude of its worst-case margins on validation images, by interval bounds. In
@@ -82,10 +82,10 @@ def ensemble(
         f"{100 * metrics[metric]:.2f}%" for metric in (schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED)
     )
     networks = f"{len(ids)} network{'s' * (len(ids) > 1)}{prepared.mirror_note}"
-    weighting = f" with weights {', '.join(f'{weight:g}' for weight in prepared.weights)}" if prepared.weights else ""
+    weighting = f" Weights: {', '.join(f'{weight:g}' for weight in prepared.weights)}." if prepared.weights else ""
     console.print(
         f"Test set, eps={format_eps(prepared.experiment.eps)}: clean {clean}, robust {robust}, certified {certified} "
-        f"({result.certificate}). Mean of {networks}{weighting}."
+        f"({result.certificate}). Mean of {networks}.{weighting}"
     )
     with console.status("Logging model and figures ..."):
         log_optional(lambda: log_model_and_figures(storage, result.run_id), repeat)

@@ -71,7 +71,7 @@ class EnsembleOfRuns:
 
     @property
     def mirror_note(self) -> str:
-        """Which of the members are averaged over mirror images, as the end of a text; empty if none is."""
+        """Which of the networks are averaged over mirror images, as the end of a text; empty if none is."""
         assert isinstance(self.experiment.model, EnsembleConfig)
         count, views = sum(self.experiment.model.mirror), "over images and their mirror images"
         if not count:
@@ -101,8 +101,8 @@ def prepare_ensemble(
     """
     if not 2 - mirror <= len(runs) <= MAX_MEMBERS:
         raise InputError(
-            f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs, or one with --mirror; add runs to average, or "
-            "leave some out"
+            f"runs={' '.join(runs)}: must be 2 to {MAX_MEMBERS} runs, or one with --mirror, trained with flips; add "
+            "runs to average, or leave some out"
         )
     for run in runs:
         if run.startswith(PREFIX) or is_remote(run):
@@ -117,8 +117,8 @@ def prepare_ensemble(
     mirrored = tuple(mirror and member.weights.experiment.augmentation.horizontal_flip for member in members)
     if mirror and not any(mirrored):
         raise InputError(
-            f"mirror=true: no run has seen mirror images ({', '.join(runs)}); use at least one that was trained with "
-            "augmentation.horizontal_flip=true, or leave out --mirror"
+            f"mirror=true: none of the runs was trained with mirror images ({', '.join(runs)}); use at least one with "
+            f"augmentation.horizontal_flip=true{', or leave out --mirror' * (len(runs) > 1)}"
         )
     experiment = _ensemble_config(members, () if isinstance(weights, str) else weights, mirrored)
     if is_auto:

@@ -284,8 +284,10 @@ def test_invalid_members_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"^model\.members: .*at least 2.*model\.mirror=\[true\]"):
         EnsembleConfig(members=(CONFIGS[0],)).check()
     EnsembleConfig(members=(CONFIGS[0],), mirror=(True,)).check()
-    with pytest.raises(ValueError, match=r"^model\.mirror=\[True\]: .*each of the 2 members"):
+    with pytest.raises(ValueError, match=r"^model\.mirror=\[true\]: .*each of the 2 members"):
         EnsembleConfig(members=(CONFIGS[0], CONFIGS[0]), mirror=(True,)).check()
+    with pytest.raises(ValueError, match=r"^mirror=\[True\]: .*each of the 2 members"):
+        Ensemble([nn.Identity(), nn.Identity()], mirror=(True,))
     for invalid in ((), (CONFIGS[0], inner)):
         with pytest.raises(ValueError, match="members"):
             EnsembleConfig(members=invalid)

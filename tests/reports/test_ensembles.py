@@ -31,10 +31,10 @@ def make_ensemble(number: int, members: list[int], **other: object) -> dict[str,
     return make_run(number, 0.78, 0.77, **{"run_id": make_id(number), **settings, **other})
 
 
-def find_rows(*runs: dict[str, object]) -> list[Row]:
-    """Return the rows of ensembles."""
+def find_rows(*runs: dict[str, object], kind: str = "Ensemble (2 l_inf-dist Net)") -> list[Row]:
+    """Return the rows of ensembles whose names start with `kind`."""
     rows = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
-    return [row for row in rows if row.cell("Method").text.startswith("Ensemble (2 l_inf-dist Net)")]
+    return [row for row in rows if row.cell("Method").text.startswith(kind)]
 
 
 def numbers_of(rows: list[Row]) -> list[list[int]]:
@@ -65,6 +65,16 @@ def test_ensembles_of_members_with_other_settings_compete(change: dict[str, obje
     better = {schema.BEST_VALIDATION_CERTIFIED: 0.79}
     rows = find_rows(*members, make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13], **better))
     assert numbers_of(rows) == [[21]]
+
+
+def test_members_over_mirror_images_may_be_exchanged() -> None:
+    """They are not equal to ensembles in which other members, or all, are averaged over mirror images."""
+    flips = {"augmentation.horizontal_flip": "True"}
+    members = [make_member(10, **flips), make_member(11), make_member(12), make_member(13, **flips)]
+    first = make_ensemble(20, [10, 11], **{"model.mirror": "[True, False]"})
+    for mirror, expected in (("[False, True]", [[20, 21]]), ("[True, False]", [[20]]), ("[True, True]", [[20]])):
+        second = make_ensemble(21, [12, 13], **{"model.mirror": mirror, schema.BEST_VALIDATION_CERTIFIED: 0.5})
+        assert numbers_of(find_rows(*members, first, second, kind="Ensemble (mirrored l_inf-dist Net, ")) == expected
 
 
 def test_weights_chosen_on_validation_images_do_not_separate_ensembles() -> None:

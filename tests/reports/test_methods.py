@@ -44,7 +44,7 @@ HYBRID = ["model.kind=linf_dist_hybrid", "model.backbone.kind=linf_dist_mlp", "m
         (NET, ["model={kind: ensemble, mirror: [true, false, true], members: [{kind: sort_net}, {kind: sort_net}, "
                "{kind: sort_net}]}"], "Ensemble (2 mirrored SortNet, SortNet)"),
         (NET, ["model={kind: ensemble, members: [{kind: sort_net}, {kind: linf_dist_hybrid}, {kind: sort_net}, "
-               "{kind: cnn7}]}"], "Ensemble (2 SortNet, l_inf-dist Net+MLP, cnn7)"),
+               "{kind: cnn7}]}"], "Ensemble (cnn7, l_inf-dist Net+MLP, 2 SortNet)"),
         ("mnist_eps0.3_linf_dist_net_v2", ["training.epochs=3"], "l_inf-dist Net (v2)"),
         ("mnist_eps0.3_linf_dist_net_v2", ["objective.kind=hinge"], "l_inf-dist Net"),
     ],

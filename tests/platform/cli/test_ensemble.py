@@ -172,16 +172,22 @@ def test_only_runs_with_flips_are_mirrored(storage: Storage, run_cli: RunCli) ->
     validation, members = load_dataset("digits").validation, list(chosen.network.members)
     mean = Ensemble(members[1:], mirror=[True]).eval()
     assert chosen.weights == choose_weights([members[0], mean], runs, validation, chosen.experiment)
+    assert chosen.weights != choose_weights(members, runs, validation, chosen.experiment)
     assert prepare_ensemble(storage, ["flipped"], "auto", mirror=True).weights == (1.0,)
     assert prepare_ensemble(storage, runs).network.mirror == (False, False)
 
     done = run_cli("ensemble", *runs, "--mirror", "--name", "one side", "--storage", str(storage.root))
     assert "Mean of 2 networks, 1 of them over images and their mirror images." in " ".join(done.stdout.split())
-    latest = linflab.records(storage.root).iloc[0]
+    records = linflab.records(storage.root).set_index(schema.NAME)
+    latest = records.loc["one side"]
     assert latest[schema.METHOD] == "Ensemble (cnn7, mirrored l_inf-dist Net)"
+    assert latest[schema.FLOPS] == records.loc["relu"][schema.FLOPS] + 2 * records.loc["flipped"][schema.FLOPS]
     assert latest[schema.SELECTION].endswith("2 runs, 1 of them over images and their mirror images")
-    network = linflab.load("one side", storage.root)
-    assert network.mirror == (False, True)
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        relu, flipped = (linflab.load(run, storage.root) for run in runs)
+        expected = relu(images) / 2 + (flipped(images) + flipped(images.flip(3))) / 4
+        torch.testing.assert_close(linflab.load("one side", storage.root)(images), expected)
 
 
 def test_given_weights_come_back(storage: Storage) -> None:
@@ -239,6 +245,7 @@ def test_weights_are_not_chosen_on_training_images(trained: Path, storage: Stora
             ["pretrained:digits_linf_dist_net", "logged run"],
         ),
         (["first", "hf://owner/name", "--name", "x"], ["hf://owner/name", "logged run"]),
+        (["first", "--name", "x", "--mirror"], ["mirror=true", "(first)", "augmentation.horizontal_flip=true"]),
         (["first", "second", "--name", " "], ["name"]),
         (["first", "second", "--name", "x", "--tag", "k"], ["tag=k", "KEY=VALUE"]),
         (["first", "second", "--name", "x", "--weights", "1,x"], ["weights=1,x", "auto"]),
