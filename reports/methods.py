@@ -5,7 +5,7 @@ A run's setting `method` is free text. Tables therefore compare kinds: the value
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 
 NETWORK_KINDS = ("model.kind", "model.backbone.kind")
@@ -83,11 +83,7 @@ def method_name(settings: Mapping[str, object]) -> str:
 
 
 def _ensemble_name(settings: Mapping[str, object]) -> str:
-    """Return the name of an ensemble, with its members' networks, such as `Ensemble (cnn7, 2 mirrored SortNet)`.
-
-    The name does not depend on the order of the members. Tables of runs that vary in the networks group them by kind,
-    so the members may be missing.
-    """
+    """Return the name of an ensemble, with its members' networks; tables that group runs by kind do not know these."""
     members: list[str] = []
     for index in count():
         kind = _text(settings.get(f"model.members.{index}.kind"))
@@ -95,10 +91,19 @@ def _ensemble_name(settings: Mapping[str, object]) -> str:
             break
         inner = _text(settings.get(f"model.members.{index}.backbone.kind"))
         members.append(f"{_NETWORKS.get(inner, inner)}+MLP" if inner else _NETWORKS.get(kind, kind))
-    flags = mirror_flags(settings.get("model.mirror"), len(members))
-    networks = Counter("mirrored " * flag + member for member, flag in zip(members, flags, strict=True))
-    names = [name if number == 1 else f"{number} {name}" for name, number in sorted(networks.items(), key=_unmirrored)]
-    return f"Ensemble ({', '.join(names)})" if names else "Ensemble"
+    return ensemble_name(members, mirror_flags(settings.get("model.mirror"), len(members))) if members else "Ensemble"
+
+
+def ensemble_name(members: Sequence[str], mirrored: Sequence[bool]) -> str:
+    """Return the name of an ensemble, such as `Ensemble (IBP, 2 mirrored SortNet)`, for any order of its members.
+
+    Args:
+        members: Methods or networks of the members.
+        mirrored: For each member, whether it is averaged over mirror images.
+    """
+    counts = Counter("mirrored " * flag + member for member, flag in zip(members, mirrored, strict=True))
+    names = [name if number == 1 else f"{number} {name}" for name, number in sorted(counts.items(), key=_unmirrored)]
+    return f"Ensemble ({', '.join(names)})"
 
 
 def mirror_flags(value: object, members: int) -> tuple[bool, ...]:

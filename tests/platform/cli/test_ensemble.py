@@ -180,7 +180,7 @@ def test_only_runs_with_flips_are_mirrored(storage: Storage, run_cli: RunCli) ->
     assert "Mean of 2 networks, 1 of them over images and their mirror images." in " ".join(done.stdout.split())
     records = linflab.records(storage.root).set_index(schema.NAME)
     latest = records.loc["one side"]
-    assert latest[schema.METHOD] == "Ensemble (cnn7, mirrored l_inf-dist Net)"
+    assert latest[schema.METHOD] == "Ensemble (IBP, mirrored l_inf-dist Net)"
     assert latest[schema.FLOPS] == records.loc["relu"][schema.FLOPS] + 2 * records.loc["flipped"][schema.FLOPS]
     assert latest[schema.SELECTION].endswith("2 runs, 1 of them over images and their mirror images")
     images = torch.rand(4, 1, 8, 8)
