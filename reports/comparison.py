@@ -439,7 +439,7 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
     ]
     settings = scored_runs[compared_columns].fillna("").astype(str)
     # `MEMBER_SETTINGS` has these settings of known members, in an order that does not depend on that of the run.
-    member_columns = [path for path in settings if path == MIRROR or path.startswith(MEMBER_NETWORKS)]
+    member_columns = [path for path in compared_columns if path == MIRROR or path.startswith(MEMBER_NETWORKS)]
     settings.loc[settings[MEMBER_SETTINGS] != "", member_columns] = ""
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
