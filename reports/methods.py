@@ -68,7 +68,7 @@ def method_name(settings: Mapping[str, object]) -> str:
     if model in _UNTRAINED:
         return _NETWORKS[model]
     if model == "ensemble":
-        return _ensemble_name(settings)
+        return _name_by_networks(settings)
     training = _training(objective, bound)
     hybrid = model == "linf_dist_hybrid"
     network = _NETWORKS.get(net if hybrid else model)
@@ -82,8 +82,8 @@ def method_name(settings: Mapping[str, object]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-def _ensemble_name(settings: Mapping[str, object]) -> str:
-    """Return the name of an ensemble, with its members' networks; tables that group runs by kind do not know these."""
+def _name_by_networks(settings: Mapping[str, object]) -> str:
+    """Return the name of an ensemble with its members' networks, or `Ensemble` if the settings lack the members."""
     members: list[str] = []
     for index in count():
         kind = _text(settings.get(f"model.members.{index}.kind"))

@@ -28,7 +28,7 @@ COLUMNS = ("FLOPs", "Clean", "Robust", "Certified", "Hours")
 
 
 def readme_rows() -> str:
-    """Return the README's rows: those that certify most of each dataset, with the best published result."""
+    """Return the README's rows: for each dataset, those that certify most images, with the best published result."""
     measured = [row for row in measured_table().rows if row.origin == "measured"]
     lines = []
     for group in dict.fromkeys(row.group for row in measured):

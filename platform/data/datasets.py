@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -199,10 +200,12 @@ def _fixed_permutation(size: int) -> np.ndarray:
 
 def _digits() -> "Arrays":
     """Return 1797 images of 8 x 8 pixels with values from 0 to 16; a fixed fifth is the test set."""
-    from sklearn.datasets import load_digits  # slow to import
-
-    bunch = load_digits()
-    images, labels = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.uint8)
+    spec = find_spec("sklearn")  # without its import, which takes a second
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    images, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]
     order = _fixed_permutation(len(labels))
     test, train = order[:360], order[360:]
     return images[train], labels[train], images[test], labels[test]

@@ -27,7 +27,7 @@ from linflab.platform.training.evaluation import ScoringReport, evaluate, evalua
 from linflab.platform.training.weights import Weights, build_network, load_weights, save_weights
 from linflab.platform.trial import TrialResult, evaluate_on_test, select_device
 from linflab.reports import schema
-from linflab.reports.methods import ensemble_name
+from linflab.reports.methods import describe_method, ensemble_name
 from linflab.reports.records import read_run
 
 
@@ -214,7 +214,8 @@ def _ensemble_config(members: Sequence[Member], weights: Sequence[float], mirror
         "mirror": list(mirrored) if any(mirrored) else [],
         "runs": [member.run_id for member in members],
     }
-    tree["method"] = ensemble_name([experiment.method for experiment in experiments], mirrored)
+    methods = [describe_method(experiment.to_flat_dict(), experiment.method) for experiment in experiments]
+    tree["method"] = ensemble_name(methods, mirrored)
     tree["training"]["epochs"] = sum(experiment.training.epochs for experiment in experiments)
     tree["training"]["include_validation"] = any(experiment.training.include_validation for experiment in experiments)
     tree["evaluation"]["certifier"] = certifiers.pop() if len(certifiers) == 1 else "auto"

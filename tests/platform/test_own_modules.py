@@ -213,5 +213,5 @@ def test_sweeps_and_workers_import_the_modules(module: str, linflab: Command, tm
         "parameters: {objective.weight: {distribution: categorical, choices: [0.1, 0.2]}}\n"
     )
     storage = ("--storage", str(tmp_path / "runs"))
-    done = linflab("sweep", RECIPE, "space.yaml", *settings, "--budget", "2", *storage, LINFLAB_IMPORT=module)
+    done = linflab("sweep", RECIPE, "space.yaml", *settings, "--budget", "1", *storage, LINFLAB_IMPORT=module)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
+from linflab.platform.data import datasets
 from linflab.platform.data.augmentation import AugmentationConfig
 from linflab.platform.data.datasets import DATASETS, list_datasets, load_dataset, prepare_dataset
 from linflab.platform.data.raw_data import RAW_LOADERS, Arrays
@@ -53,6 +55,13 @@ def test_digits_match_their_dataset_info() -> None:
     )
     assert images_of_all_splits.mean().item() == pytest.approx(DATASETS["digits"].mean[0], abs=1e-4)
     assert images_of_all_splits.std(correction=0).item() == pytest.approx(DATASETS["digits"].std, abs=1e-4)
+
+
+def test_digits_are_those_of_sklearn() -> None:
+    bunch, (train, train_labels, test, test_labels) = load_digits(), datasets._digits()
+    order = np.random.RandomState(0).permutation(len(bunch.target))
+    np.testing.assert_array_equal(np.concatenate([test, train])[:, 0], bunch.images[order])
+    np.testing.assert_array_equal(np.concatenate([test_labels, train_labels]), bunch.target[order])
 
 
 def test_splits_are_disjoint_and_fixed() -> None:

@@ -67,6 +67,7 @@ def test_commands_repeat_the_recorded_configs(table: Table, runs: pd.DataFrame) 
         for run_id in row.runs:
             members = by_id.loc[run_id, schema.MEMBERS]
             trained += members.split(",") if isinstance(members, str) else [run_id]
+        trained = list(dict.fromkeys(trained))  # a member of two ensembles is trained once
         for (program, action, recipe, *overrides), run_id in zip(
             [command for command in commands if command[1] != "ensemble"], trained, strict=True
         ):
@@ -77,12 +78,15 @@ def test_commands_repeat_the_recorded_configs(table: Table, runs: pd.DataFrame) 
             recorded = by_id.loc[run_id, param_columns(runs)].dropna()
             current, original = load_config(recipe, overrides), rebuild_config(recorded)
             exclude = {"evaluation": {"attack", "sound"}}
-            assert current.model_dump(exclude=exclude) == original.model_dump(exclude=exclude), recipe
+            assert current.model_dump(exclude=exclude) == original.model_dump(exclude=exclude), f"{recipe} {overrides}"
         ensembles = [run_id for run_id in row.runs if isinstance(by_id.loc[run_id, schema.MEMBERS], str)]
         for command, run_id in zip([one for one in commands if one[1] == "ensemble"], ensembles, strict=True):
             members = by_id.loc[run_id, schema.MEMBERS].split(",")
             names = command[2 : command.index("--name")]
             assert len(names) == len(members) and all(map(str.startswith, members, names))
+            run = by_id.loc[run_id]
+            assert ("--mirror" in command) == ("True" in str(run["model.mirror"]))
+            assert ("--weights=auto" in command) == str(run[schema.SELECTION]).endswith(schema.CHOSEN_WEIGHTS)
 
 
 def test_costs_are_reported_for_each_row(table: Table, runs: pd.DataFrame) -> None:

@@ -4,7 +4,6 @@ import collections
 import os
 import random
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -140,15 +139,15 @@ def disturb(sweep: Sweep, rng: random.Random, name: str, kills: int, driver_kill
 
 @pytest.mark.slow
 def test_sweep_with_random_kills_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    arguments = [RECIPE, "demo", *SHORT, "--budget", "6", "--sampler", "random", "--name", "many"]
+    arguments = [RECIPE, "demo", *SHORT, "--budget", "5", "--sampler", "random", "--name", "many"]
     undisturbed, disturbed = Sweep(tmp_path / "calm"), Sweep(tmp_path / "wild")
     undisturbed.start(*arguments)
     undisturbed.finish()
     disturbed.start(*arguments)
-    disturb(disturbed, random.Random(1), "many", kills=4, driver_kills=(1, 3))
+    disturb(disturbed, random.Random(1), "many", kills=3, driver_kills=(1, 3))
     disturbed.finish()
     trials = disturbed.trials("many")
-    assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 7)}
+    assert collections.Counter(trials[schema.TRIAL]) == {str(number): 1 for number in range(1, 6)}
     assert set(trials["status"]) == {"FINISHED"}
     assert trials[schema.START_EPOCHS].str.contains("[,|]").sum() >= 2, "too few trials were killed"
     report, expected_report = (sweep.storage / "reports" / "sweep-many.csv" for sweep in (disturbed, undisturbed))
@@ -159,23 +158,23 @@ def test_sweep_with_random_kills_equals_an_undisturbed_one(tmp_path: Path) -> No
         assert all(torch.equal(tensor, weights[trial][name]) for name, tensor in tensors.items()), trial
     client = MlflowClient(Storage(disturbed.storage).tracking_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(runs) == 7 and {run.info.status for run in runs} == {"FINISHED"}  # includes the sweep's own run
+    assert len(runs) == 6 and {run.info.status for run in runs} == {"FINISHED"}  # includes the sweep's own run
     assert not list(disturbed.storage.glob("checkpoints/*")) and not list(disturbed.storage.glob("ray/*"))
 
 
 @pytest.mark.slow
 def test_tpe_halving_survives_random_kills(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "wild")
-    sweep.start(RECIPE, "demo", *SHORT, "--budget", "12", "--halving", "3", "--seeds", "2", "--name", "race")
-    disturb(sweep, random.Random(2), "race", kills=5, driver_kills=(3,))
+    sweep.start(RECIPE, "demo", *SHORT, "--budget", "9", "--halving", "3", "--seeds", "2", "--name", "race")
+    disturb(sweep, random.Random(2), "race", kills=4, driver_kills=(3,))
     sweep.finish()
     trials = sweep.trials("race")
     assert set(trials["status"]) == {"FINISHED"} and trials[schema.TRIAL].is_unique
     full = trials[trials[schema.EPOCHS] == str(EPOCHS)]
     shortened = trials[trials[schema.EPOCHS] == str(round(EPOCHS / 3))]
-    assert sorted(shortened[schema.TRIAL].astype(int)) == list(range(1, 13)) and len(full) == 5
+    assert sorted(shortened[schema.TRIAL].astype(int)) == list(range(1, 10)) and len(full) == 4
     assert shortened[schema.TEST_CERTIFIED].isna().all() and full[schema.TEST_CERTIFIED].notna().all()
-    best = rank_trials(shortened).head(4)
+    best = rank_trials(shortened).head(3)
     searched = full[~full[schema.TRIAL].str.contains("seed")]
     assert {f"{number}.2" for number in best[schema.TRIAL]} == set(searched[schema.TRIAL])
 
@@ -183,26 +182,25 @@ def test_tpe_halving_survives_random_kills(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_worker_trial_resumes_when_a_worker_is_killed(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs")
-    epochs = 20
+    epochs = 10
     # One concurrent trial for any number of cores.
     half = f"compute.cpus_per_worker={max(1, (os.cpu_count() or 1) // 2)}"
     settings = [*SHORT, f"training.epochs={epochs}", "compute.workers=2", half]
-    sweep.start(RECIPE, "demo", *settings, "--budget", "2", "--name", "pairs")
+    sweep.start(RECIPE, "demo", *settings, "--budget", "1", "--name", "pairs")
     before, deadline = sweep.newest_checkpoint_time(), time.monotonic() + 300
     while sweep.newest_checkpoint_time() == before and time.monotonic() < deadline:
         time.sleep(0.05)
     while not (workers := sweep.processes("RayTrainWorker")) and time.monotonic() < deadline:
         time.sleep(0.05)
     random.Random(0).choice(workers).kill()
-    sweep.wait_for("trial=1 total=2 status=restarting")
+    sweep.wait_for("trial=1 total=1 status=restarting")
     sweep.finish()
     trials = sweep.trials("pairs")
-    assert sorted(trials[schema.TRIAL]) == ["1", "2"] and set(trials["status"]) == {"FINISHED"}
-    starts = dict(zip(trials[schema.TRIAL], trials[schema.START_EPOCHS], strict=True))
-    assert re.fullmatch(r"0(,[1-9]\d*)+", starts["1"]) and starts["2"] == "0"
-    for history in sweep.histories("pairs").values():
-        assert [step for step, _ in history[schema.TRAIN_LOSS]] == list(range(1, epochs + 1))
-        assert schema.TEST_CERTIFIED in history
+    (trial,) = [row for _, row in trials.iterrows()]
+    assert trial["status"] == "FINISHED" and re.fullmatch(r"0(,[1-9]\d*)+", trial[schema.START_EPOCHS])
+    (history,) = sweep.histories("pairs").values()
+    assert [step for step, _ in history[schema.TRAIN_LOSS]] == list(range(1, epochs + 1))
+    assert schema.TEST_CERTIFIED in history
 
 
 @pytest.mark.slow
@@ -234,7 +232,10 @@ def test_sweep_waits_when_the_store_is_locked_for_a_minute(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="requires root to mount a small file system")
 def test_sweep_resumes_after_the_disk_was_full(tmp_path: Path) -> None:
-    """The trial fails with a reason, keeps its last valid checkpoint, and resumes when space is free."""
+    """The trial fails with a reason, keeps its last valid checkpoint, and resumes when space is free.
+
+    The resumed sweep has a larger budget.
+    """
     storage = tmp_path / "runs"
     (storage / "checkpoints").mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(storage / "checkpoints")], check=True)
@@ -257,27 +258,12 @@ def test_sweep_resumes_after_the_disk_was_full(tmp_path: Path) -> None:
         assert torch.load(checkpoint, weights_only=True)["epoch"] > 1
         assert [path.name for path in checkpoint.parent.glob(".*")] == []
         filler.unlink()
-        sweep.start("--resume", "full", "--retry-failed")
+        sweep.start("--resume", "full", "--retry-failed", "--budget", "2")
         sweep.finish()
-        (trial,) = [row for _, row in sweep.trials("full").iterrows()]
-        assert trial["status"] == "FINISHED" and schema.FAILURE not in trial
+        trials = sweep.trials("full")
+        assert sorted(trials[schema.TRIAL]) == ["1", "2"] and set(trials["status"]) == {"FINISHED"}
+        assert schema.FAILURE not in trials
         losses = sweep.histories("full")["1"][schema.TRAIN_LOSS]
         assert [step for step, _ in losses] == list(range(1, EPOCHS + 1))
     finally:
         subprocess.run(["umount", str(storage / "checkpoints")], check=True)
-
-
-@pytest.mark.slow
-def test_interrupted_sweep_resumes_by_its_printed_command(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path / "runs")
-    sweep.start(RECIPE, "demo", *SHORT, "--budget", "2", "--name", "cut")
-    sweep.wait_for("status=started", times=2)
-    time.sleep(2)
-    sweep.process.send_signal(signal.SIGTERM)  # like Ctrl-C, which background jobs of a shell ignore
-    assert sweep.process.wait(timeout=60) == 130
-    assert f"`linflab sweep --resume cut --storage {sweep.storage}`" in sweep.log.read_text().splitlines()[-1]
-    assert "KILLED" in set(sweep.trials("cut")["status"])
-    sweep.start("--resume", "cut", "--budget", "3")
-    sweep.finish()
-    trials = sweep.trials("cut")
-    assert sorted(trials[schema.TRIAL]) == ["1", "2", "3"] and set(trials["status"]) == {"FINISHED"}

@@ -22,7 +22,7 @@ from tests.platform.interruptions import Command, Outcome, group_outcomes
 
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)  # SIGINT has the handler of SIGTERM
 EPOCHS = 12
-MANY_EPOCHS = 480  # 40 s on an idle machine: no trial ends before the sweep notices a failure
+MANY_EPOCHS = 480  # 40 s on an idle machine: no trial ends before the sweep has noticed three failures
 SETTINGS = [f"training.epochs={EPOCHS}", "training.checkpoint_interval=2", "model.width=16"]
 SETTINGS += ["evaluation.attack.steps=20", "evaluation.attack.restarts=1", "compute.device=cpu"]
 SPACE = "description: two\nparameters: {objective.theta: {distribution: uniform, low: 0.15, high: 0.3}}\n"
@@ -85,13 +85,15 @@ def make_plan_check(command: Command) -> Callable[[], bool]:
 STAGES: dict[str, Callable[[Command], None]] = {
     "start": lambda command: command.wait_for(make_plan_check(command)),
     "first trial": lambda command: command.wait_for_output("params="),
+    # One trial has been evaluated and logged, and the other one is about to be.
+    "last trial": lambda command: command.wait_for_output(" status=done "),
     "report": lambda command: command.wait_for_output("sweep-two.csv"),
 }
 
 
-def assert_ends_in_resume_command(output: str) -> None:
+def assert_ends_in_resume_command(output: str, storage: Path) -> None:
     """Assert that only the last line names the command that resumes the sweep."""
-    (last,) = [line for line in output.splitlines() if "--resume two" in line]
+    (last,) = [line for line in output.splitlines() if f"--resume two --storage {storage}" in line]
     assert last.startswith("linflab: ") and last == output.splitlines()[-1] and "Traceback" not in output, output
 
 
@@ -101,46 +103,29 @@ def interrupt(command: Command, number: signal.Signals) -> None:
     assert status == (-number if number == signal.SIGKILL else 130), output
     assert "Traceback" not in output
     if number != signal.SIGKILL:
-        assert_ends_in_resume_command(output)
+        assert_ends_in_resume_command(output, command.storage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_sweep_interrupted_and_resumed_equals_undisturbed_one(
-    tmp_path: Path, undisturbed: dict[str, Outcome], stage: str
-) -> None:
-    """Interrupt twice at the same stage: a resumed sweep can be interrupted again."""
-    storage, command = tmp_path / "runs", None
-    for number in SIGNALS:
-        (storage / "sweeps" / "two" / "lock").unlink(missing_ok=True)
-        command = start_sweep(storage) if command is None else resume_sweep(storage)
-        STAGES[stage](command)
-        interrupt(command, number)
-    resume_sweep(storage).finish()
-    assert_complete(storage, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL), ids=lambda number: number.name)
-def test_sweep_interrupted_in_last_trial_equals_undisturbed_one(
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_sweep_interrupted_at_each_stage_equals_undisturbed_one(
     tmp_path: Path, undisturbed: dict[str, Outcome], number: signal.Signals
 ) -> None:
-    """One trial has been evaluated and logged, and the other one is about to be."""
-    storage = tmp_path / "runs"
-    command = start_sweep(storage)
-    command.wait_for_output(" status=done ")
-    interrupt(command, number)
+    """A resumed sweep can be interrupted again, and removes what a killed one has left."""
+    storage, command = tmp_path / "runs", None
+    for stage, wait_for_stage in STAGES.items():
+        (storage / "sweeps" / "two" / "lock").unlink(missing_ok=True)
+        command = start_sweep(storage) if command is None else resume_sweep(storage)
+        wait_for_stage(command)
+        interrupt(command, number)
+        if number == signal.SIGTERM and stage != "start":
+            found = read_outcomes(storage)
+            assert stage == "report" or found[""].status == "KILLED"
+            trials = {run.status for trial, run in found.items() if trial}
+            assert trials == {"KILLED"} if stage == "first trial" else trials <= {"KILLED", "FINISHED"}, stage
+    (storage / "ray" / "two" / "left").mkdir(parents=True, exist_ok=True)
     resume_sweep(storage).finish()
     assert_complete(storage, undisturbed)
-
-
-@pytest.mark.slow
-def test_resumed_sweep_removes_leftover_ray_files(tmp_path: Path) -> None:
-    storage = tmp_path / "runs"
-    start_sweep(storage).finish()
-    (storage / "ray" / "two" / "left").mkdir(parents=True)  # exists until a sweep ends
-    resume_sweep(storage).finish()
-    assert not list((storage / "ray").glob("*"))
 
 
 RAY = {"raylet": "raylet/raylet", "agent": "dashboard/agent.py", "head process": "gcs_server"}
@@ -164,7 +149,7 @@ def test_sweep_ends_soon_when_a_ray_process_is_killed(tmp_path: Path) -> None:
         (process,) = find_ray_processes(command, name)
         process.kill()
         assert command.process.wait(timeout=60) == 1, command.output
-        assert_ends_in_resume_command(command.output)
+        assert_ends_in_resume_command(command.output, storage)
         assert len(command.output) < 2000  # without Ray's own lines
         command.end()
         arguments = ["--resume", "two"]
@@ -176,11 +161,11 @@ def test_sweep_ends_soon_when_a_ray_process_is_killed(tmp_path: Path) -> None:
         assert [step for step, _ in found[trial].metrics[schema.TRAIN_LOSS]] == list(range(1, MANY_EPOCHS + 1))
 
 
-def long_sweep_arguments(storage: Path) -> list[str]:
+def long_sweep_arguments(storage: Path, epochs: int = MANY_EPOCHS) -> list[str]:
     """Return arguments of a sweep whose trials run for long; write its space."""
     space = storage.with_name("space.yaml")
     space.write_text(SPACE)
-    settings = [*SETTINGS, f"training.epochs={MANY_EPOCHS}", "training.checkpoint_interval=1"]
+    settings = [*SETTINGS, f"training.epochs={epochs}", "training.checkpoint_interval=1"]
     return [RECIPE, str(space), *settings, "--budget", "2", "--sampler", "random", "--name", "two"]
 
 
@@ -221,7 +206,7 @@ def test_ctrl_c_ends_a_sweep_when_mlflow_is_gone(tmp_path: Path) -> None:
     storage, server = tmp_path / "runs", Server(tmp_path / "server")
     environment = {"LINFLAB_TRACKING_URI": f"http://127.0.0.1:{server.port}"}
     try:
-        arguments = long_sweep_arguments(storage)
+        arguments = long_sweep_arguments(storage, epochs=60)  # trials wait for the server, so they do not end
         for num_signals in (1, 2):
             command = start_sweep(storage, *arguments, **environment)
             command.wait_for_output("params=")  # started or resumed
@@ -233,7 +218,7 @@ def test_ctrl_c_ends_a_sweep_when_mlflow_is_gone(tmp_path: Path) -> None:
             start = time.monotonic()
             status, output = command.interrupt(signal.SIGINT)
             assert status == 130 and (num_signals == 1 or time.monotonic() - start < 5), output
-            assert_ends_in_resume_command(output)
+            assert_ends_in_resume_command(output, storage)
             arguments = ["--resume", "two"]
             server.start()
         resume_sweep(storage, **environment).finish()
