@@ -71,7 +71,7 @@ def test_one_slow_step_does_not_change_the_estimate(monkeypatch: pytest.MonkeyPa
     "recipe",
     [
         "cifar10_eps8_255_linf_dist_net",
-        "cifar10_eps8_255_cap",  # the most expensive step
+        "cifar10_eps8_255_cap",
     ],
 )
 def test_dry_run_of_published_recipe_is_bounded(recipe: str) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from mlflow.tracking import MlflowClient
 
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import load_config
@@ -28,6 +27,7 @@ from linflab.platform.training.loop import EpochMetrics, StepMetrics
 from linflab.platform.trial import TrialRequest, run_trial
 from linflab.reports import schema
 from tests.conftest import QUICK, RECIPE, has_words
+from tests.platform.interruptions import group_outcomes
 
 pytestmark = pytest.mark.integration
 
@@ -156,9 +156,8 @@ def load_weights(storage: Path) -> dict[str, torch.Tensor]:
 
 
 def read_losses(storage: Path) -> list[float]:
-    client = MlflowClient(Storage(storage).tracking_uri)
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    return [metric.value for metric in client.get_metric_history(run.info.run_id, schema.TRAIN_LOSS)]
+    ((run,),) = group_outcomes(storage).values()
+    return [loss for _, loss in run.metrics[schema.TRAIN_LOSS]]
 
 
 def start_training(storage: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -191,7 +190,7 @@ def test_killed_training_is_deterministic(tmp_path: Path, workers: int, epochs: 
     expected, resumed = load_weights(tmp_path / "whole"), load_weights(storage)
     assert expected.keys() == resumed.keys() and all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert not list((storage / "checkpoints").iterdir())
-    if workers > 1:  # the losses of one worker, but for the order of sums
+    if workers > 1:  # one worker has the same losses, except for the order of sums
         alone = [*settings, "compute.workers=1"]
         assert start_training(tmp_path / "alone", *alone).wait(timeout=600) == 0
         assert read_losses(storage)[:3] == pytest.approx(read_losses(tmp_path / "alone")[:3], rel=1e-2)
