@@ -72,6 +72,7 @@ class SlurmCluster:
             "StateSaveLocation": f"{self.folder}/state", "SlurmdSpoolDir": f"{self.folder}/spool-%n",
             "SlurmctldPidFile": "/run/slurmctld.pid", "SlurmdPidFile": "/run/slurmd.pid", "GresTypes": "gpu",
             "SchedulerParameters": "sched_interval=5",
+            "MinJobAge": "0",  # Slurm forgets ended jobs after 5 minutes otherwise, perhaps before a test asks for them
         }  # fmt: skip
         lines = [f"{name}={value}" for name, value in options.items()]
         lines += [

@@ -7,8 +7,11 @@ with only a loopback interface, which no connection can leave.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,34 @@ def test_cluster_files_pass_the_validation_of_ray(name: str, monkeypatch: pytest
 def test_cluster_files_send_the_same_files() -> None:
     aws, local = (yaml.safe_load((ROOT / name).read_text()) for name in FILES)
     assert aws["file_mounts"] == local["file_mounts"] and aws["rsync_exclude"] == local["rsync_exclude"]
+
+
+@pytest.mark.slow
+def test_files_on_nodes_contain_the_whole_package(tmp_path: Path) -> None:
+    """`make install` on a node, without the dependencies and the kernels, which take minutes."""
+    source, wheels = tmp_path / "linflab", tmp_path / "wheels"
+    for remote, local in yaml.safe_load((ROOT / "cluster.yaml").read_text())["file_mounts"].items():
+        if remote.startswith("~/linflab/"):
+            target = source / remote.removeprefix("~/linflab/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / local).is_dir():
+                shutil.copytree(ROOT / local, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            else:
+                shutil.copy(ROOT / local, target)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), str(source)],
+        env={**os.environ, "CC": "false", "CXX": "false"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = wheels.iterdir()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    expected = {
+        f"{name.replace('.', '/')}/{path.relative_to(ROOT / folder)}"
+        for name, folder in packages.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_settings_to_edit_are_at_the_top_of_cluster_files() -> None:
