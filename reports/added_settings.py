@@ -11,6 +11,7 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "evaluation.time_limit": 30.0,
     "model.mirror": [],
     "model.per_channel_std": False,
+    "model.weights": [],
     "model.variant": "xu2020",
     "optimizer.algorithm": "adamw",
     "optimizer.l1_weight": 0.0,

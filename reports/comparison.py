@@ -26,12 +26,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from linflab.reports import labels, schema
 from linflab.reports.added_settings import ADDED_TEXTS
 from linflab.reports.ensembles import (
-    MEMBER_NETWORKS,
+    CPU_SETTINGS,
     MEMBER_RUNS,
     MEMBER_SETTINGS,
-    MIRROR,
     SEEDS,
     add_member_columns,
+    merge_member_settings,
     repeat_commands,
     share_members,
     sort_by_seed,
@@ -51,7 +51,7 @@ from linflab.reports.literature import dataset_title, parse_eps, quoted_rows, so
 from linflab.reports.methods import KINDS, NETWORK_KINDS, describe_method, method_name
 from linflab.reports.papers import list_tables
 from linflab.reports.plain import shorten
-from linflab.reports.records import param_columns
+from linflab.reports.records import is_value, logged_values, param_columns
 from linflab.reports.renames import FIELDS, current_setting, current_settings
 from linflab.reports.sweep_tables import OBJECTIVE_LABELS, rank_trials, sweep_objectives
 from linflab.reports.tables import (
@@ -87,6 +87,8 @@ ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: sc
 TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
 SEED, INCLUDE_VALIDATION = "seed", "training.include_validation"
 UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on results are not compared either
+SOUND, CERTIFIER = "evaluation.sound", "evaluation.certifier"
+LATEST = "Latest configuration, since no run has validation results"
 SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
     "Method", "Model", "Epochs", "FLOPs", "Val. certified", "Clean", "Robust", "Certified", "Hours", "CPUs", "Runs",
@@ -113,7 +115,8 @@ class Group(_Strict):
 class MeasuredRows(_Strict):
     """Rows made from runs: the best configuration of each group, selected on validation images.
 
-    Ties go to the configuration with the shortest training time.
+    Ties go to the configuration with the shortest training time. Configurations certified in real arithmetic compete
+    only if no other one includes float32 rounding.
 
     Attributes:
         group_by: Settings by dotted path. Runs compete for one row if they have equal values of these settings, the
@@ -237,27 +240,29 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
             continue
         group_runs = _filter_group(runs, group)
         for path in [*definition.measured.filters, *definition.measured.group_by]:
-            if len(group_runs) and path not in group_runs:
+            if len(group_runs) and path not in [*group_runs, *ADDED_TEXTS]:
                 notes.append(f"{group.title}: no run has the setting {path}.")
         for path, value in definition.measured.filters.items():
-            values = group_runs[path] if path in group_runs else pd.Series(None, index=group_runs.index, dtype=object)
-            group_runs = group_runs[
-                pd.Series([_is_equal(one, value) for one in values], index=group_runs.index, dtype=bool)
-            ]
+            matches = [is_value(one, str(value)) for one in logged_values(group_runs, path)]
+            group_runs = group_runs[pd.Series(matches, index=group_runs.index, dtype=bool)]
         scored_runs = group_runs[(group_runs["status"] == "FINISHED") & group_runs[schema.TEST_CERTIFIED].notna()]
         selected = list(_select_best_settings(scored_runs, definition.measured))
         measured = _measured_rows(selected, group, definition.measured.group_by, letters)
-        rows += [dataclasses.replace(row, selected_on="validation") for row in measured]
+        rows += [
+            dataclasses.replace(row, selected_on="unknown" if selection == LATEST else "validation")
+            for row, (_, selection) in zip(measured, selected, strict=True)
+        ]
         if not selected:
             groups_without_runs.append(group.title)
         if excluded := _exclusion_note(group_runs):
             notes.append(f"{group.title}, excluded runs: {excluded}.")
     if groups_without_runs:
         notes.append(f"No runs with test results: {', '.join(groups_without_runs)}.")
-    if any(row.runs for row in rows):
+    if any(row.runs and row.selected_on == "validation" for row in rows):
         notes += [
             "Configurations are selected by mean certified accuracy on validation images, never on test images; "
-            "ties go to the fastest to train.",
+            "ties go to the fastest to train. Those certified in real arithmetic compete only if no other includes "
+            "float32 rounding.",
             "Epochs are selected in the same way; runs that train on validation images use the last epoch.",
         ]
     if definition.runs_file is not None:
@@ -343,6 +348,8 @@ def _select_runs(runs: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
         seeds = seeds[seeds[schema.TEST_CERTIFIED].notna()]
         if len(seeds):
             objective = OBJECTIVE_LABELS[sweep_objectives(trials)[0]]
+            if not math.isnan(float(best[schema.VERIFIED_VALIDATION])):
+                objective = "validation verified accuracy"
             return seeds, f"Best of sweep {name} by {objective}, trial {number}"
         raise LookupError(f"{name}: this sweep has no trial with test results yet; use another sweep or run")
     run = find_run(runs, name)
@@ -412,16 +419,6 @@ def _assign_group(row: Row, group: Group) -> Row:
     return dataclasses.replace(row, group=group.title, basis={ROBUST: f"quoted from {row.source}"})
 
 
-def _is_equal(logged_value: object, value: object) -> bool:
-    """Return whether a parameter, stored as text, equals a value."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(str(logged_value)) == value
-        except ValueError:
-            return False
-    return str(logged_value) == str(value)
-
-
 def _exclusion_note(runs: pd.DataFrame) -> str:
     states = runs["status"].map(describe_status).value_counts()
     parts = [f"{count} {state}" for state, count in states.items() if state != "finished"]
@@ -438,12 +435,10 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         name for name in param_columns(scored_runs) if name not in UNCOMPARED_SETTINGS and labels.affects_results(name)
     ]
     settings = scored_runs[compared_columns].fillna("").astype(str)
-    # `MEMBER_SETTINGS` has these settings of known members, in an order that does not depend on that of the run.
-    member_columns = [path for path in compared_columns if path == MIRROR or path.startswith(MEMBER_NETWORKS)]
-    settings.loc[settings[MEMBER_SETTINGS] != "", member_columns] = ""
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
-    scored_runs = scored_runs.assign(configuration=settings.groupby(compared_columns, sort=False).ngroup())
+    compared = merge_member_settings(settings)
+    scored_runs = scored_runs.assign(configuration=compared.groupby(compared_columns, sort=False).ngroup())
     scored_runs = scored_runs.drop_duplicates(
         ["configuration", SEEDS, INCLUDE_VALIDATION]
     )  # keeps the latest of runs with equal settings and seed
@@ -458,8 +453,10 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         competing = candidates[~is_retrained & candidates[schema.BEST_VALIDATION_CERTIFIED].notna()]
         if competing.empty:
             latest = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
-            yield latest, "Latest configuration, since no run has validation results"
+            yield latest, LATEST
             continue
+        if (is_sound_setting := competing.get(SOUND, pd.Series("", index=competing.index)) == "True").any():
+            competing = competing[is_sound_setting]
         configurations = competing.groupby("configuration", sort=False).agg(
             size=("start_time", "size"),
             mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"),
@@ -475,6 +472,8 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         elif len(eligible) < len(configurations):
             seeds_note = f"with at least {eligible['size'].min()} seeds"
             selection = f"Best of {len(eligible)} of {len(configurations)} {seeds_note} on validation ({accuracy}%)"
+        if competing.get(CERTIFIER, pd.Series(dtype=object)).nunique() > 1:
+            selection += ", by different certifiers"
         retrained = candidates[is_retrained & (candidates["configuration"] == best)]
         if len(retrained):
             yield retrained, f"{selection}, retrained with validation images"
@@ -562,9 +561,8 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
         parts.append("No mean of verified accuracies, whose images, certifiers, arithmetic or time limits differ")
     mean_seconds = seconds.mean()
     cost = "" if mean_seconds != mean_seconds else f", {format_duration(mean_seconds)}{' each' * has_several_runs}"
-    workers_note = (
-        f" on {describe_workers(first)}" if first.get("compute.workers") == first.get("compute.workers") else ""
-    )
+    workers = set(map(describe_workers, (run for _, run in runs.iterrows())))
+    workers_note = f" on {workers.pop()}" if len(workers) == 1 and _cpus(runs).value is not None else ""
     num_epochs = _count(epochs.iloc[0]).text
     parts.append(f"{num_epochs} epoch{'s' * (num_epochs != '1')}{cost}{workers_note}; {describe_hardware(runs)}")
     for name, values in (
@@ -607,7 +605,7 @@ def _are_alike(rows: Sequence[Row], column: str) -> bool:
 
 def _cpus(runs: pd.DataFrame) -> Cell:
     """Return the number of CPUs per run; a dash if it is unknown or differs between runs."""
-    parts = runs.reindex(columns=["compute.workers", "compute.cpus_per_worker"]).apply(pd.to_numeric, errors="coerce")
+    parts = runs.reindex(columns=list(CPU_SETTINGS)).apply(pd.to_numeric, errors="coerce")
     counts = parts.prod(axis=1, skipna=False).unique()
     return _count(counts[0]) if len(counts) == 1 else Cell()
 

@@ -4,6 +4,7 @@ Members of an ensemble are runs themselves. If they are among all runs, their se
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ MEMBER_COMMANDS = "linflab.member_commands"  # (command, commit) of each member;
 
 # Settings of ensembles.
 MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR = "model.runs", "model.weights", "model.mirror"
-MEMBER_NETWORKS = "model.members."  # start of their paths
+CPU_SETTINGS = ("compute.workers", "compute.cpus_per_worker")
+MACHINES = (*CPU_SETTINGS, schema.HARDWARE)
+ATTACKS = "evaluation.attack.methods"  # in the order of the members
 ID_CHARS = 8  # of an id in a command: the start of a run's id, and the name of a repeated run
 
 
@@ -31,7 +34,8 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
 
     Ensembles of known members get no ids in `model.runs`, so they are equal if their members are equal up to seeds.
     Weights that were chosen on validation images are shown as `auto`. The order of the members matters only if their
-    weights were given.
+    weights were given. CPUs and hardware are those of the members, which the hours are from; workers and CPUs are
+    missing if they differ or are unknown.
 
     Args:
         runs: All runs, as returned by `read_runs`.
@@ -50,20 +54,29 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
     member_runs, weights, mirrors = (
         runs.get(path, pd.Series("", index=runs.index)).tolist() for path in (MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR)
     )
+    machines = {path: runs.get(path, pd.Series(index=runs.index, dtype=object)).tolist() for path in MACHINES}
     for position in ensembles:
         rule = runs[schema.SELECTION].iloc[position]
         if isinstance(rule, str) and rule.endswith(schema.CHOSEN_WEIGHTS):
             weights[position] = "auto"
         ids = runs[schema.MEMBERS].iloc[position].split(",")
+        for path in CPU_SETTINGS:
+            machines[path][position] = None
         if not all(one in positions for one in ids):
+            machines[schema.HARDWARE][position] = None
             continue
         members = [runs.iloc[positions[one]] for one in ids]
+        if len({tuple(str(member.get(path)) for path in CPU_SETTINGS) for member in members}) == 1:
+            for path in CPU_SETTINGS:
+                machines[path][position] = members[0].get(path)
+        names = {member.get(schema.HARDWARE) for member in members}
+        machines[schema.HARDWARE][position] = "; ".join(sorted(name for name in names if isinstance(name, str))) or None
         flags = mirror_flags(mirrors[position], len(ids))
         described = [
             (f"{MIRROR}={flag}\n{_describe(member, compared)}", seeds[positions[one]])
             for member, one, flag in zip(members, ids, flags, strict=True)
         ]
-        if weights[position] in ("auto", "[]"):
+        if weights[position] in ("auto", "[]") or not isinstance(weights[position], str):
             described.sort()
         settings[position] = "\n\n".join(text for text, _ in described)
         seeds[position] = "+".join(text for _, text in described)
@@ -73,7 +86,28 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
             for member, one in zip(members, ids, strict=True)
             if isinstance(member.get(schema.COMMAND), str)
         )
-    return runs.assign(**added, **{MEMBER_RUNS: member_runs, MEMBER_WEIGHTS: weights})
+    return runs.assign(**added, **machines, **{MEMBER_RUNS: member_runs, MEMBER_WEIGHTS: weights})
+
+
+def merge_member_settings(settings: pd.DataFrame) -> pd.DataFrame:
+    """Return settings that are equal for ensembles of the same known members in another order.
+
+    An ensemble inherits settings of training from its first member; `MEMBER_SETTINGS` has those of all members. Only
+    settings of the evaluation and given weights are its own.
+
+    Args:
+        settings: Settings of runs as text, with the column `MEMBER_SETTINGS`.
+    """
+    are_ensembles = settings[MEMBER_SETTINGS] != ""
+    own = (MEMBER_SETTINGS, MEMBER_WEIGHTS)
+    inherited = [path for path in settings if path not in own and not str(path).startswith("evaluation.")]
+    merged = settings.copy()
+    merged.loc[are_ensembles, inherited] = ""
+    if ATTACKS in settings:
+        merged.loc[are_ensembles, ATTACKS] = [
+            " ".join(sorted(re.findall(r"\w+", text))) for text in settings.loc[are_ensembles, ATTACKS]
+        ]
+    return merged
 
 
 def _positions_by_id(runs: pd.DataFrame) -> Mapping[str, int]:

@@ -256,11 +256,11 @@ def list_runs(
             ((path, current_value),) = current.items()
             raise LookupError(f"where={name}={value}: was renamed; use {path}={current_value}")
         column = {title: column for column, title in columns.items()}.get(name, name)
-        if len(table) and (column not in table or column in ("settings", "tags")):
+        if len(table) and (column not in [*table, *ADDED_TEXTS] or column in ("settings", "tags")):
             raise LookupError(
                 f"where={name}: not found in any run; use a column such as status, or a setting such as seed"
             )
-        table = table[[_is_value(one, value) for one in table[column]]] if len(table) else table
+        table = table[[is_value(one, value) for one in logged_values(table, column)]] if len(table) else table
     tag_columns = [column for column in table.columns if str(column).startswith(schema.USER_TAG)]
     user_tags = [
         {str(name).removeprefix(schema.USER_TAG): text for name, text in run.items() if text == text}
@@ -285,7 +285,29 @@ def _differences(runs: pd.DataFrame, paths: Sequence[str]) -> list[dict[str, str
     return [differences.get(index, {}) for index in runs.index]
 
 
-def _is_value(logged_value: object, text: str) -> bool:
+def logged_values(runs: pd.DataFrame, path: str) -> list[object]:
+    """Return the value of a column for each run; None if it is missing.
+
+    Runs of earlier versions get the value of a setting that these did not have. If it is a setting of the network, only
+    those with the same kind of network as a run that has it do.
+
+    Args:
+        runs: Trials, as returned by `read_runs`.
+        path: Column, such as a setting by dotted path.
+    """
+    values = [None if value != value else value for value in runs[path]] if path in runs else [None] * len(runs)
+    if path not in ADDED_TEXTS:
+        return values
+    kinds = runs["model.kind"].tolist() if "model.kind" in runs else [None] * len(runs)
+    is_shared = not path.startswith("model.")
+    kinds_with_path = {kind for kind, value in zip(kinds, values, strict=True) if value is not None}
+    return [
+        ADDED_TEXTS[path] if value is None and (is_shared or kind in kinds_with_path) else value
+        for kind, value in zip(kinds, values, strict=True)
+    ]
+
+
+def is_value(logged_value: object, text: str) -> bool:
     """Return whether a recorded value equals the value that `text` gives as YAML or as a fraction."""
     if str(logged_value) in (text, _RECORDED.get(text)):
         return True

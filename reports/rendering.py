@@ -152,15 +152,18 @@ def _has_mark(row: Row, column: str, table: Table) -> bool:
 def to_latex(table: Table) -> str:
     """Return a LaTeX `table` environment with booktabs rules, to paste or input into a paper.
 
-    The result also compiles as a document by itself. Comments in it have the commands that reproduce the rows.
+    The result also compiles as a document by itself. Comments in it have the commands that reproduce the rows. A table
+    that is too long for a page shows measured rows before quoted ones, and rows before notes, which are comments then.
     """
     width, shown_rows = len(table.columns), _rows_per_page(table)
+    notes, hidden_notes = _notes_per_page(table, shown_rows)
     lines = [LATEX_HEAD]
     lines += [
         one_line(f"% {_name(row)}: {command}{format_commit(commit)}")
         for row in shown_rows
         for command, commit in row.reproduce_commands
     ]
+    lines += [one_line(f"% {note}") for note in hidden_notes]
     kinds = {SETTING: r"p{0.5\linewidth}"} | {column: "r" for column in table.numeric}
     alignment = "".join(kinds.get(column, "l") for column in table.columns)
     lines += [
@@ -177,10 +180,6 @@ def to_latex(table: Table) -> str:
         lines += [" & ".join(_latex_cell(row, column, table) for column in table.columns) + r" \\" for row in rows]
     lines += [r"\bottomrule", r"\end{tabular}}"]
     lines.append(r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi")
-    notes = [_latex(note) for note in table.notes]
-    notes += [f"$^{{{row.footnote_mark}}}$ {_latex(row.footnote)}" for row in shown_rows if row.footnote_mark]
-    if len(shown_rows) < len(table.rows):
-        notes.append(f"{len(table.rows) - len(shown_rows)} more rows: see the CSV file.")
     if notes:
         body = r"\par ".join(notes)
         lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {body}\end{{minipage}}")
@@ -188,14 +187,43 @@ def to_latex(table: Table) -> str:
 
 
 def _rows_per_page(table: Table) -> tuple[Row, ...]:
-    """Return the rows that fit on a page together with the notes; long settings take several lines."""
-    lines, rows = sum(map(_note_lines, table.notes)), 0
-    for row in table.rows:
-        lines += 1 + len(row.cell(SETTING).text) // 50 + _note_lines(row.footnote)
-        if lines > LATEX_PAGE_LINES:
+    """Return the rows that fit on a page, with at least a third of it for notes; measured rows have priority."""
+    notes = sum(map(_note_lines, [*table.notes, *(row.footnote for row in table.rows)]))
+    room = LATEX_PAGE_LINES - min(notes, LATEX_PAGE_LINES // 3)
+    shown: set[int] = set()
+    for position in sorted(range(len(table.rows)), key=lambda position: table.rows[position].origin == "quoted"):
+        room -= _row_lines(table.rows[position])
+        if room < 0:
             break
-        rows += 1
-    return table.rows[:rows]
+        shown.add(position)
+    return tuple(row for position, row in enumerate(table.rows) if position in shown)
+
+
+def _notes_per_page(table: Table, shown_rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Return the notes in LaTeX that fit on a page below the rows, and the text of the other ones.
+
+    Notes on rows are either all shown or all hidden.
+    """
+    footnotes = [row for row in shown_rows if row.footnote_mark]
+    room = LATEX_PAGE_LINES - sum(map(_row_lines, shown_rows))
+    shown, hidden = [], []
+    for note in table.notes:
+        room -= _note_lines(note)
+        (shown if room >= 0 else hidden).append(note)
+    notes = [_latex(note) for note in shown]
+    if sum(_note_lines(row.footnote) for row in footnotes) <= room:
+        notes += [f"$^{{{row.footnote_mark}}}$ {_latex(row.footnote)}" for row in footnotes]
+    else:
+        hidden += [f"({row.footnote_mark}) {row.footnote}" for row in footnotes]
+    if hidden:
+        notes.append(f"{len(hidden)} more notes: see the source of this table.")
+    if len(shown_rows) < len(table.rows):
+        notes.append(f"{len(table.rows) - len(shown_rows)} more rows: see the CSV file.")
+    return notes, hidden
+
+
+def _row_lines(row: Row) -> int:
+    return 1 + len(row.cell(SETTING).text) // 50  # long settings take several lines
 
 
 def _note_lines(note: str) -> int:

@@ -61,7 +61,7 @@ def compare_over_seeds(
     columns += [HOURS, RUNS]
     notes = [] if has_intervals else ["One seed: no confidence intervals."]
     notes += [
-        _describe_budgets(measured),
+        _describe_epochs(measured),
         "Settings are those of the recipes. Epochs are selected by certified accuracy on validation images, never on "
         "test images; runs that train on validation images use the last epoch.",
     ]
@@ -99,8 +99,8 @@ def _base_name(row: Row) -> str:
     return row.cell(METHOD).text.partition(" (")[0]
 
 
-def _describe_budgets(measured: Sequence[Row]) -> str:
+def _describe_epochs(measured: Sequence[Row]) -> str:
     epochs = sorted({row.cell(EPOCHS).text for row in measured}, key=int)
     if len(epochs) == 1:
-        return f"Equal budgets: {epochs[0]} epoch{'s' * (epochs[0] != '1')} per run."
-    return f"Budgets differ: {epochs[0]} to {epochs[-1]} epochs per run."
+        return f"Each run trains for {epochs[0]} epoch{'s' * (epochs[0] != '1')}."
+    return f"Runs differ in epochs: {epochs[0]} to {epochs[-1]} epochs each."

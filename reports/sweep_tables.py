@@ -218,8 +218,10 @@ def _notes(trials: pd.DataFrame, setting_importances: Mapping[str, float]) -> li
         )
     known_trials = trials.dropna(subset=["compute.workers"]) if "compute.workers" in trials else trials.iloc[:0]
     workers_note = f" Each trial on {describe_workers(known_trials.iloc[0])}." if len(known_trials) else ""
-    duration = format_duration(trials[schema.TRAIN_SECONDS].sum())
-    notes.append(f"Hardware: {describe_hardware(trials)}.{workers_note} Training time over all trials: {duration}.")
+    seconds = trials[schema.TRAIN_SECONDS].dropna()  # logged at the end of a trial
+    subset = "all trials" if len(seconds) == len(trials) else f"{len(seconds)} of {len(trials)} trials"
+    duration = f"{subset}: {format_duration(seconds.sum())}" if len(seconds) else "trials was not logged"
+    notes.append(f"Hardware: {describe_hardware(trials)}.{workers_note} Training time over {duration}.")
     return notes + _failure_notes(trials[trials["status"] != "FINISHED"])
 
 

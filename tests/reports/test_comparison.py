@@ -159,6 +159,63 @@ def test_rows_are_selected_on_validation_and_averaged_over_seeds() -> None:
     assert row.cell("Certified").text == "70.00" and row.runs == (f"{10:032x}",)
 
 
+def test_configurations_in_real_arithmetic_compete_only_with_their_like() -> None:
+    """Their accuracy on validation images is never below that of the sound certificates of the same network."""
+    sound = {"evaluation.sound": "True"}
+    runs = [
+        make_run(1, 0.78, 0.77, **{"evaluation.sound": "False"}),
+        make_run(2, 0.77, 0.76, **sound),
+        make_run(3, 0.76, 0.75, **sound, **{"model.width": "96", "evaluation.certifier": "complete"}),
+    ]
+    for chosen, number in ((runs, 2), (runs[:1], 1)):
+        (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(chosen)))
+        assert row.runs == (f"{number:032x}",)
+    runs[1]["evaluation.certifier"] = "ibp"
+    (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
+    assert has_words(row.footnote, "Best of 2 on validation (77.00%), by different certifiers")
+
+
+def test_rows_state_on_which_images_they_were_selected() -> None:
+    retrained = make_run(1, None, 0.77, **{"training.include_validation": "True"})
+    for runs, images in (([retrained], "unknown"), ([retrained, make_run(2, 0.78, 0.76)], "validation")):
+        table = comparison_table(TABLE, pd.DataFrame(runs))
+        (row,) = select_measured(table)
+        assert row.selected_on == images
+        assert any("Configurations are selected" in note for note in table.notes) == (images == "validation")
+
+
+def test_filters_match_values_as_in_yaml_and_defaults_of_earlier_versions() -> None:
+    new = {"model.kind": "conv_net", "model.variant": "xu2020", "training.recalibrate_batch_norm": "False"}
+    runs = [
+        make_run(1, 0.78, 0.77, **{"model.kind": "conv_net", "optimizer.learning_rate": "0.001"}, seed="1"),
+        make_run(2, 0.78, 0.77, **new, **{"objective.eps_train": str(8 / 255)}, seed="2"),
+        make_run(3, 0.78, 0.77, **{"model.kind": "linf_dist_mlp"}, seed="3"),
+    ]
+    for text, seeds in (
+        ("optimizer.learning_rate: 1e-3", ["1"]), ("objective.eps_train: 8/255", ["2"]),
+        ("training.recalibrate_batch_norm: false", ["1", "2", "3"]), ("model.variant: xu2020", ["1", "2"]),
+        ("optimizer.algorithm: adamw", ["1", "2", "3"]), ("optimizer.algorithm: sgd", []),
+    ):  # fmt: skip
+        measured = MeasuredRows(filters=yaml.safe_load(text), min_seeds=1)
+        table = comparison_table(TABLE.model_copy(update={"measured": measured}), pd.DataFrame(runs))
+        selected = {run for row in select_measured(table) for run in row.runs}
+        assert selected <= {f"{int(seed):032x}" for seed in seeds} and bool(selected) == bool(seeds), text
+        assert not any("no run has the setting" in note for note in table.notes), text
+
+
+def test_long_table_for_latex_shows_rows_before_notes_and_measured_rows_first() -> None:
+    runs = pd.DataFrame([make_run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(20)])
+    measured = MeasuredRows(group_by=("model.width",))
+    table = comparison_table(TABLE.model_copy(update={"measured": measured}), runs)
+    text = to_latex(table)
+    assert all(f"(width={k})" in text for k in range(20))
+    hidden = [line for line in text.splitlines() if line.startswith("% (") and "Only configuration" in line]
+    assert len(hidden) == 20 and "20 more notes: see the source of this table." in text and "more rows" not in text
+    many = pd.DataFrame([make_run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(40)])
+    text = to_latex(comparison_table(TABLE.model_copy(update={"measured": measured}), many))
+    assert "CROWN-IBP" not in text and "more rows: see the CSV file." in text
+
+
 @pytest.mark.parametrize("attack, is_equal", [("PGD (20 steps)", True), ("PGD (100 steps)", False)])
 def test_rows_with_different_attacks_get_a_note(attack: str, is_equal: bool) -> None:
     runs = [make_run(1, 0.78, 0.77), make_run(2, 0.78, 0.76, method="IBP", **{schema.ATTACK: attack})]

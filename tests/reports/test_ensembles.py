@@ -130,6 +130,46 @@ def test_members_in_another_order_are_the_same_ensemble() -> None:
     assert "share members" not in row.footnote
 
 
+def test_settings_that_ensembles_inherit_from_the_first_member_do_not_separate_them() -> None:
+    """Members of different kinds in another order, with the settings that `linflab ensemble` logs."""
+    kinds = (
+        {"model.kind": "linf_dist_mlp", "objective.kind": "hinge", "optimizer.learning_rate": "0.05"},
+        {"model.kind": "conv_net", "objective.kind": "worst_case_cross_entropy", "optimizer.learning_rate": "0.002"},
+    )
+    attacks = ("['pgd', 'surrogate_pgd']", "['pgd', 'targeted_apgd']")
+    members = [make_member(10 + number, **kinds[number % 2]) for number in range(4)]
+    for rule, weights in ((RULE, "[]"), (f"{RULE}, {schema.CHOSEN_WEIGHTS}", "[2.0, 1.0]")):
+        ensembles = []
+        for number, order in ((20, [0, 1]), (21, [3, 2])):
+            first, second = (kinds[one % 2] for one in order)
+            logged = {
+                **{path: value for path, value in first.items() if path != "model.kind"},
+                "model.members.0.kind": first["model.kind"], "model.members.1.kind": second["model.kind"],
+                "model.weights": weights if number == 20 else weights.replace("2.0", "3.0"), schema.SELECTION: rule,
+                "evaluation.attack.methods": attacks[0] if number == 20 else "['surrogate_pgd', 'pgd']",
+            }  # fmt: skip
+            ensembles.append(make_ensemble(number, [10 + one for one in order], **logged))
+        assert numbers_of(find_rows(*members, *ensembles, kind="Ensemble (")) == [[20, 21]]
+    ensembles[1]["evaluation.attack.methods"] = attacks[1]
+    assert numbers_of(find_rows(*members, *ensembles, kind="Ensemble (")) == [[20]]
+
+
+def test_cpus_and_hardware_are_those_of_the_members() -> None:
+    """The hours of an ensemble are those of its members, not of the machine that averaged them."""
+    cluster = {"compute.workers": "4", "compute.cpus_per_worker": "8", schema.HARDWARE: "32 CPU cores"}
+    laptop = {"compute.workers": "1", "compute.cpus_per_worker": "8", schema.HARDWARE: "8 CPU cores"}
+    definition = TABLE.model_copy(update={"columns": ("Method", "Hours", "CPUs")})
+    for members, cpus, note in (
+        ([make_member(10, **cluster), make_member(11, **cluster)], "32", "hours on 4 workers of 8 CPUs; 32 CPU cores."),
+        ([make_member(10, **cluster), make_member(11, **laptop)], "-", "hours; 32 CPU cores; 8 CPU cores."),
+        ([make_member(10, **cluster)], "-", "hours; not recorded."),
+    ):
+        runs = pd.DataFrame([*members, make_ensemble(20, [10, 11], **laptop)])
+        rows = select_measured(comparison_table(definition, runs))
+        (row,) = (row for row in rows if row.cell("Method").text.startswith("Ensemble"))
+        assert row.cell("CPUs").text == cpus and note in row.footnote
+
+
 def test_ids_of_members_are_neither_labels_nor_groups() -> None:
     members = [make_member(number) for number in (10, 11, 12, 13)]
     runs = pd.DataFrame([*members, make_ensemble(20, [10, 11]), make_ensemble(21, [12, 13])])
@@ -141,9 +181,11 @@ def test_ids_of_members_are_neither_labels_nor_groups() -> None:
 
 
 def test_ensembles_of_earlier_versions_have_no_weights() -> None:
-    ensemble = make_ensemble(20, [10, 11])
-    del ensemble["model.weights"]
-    assert numbers_of(find_rows(make_member(10), make_member(11), ensemble)) == [[20]]
+    """They share a row with later ones of equal weights, whatever the order of their members."""
+    members = [make_member(10), make_member(11, **{"model.width": "65"}), make_member(12)]
+    ensembles = [make_ensemble(20, [10, 11]), make_ensemble(21, [11, 12])]
+    del ensembles[0]["model.weights"]
+    assert numbers_of(find_rows(*members, *ensembles)) == [[20, 21]]
 
 
 def test_given_weights_belong_to_their_members() -> None:
