@@ -87,6 +87,11 @@ def select_device(experiment: ExperimentConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def select_evaluation_device(experiment: ExperimentConfig) -> torch.device:
+    """Return the device for a trained network: the CPU if this machine lacks the CUDA device of the training."""
+    return select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class TrialRequest:
     """Request to train a config as one MLflow run.

@@ -12,7 +12,7 @@ A table is defined by YAML (a file in `papers/`, or your own):
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
 from itertools import count, product
@@ -177,6 +177,9 @@ class TableDefinition(_Strict):
         return self
 
 
+MODELS: Mapping[str, type[_Strict]] = {"groups": Group, "measured": MeasuredRows}  # of the fields with fields
+
+
 def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
     """Return the definition of a shipped table, or of a YAML file.
 
@@ -193,9 +196,10 @@ def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
     file = Path(str(resources.files("linflab.reports.papers"))) / f"{name}.yaml" if is_shipped else Path(name)
     try:
         tree = read(file)
-    except OSError:
+    except OSError as error:
+        problem = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
         raise ValueError(
-            f"table={name}: not found; use a YAML file or a shipped table: {', '.join(list_tables())}"
+            f"table={name}: {problem}; use a YAML file or a shipped table: {', '.join(list_tables())}"
         ) from None
     except ValueError as error:
         raise ValueError(f"table={name}: must be YAML with title and groups: {error}") from None
@@ -210,6 +214,9 @@ def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
             raise ValueError(f"table={name}: {field_path}: was renamed; use {field}") from None
         message = details["msg"][0].lower() + details["msg"][1:]
         value_text = "" if details["type"] == "missing" else f"={shorten(details['input'])}"
+        if details["type"] == "extra_forbidden":
+            fields = MODELS.get(str(details["loc"][0]), TableDefinition).model_fields
+            message = f"unknown field; use one of {', '.join(fields)}"
         raise ValueError(f"table={name}: {field_path}{value_text}: {message}") from None
     if definition.runs_file is None:
         return definition
@@ -415,8 +422,8 @@ def _filter_group(runs: pd.DataFrame, group: Group) -> pd.DataFrame:
 
 
 def _assign_group(row: Row, group: Group) -> Row:
-    """Return a quoted row with its group, and its source as basis: attacks may differ between sources."""
-    return dataclasses.replace(row, group=group.title, basis={ROBUST: f"quoted from {row.source}"})
+    """Return a quoted row with its group, and its source as basis: attacks and machines differ between sources."""
+    return dataclasses.replace(row, group=group.title, basis=dict.fromkeys((ROBUST, EPOCH_SECONDS), row.source))
 
 
 def _exclusion_note(runs: pd.DataFrame) -> str:
@@ -582,6 +589,7 @@ def _measured_row(runs: pd.DataFrame, group: Group, method: str, selection: str,
     note = f"{'. '.join(parts)}."
     basis = {ROBUST: describe_attacks(runs), CERTIFIED: "sound" if is_sound(runs) else "exact"}
     basis[TEST_VERIFIED] = "; ".join(bases)
+    basis[EPOCH_SECONDS] = f"{workers_note}; {describe_hardware(runs)}"
     return Row(
         cells,
         group.title,
@@ -648,11 +656,11 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Row], notes: S
     if compared_columns:
         kinds_note = "; underlined: best of its measured or quoted rows" if len(kinds) > 1 else ""
         differing_columns = [
-            column for column in (ROBUST, CERTIFIED) if column in compared_columns and not _are_alike(rows, column)
+            column
+            for column in (ROBUST, CERTIFIED, EPOCH_SECONDS)
+            if column in compared_columns and not _are_alike(rows, column)
         ]
-        exception = (
-            f"; neither in {' and '.join(differing_columns)} where conditions differ" if differing_columns else ""
-        )
+        exception = f"; no mark in {', '.join(differing_columns)} where conditions differ" if differing_columns else ""
         table_notes.append(f"Bold: best of its group{kinds_note}{exception}.")
     if set(columns) & set(INTERVALS.values()) and "measured" in kinds:
         single = " Rows of one seed have none." if any(len(row.runs) == 1 for row in rows) else ""

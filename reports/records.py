@@ -98,10 +98,13 @@ def _query(engine: Engine, tags: Mapping[str, str]) -> list[dict[str, object]]:
         names: dict[str, str] = {}  # shares equal strings between runs
         metric = SqlLatestMetric
         # Runs that start during the queries are not in `rows`.
+        tags: dict[str, dict[str, str]] = {}
         for run_id, key, text in select_rows(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
             if run_id in rows and key.startswith(TAG_PREFIXES):
-                for name, current in current_tags({key: text}).items():
-                    rows[run_id][names.setdefault(name, name)] = names.setdefault(current, current)
+                tags.setdefault(run_id, {})[key] = text
+        for run_id, tags_of_run in tags.items():
+            for name, current in current_tags(tags_of_run).items():
+                rows[run_id][names.setdefault(name, name)] = names.setdefault(current, current)
         for run_id, key, text in select_rows(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
             if run_id in rows:
                 for name, current in current_settings({key: text}).items():

@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linflab.platform import signals
-from linflab.platform.cli.options import DEFAULT_STORAGE, StorageFolder, complete_recipe, storage_options
+from linflab.platform.cli.options import (
+    DEFAULT_STORAGE,
+    StorageFolder,
+    check_writable,
+    complete_recipe,
+    storage_options,
+)
 from linflab.platform.cli.output import console, print_files, print_rows, print_warning, ui_command
 from linflab.platform.cli.train import print_load, train_request
-from linflab.platform.errors import InputError, RunInterrupted, TrainingError, WorkerLostError
+from linflab.platform.errors import InputError, RunInterrupted, RunLockedError, TrainingError, WorkerLostError
 from linflab.platform.tracking.storage import Storage
 
 if TYPE_CHECKING:
@@ -58,6 +64,7 @@ def compare(
     with console.status("Loading PyTorch ..."):
         from linflab.platform.config.overrides import radius_note
         from linflab.platform.data.datasets import load_dataset
+        from linflab.platform.distributed.address import needs_ray
         from linflab.platform.results.compare import comparison_name, plan_runs
         from linflab.platform.training.trainer import check_dataset_compatibility
         from linflab.platform.trial import check_local_resources
@@ -75,7 +82,8 @@ def compare(
         for runs in rows:
             experiment = runs[0].experiment
             check_dataset_compatibility(experiment, load_dataset(experiment.dataset, experiment.augmentation))
-            check_local_resources(experiment)
+            if not needs_ray(experiment):
+                check_local_resources(experiment)
     if dry_run:
         _print_plan(rows, Storage.from_path(storage_dir))
         return
@@ -84,8 +92,10 @@ def compare(
         from linflab.platform.tracking.mlflow import wrap_errors
 
         signals.watch_again()  # imported libraries may have replaced the handlers
-    with wrap_errors(storage, out):  # before training: the directory must be usable
-        (out or storage.reports).mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        check_writable("output-dir", out)  # before training
+    with wrap_errors(storage):
+        storage.reports.mkdir(parents=True, exist_ok=True)
     options = [f"--seeds={seeds}", *([f"--epochs={epochs}"] if epochs is not None else [])]
     options += [part for setting in settings or [] for part in ("--set", setting)]
     options += ["--no-quoted"] if not quoted else []
@@ -148,7 +158,7 @@ def _train_all(rows: Sequence[Sequence["PlannedRun"]], storage: Storage, hint: s
                 result = train_request(TrialRequest(run.experiment, storage, name, tags, run_id), hint)
             except WorkerLostError:
                 raise
-            except TrainingError as error:
+            except (TrainingError, RunLockedError) as error:  # a locked run is trained by another process
                 outcome.failures.append(f"{run.recipe}, seed {run.experiment.seed}: {error}")
                 console.print(f"{title} status=failed reason={error}")
                 continue

@@ -7,7 +7,7 @@ import typer
 
 from linflab.platform import signals
 from linflab.platform.cli.options import DEFAULT_STORAGE, StorageFolder, Tags, parse_tags, storage_options
-from linflab.platform.cli.output import console, describe_store, log_optional
+from linflab.platform.cli.output import console, log_optional
 from linflab.platform.errors import InputError, RunInterrupted, TrainingError
 from linflab.platform.tracking.storage import Storage
 from linflab.reports.plain import shorten
@@ -90,7 +90,7 @@ def ensemble(
     with console.status("Logging model and figures ..."):
         log_optional(lambda: log_model_and_figures(storage, result.run_id), repeat)
     hint = shlex.join(["linflab", "evaluate", result.run_id, *storage_options(storage)])
-    console.print(f"Logged run {result.run_id} to {describe_store(storage)}. Evaluate again with `{hint}`.")
+    console.print(f"Logged run {result.run_id} to {storage.location}. Evaluate again with `{hint}`.")
     if violations := metrics[schema.TEST_VIOLATIONS]:
         raise TrainingError(f"certificate violation: attacks succeeded on {violations:g} certified images")
 

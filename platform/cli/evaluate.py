@@ -4,13 +4,20 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from linflab.platform.cli.options import DEFAULT_STORAGE, SOUND, AsJson, Overrides, StorageFolder, parse_eps_list
+from linflab.platform.cli.options import (
+    DEFAULT_STORAGE,
+    SOUND,
+    AsJson,
+    Overrides,
+    StorageFolder,
+    check_writable,
+    parse_eps_list,
+)
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.errors import InputError, TrainingError
 from linflab.reports.tables import format_eps
@@ -70,7 +77,8 @@ def evaluate(
             raise InputError(
                 f"{given}: is not supported with --certifier cascade, which has its own attack; leave it out"
             )
-        _check_writable(radii_dir)
+        if radii_dir is not None:
+            check_writable("radii-dir", radii_dir)
         from linflab.platform.cli.cascade import evaluate_by_cascade
 
         evaluate_by_cascade(
@@ -103,7 +111,8 @@ def evaluate(
     if kinds == ["none"] and any(setting.startswith("evaluation.attack.") for setting in settings):
         raise InputError("attacks=none: is not supported with settings of evaluation.attack; leave one of them out")
     settings += [f"evaluation.attack.methods=[{','.join(kinds)}]"] if kinds not in ([], ["none"]) else []
-    _check_writable(radii_dir)
+    if radii_dir is not None:
+        check_writable("radii-dir", radii_dir)
     from linflab.platform.cli.progress import ProgressLine
     from linflab.platform.results.evaluate import evaluate_weights, log_evaluation, save_evaluation, to_dict
     from linflab.platform.results.load import find_weights
@@ -159,24 +168,6 @@ def evaluate(
         )
     if problems:
         raise TrainingError("; ".join(problems))
-
-
-def _check_writable(radii_dir: Path | None) -> None:
-    """Create the folder for radii or verdicts before the evaluation, which may take hours.
-
-    Raises:
-        InputError: If it cannot be written.
-    """
-    if radii_dir is None:
-        return
-    try:
-        radii_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=radii_dir):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"radii-dir={radii_dir}: cannot be created or written to ({error.strerror}); use another directory"
-        ) from None
 
 
 def certify(

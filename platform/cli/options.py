@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,3 +170,23 @@ def read_space(name: str) -> "SearchSpace":
         return load_space(name)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def check_writable(option: str, directory: Path) -> None:
+    """Create the directory for the files of a command that may take hours, before it starts.
+
+    Args:
+        option: Name of the option, for messages.
+        directory: The directory.
+
+    Raises:
+        InputError: If it cannot be created or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option}={directory}: cannot be created or written to ({error.strerror}); use another directory"
+        ) from None

@@ -36,11 +36,6 @@ def show_output(text: str) -> None:
     console.print(text, end="")
 
 
-def describe_store(storage: Storage) -> str:
-    """Return the location of the tracking store: a server's address, or the storage directory."""
-    return storage.tracking_server or str(storage.root)
-
-
 def log_optional(log: Callable[[], None], resume_command: str) -> None:
     """Log the model and figures of a run whose metrics are logged; print any error instead of raising it.
 

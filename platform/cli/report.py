@@ -77,16 +77,14 @@ def report_run(
     cluster: OnCluster = False,
 ) -> None:
     """Report a run: its table row, learning curves and certificates."""
-    from linflab.platform.results.report import report_run
+    from linflab.platform.results.report import has_weights, report_run
 
     with open_storage(storage_dir, cluster) as storage:
         page = report_run(storage, run, out)
         print_page(page)
-    if (
-        not cluster
-        and not is_cluster_job()
-        and not any(path.stem.endswith("certified_accuracy") for path in page.files)
-    ):
+        has_radii = any(path.stem.endswith("certified_accuracy") for path in page.files)
+        can_add_radii = not has_radii and not cluster and not is_cluster_job() and has_weights(storage, page)
+    if can_add_radii:
         command = shlex.join(["linflab", "evaluate", run, *storage_options(storage), "--radii-dir"])
         console.print(f"The run has no figures of certified radii; draw them with `{command} DIRECTORY`.")
 

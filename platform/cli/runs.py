@@ -14,7 +14,7 @@ from linflab.platform.cli.options import (
     parse_filters,
     parse_tags,
 )
-from linflab.platform.cli.output import console, describe_store, print_run_table
+from linflab.platform.cli.output import console, print_run_table
 from linflab.platform.tracking.storage import Storage
 
 runs_app = typer.Typer()
@@ -115,4 +115,4 @@ def runs_import(
     storage = Storage.open(storage_dir)
     with wrap_errors(storage):
         num_added, num_existing = import_runs(storage, file)
-    console.print(f"Imported {num_added} runs into {describe_store(storage)}; {num_existing} were already there.")
+    console.print(f"Imported {num_added} runs into {storage.location}; {num_existing} were already there.")

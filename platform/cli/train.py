@@ -22,7 +22,7 @@ from linflab.platform.cli.options import (
     parse_tags,
     storage_options,
 )
-from linflab.platform.cli.output import console, describe_store, log_optional, print_warning, show_output, ui_command
+from linflab.platform.cli.output import console, log_optional, print_warning, show_output, ui_command
 from linflab.platform.errors import InputError, RunInterrupted, WorkerLostError
 from linflab.platform.source import is_cluster_job
 from linflab.platform.tracking.storage import Storage
@@ -228,7 +228,7 @@ def _show_training(
         if is_cluster_job()
         else f" Evaluate again with `{shlex.join(['linflab', 'evaluate', run_id, *storage_options(storage)])}`."
     )
-    console.print(f"Logged run {run_id} to {describe_store(storage)}.{hint}")
+    console.print(f"Logged run {run_id} to {storage.location}.{hint}")
     console.print(f"Open the MLflow UI with `{ui_command(storage)}`.")
 
 

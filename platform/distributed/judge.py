@@ -18,7 +18,7 @@ from linflab.platform.errors import TrainingError
 from linflab.platform.host import configure_process
 from linflab.platform.source import verify_source_hash
 from linflab.platform.training.weights import build_network
-from linflab.platform.trial import select_device
+from linflab.platform.trial import select_evaluation_device
 
 MAX_DEATHS = 3  # of workers with the same images; then each image gets an error
 Chunk = Sequence[int]
@@ -122,7 +122,7 @@ class _JudgeActor:
         import_own_parts()
         torch.set_num_threads(threads)
         configure_process()
-        device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        device = select_evaluation_device(experiment)
         network = build_network(experiment)
         network.load_state_dict(state)
         self.certifier, self.eps = CascadeCertifier(network.to(device).eval(), sound, settings), eps

@@ -34,7 +34,7 @@ from linflab.platform.tracking.mlflow import STORE_ERRORS
 from linflab.platform.training.evaluation import BatchResult, EvaluationSpec, evaluate_batch
 from linflab.platform.training.loop import EpochMetrics, StepMetrics
 from linflab.platform.training.weights import build_network
-from linflab.platform.trial import Report, TrialRequest, TrialResult, run_trial, select_device
+from linflab.platform.trial import Report, TrialRequest, TrialResult, run_trial, select_evaluation_device
 from linflab.reports import schema
 
 NODE_JOIN_TIMEOUT_S = 180.0  # for on-premise nodes, after `ray up` has returned
@@ -374,7 +374,7 @@ class _EvaluationActor:
         import_own_parts()
         torch.set_num_threads(threads)
         configure_process()
-        device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        device = select_evaluation_device(experiment)
         self.network = build_network(experiment)
         self.network.load_state_dict(state)
         self.network.to(device).eval()

@@ -29,7 +29,7 @@ from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.weights import load_matching_dataset, load_weights
-from linflab.platform.trial import select_device
+from linflab.platform.trial import select_evaluation_device
 from linflab.reports import schema
 from linflab.reports.intervals import proportion_interval
 from linflab.reports.outputs import write_text_atomic, write_whole
@@ -167,7 +167,7 @@ class CascadeRun:
         )
         configure_process()
         experiment = self.weights.experiment
-        device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        device = select_evaluation_device(experiment)
         self._network, self._labels = self.weights.network.to(device).eval(), self._split.labels[self._split.indices]
         self._split = self._split.to(device)
         self._certifier = CascadeCertifier(self._network, sound, self.settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import load_config, parse_override
 from linflab.platform.errors import InputError
+from linflab.reports.labels import is_compared
 from linflab.reports.plain import shorten
 from linflab.reports.tables import format_eps
 
@@ -38,11 +39,11 @@ def plan_runs(recipes: Sequence[str], overrides: Sequence[str], seeds: int) -> l
         seeds: Number of seeds.
 
     Raises:
-        InputError: If a recipe or override is not valid, recipes have different datasets or eps, or two recipes have
-            the same settings.
+        InputError: If a recipe or override is not valid, recipes have different datasets or eps, or two recipes differ
+            in nothing that affects results but the seed.
     """
     rows: list[list[PlannedRun]] = []
-    names_by_hash: dict[str, str] = {}
+    names_by_settings: dict[str, str] = {}
     for recipe in recipes:
         if "=" in recipe and not Path(recipe).exists():
             raise InputError(f"{shorten(recipe)}: must be a recipe; use --set {shorten(recipe)} to override a setting")
@@ -51,9 +52,13 @@ def plan_runs(recipes: Sequence[str], overrides: Sequence[str], seeds: int) -> l
         except InputError as error:
             reason = str(error)
             raise InputError(reason if reason.startswith("recipe=") else f"recipe={recipe}: {reason}") from None
-        other = names_by_hash.setdefault(base.config_hash(), recipe)
-        if len(names_by_hash) == len(rows):
-            raise InputError(f"recipe={recipe}: must have other settings than {other}; leave one of them out")
+        settings = {path: value for path, value in base.to_flat_dict().items() if path != "seed" and is_compared(path)}
+        other = names_by_settings.setdefault(repr(sorted(settings.items())), recipe)
+        if len(names_by_settings) == len(rows):
+            raise InputError(
+                f"recipe={recipe}: must differ from {other} in a setting that affects results, other than the seed; "
+                "leave one of them out"
+            )
         kept = [override for override in overrides if parse_override(override)[0] != "seed"]
         runs = []
         for index in range(seeds):

@@ -14,7 +14,7 @@ from linflab.models.networks.cost import count_flops, count_parameters
 from linflab.models.networks.ensemble import MAX_MEMBERS, Ensemble, EnsembleConfig
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import build_config
-from linflab.platform.data.datasets import Dataset, load_dataset
+from linflab.platform.data.datasets import Dataset
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.pretrained import PREFIX
 from linflab.platform.results.ensemble_weights import choose_weights
@@ -24,8 +24,8 @@ from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.runs import Run
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.evaluation import ScoringReport, evaluate, evaluation_spec
-from linflab.platform.training.weights import Weights, build_network, load_weights, save_weights
-from linflab.platform.trial import TrialResult, evaluate_on_test, select_device
+from linflab.platform.training.weights import Weights, build_network, load_matching_dataset, load_weights, save_weights
+from linflab.platform.trial import TrialResult, evaluate_on_test, select_evaluation_device
 from linflab.reports import schema
 from linflab.reports.methods import describe_method, ensemble_name
 from linflab.reports.records import read_run
@@ -124,9 +124,9 @@ def prepare_ensemble(
     experiment = _ensemble_config(members, () if isinstance(weights, str) else weights, mirrored)
     if is_auto:
         _check_held_out(runs, members)
-    dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    dataset = load_matching_dataset(members[0].weights)
     if is_auto:
-        device = select_device(experiment)
+        device = select_evaluation_device(experiment)
         networks = [
             Ensemble([member.weights.network], mirror=[is_mirrored]).to(device).eval()
             for member, is_mirrored in zip(members, mirrored, strict=True)
@@ -251,7 +251,7 @@ def log_ensemble(
         schema.MISSING: "model and figures",
         **tags,
     }
-    device = select_device(experiment)
+    device = select_evaluation_device(experiment)
     network, dataset = ensemble.network.to(device), ensemble.dataset.to(device)
     torch.set_num_threads(experiment.compute.cpus_per_worker)
     with Run.start(storage, experiment, name, all_tags) as run, tempfile.TemporaryDirectory() as folder:

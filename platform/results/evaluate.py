@@ -31,7 +31,7 @@ from linflab.platform.training.evaluation import (
     sort_by_position,
 )
 from linflab.platform.training.weights import load_matching_dataset, load_weights
-from linflab.platform.trial import select_device
+from linflab.platform.trial import select_evaluation_device
 from linflab.reports import schema
 from linflab.reports.outputs import write_columns, write_text_atomic
 from linflab.reports.records import read_run
@@ -145,8 +145,7 @@ def evaluate_weights(
             on_batch(part)
     else:
         torch.set_num_threads(min(experiment.compute.cpus_per_worker, os.cpu_count() or 1))
-        # Without a CUDA device, weights of a run that used CUDA are evaluated on the CPU.
-        device = select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+        device = select_evaluation_device(experiment)
         test = dataset.to(device).test
         evaluate(network.to(device), test, spec, batch_size, on_batch, positions.to(device))
     rows = [

@@ -45,12 +45,17 @@ def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage 
             "`linflab certify MODEL --vnnlib PROPERTY`"
         )
     is_file = exists(path, stat.S_IFREG)
-    if "/" in run_or_weights or run_or_weights.endswith(".pt") or is_file:
-        if not is_file:
-            raise InputError(f"{run_or_weights}: not found, or not a regular file; use the path of a weights file")
+    if is_file:
         return path, None, ""
-    storage = Storage.open_existing(storage_dir)
-    run = find_run_id(storage, run_or_weights)
+    try:
+        storage = Storage.open_existing(storage_dir)
+        run = find_run_id(storage, run_or_weights)
+    except InputError:
+        if "/" in run_or_weights or run_or_weights.endswith(".pt"):  # more likely a path than the name of a run
+            raise InputError(
+                f"{run_or_weights}: not found, or not a regular file; use the path of a weights file"
+            ) from None
+        raise
     return download_weights(storage, run), storage, run
 
 

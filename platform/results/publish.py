@@ -25,7 +25,7 @@ from linflab.platform.tracking.mlflow import call_with_retry, retrying_client
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.evaluation import batch_indices
 from linflab.platform.training.weights import load_network
-from linflab.platform.trial import checkpoint_store, select_device
+from linflab.platform.trial import checkpoint_store, select_evaluation_device
 from linflab.reports import schema
 from linflab.reports.figures import (
     certified_accuracy_curve,
@@ -77,8 +77,9 @@ def log_model_and_figures(storage: Storage, run_id: str) -> None:
 
 def _add_model_and_figures(storage: Storage, client: MlflowClient, run_id: str) -> None:
     experiment, network = load_network(download_weights(storage, run_id))
-    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(select_device(experiment))
-    network = network.to(select_device(experiment))
+    device = select_evaluation_device(experiment)  # the process that trained on CUDA may be on another machine
+    dataset = load_dataset(experiment.dataset, experiment.augmentation).to(device)
+    network = network.to(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / schema.FIGURES_DIR
         folder.mkdir()

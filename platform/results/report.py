@@ -32,7 +32,7 @@ from linflab.reports.pages import (
     write_sweep_page,
 )
 from linflab.reports.papers import list_tables
-from linflab.reports.records import drop_incomplete_runs, read_runs, read_trials
+from linflab.reports.records import drop_incomplete_runs, read_run, read_runs, read_trials
 from linflab.reports.seeds import compare_over_seeds
 from linflab.search_spaces.strict_yaml import read_mapping
 
@@ -68,6 +68,18 @@ def report_run(storage: Storage, run: str, out: Path | None) -> Page:
     with wrap_errors(storage, out):
         client = client_of(storage)
         return write_run_page(client, _runs(storage), run, out or storage.reports)
+
+
+def has_weights(storage: Storage, page: Page) -> bool:
+    """Return whether the storage has the weights of the run of a page; it has none of imported runs.
+
+    Args:
+        storage: Storage of the run.
+        page: Page written by `report_run`.
+    """
+    (row,) = page.table.rows
+    with wrap_errors(storage):
+        return schema.ORIGINAL_RUN_ID not in read_run(client_of(storage), row.runs[0]).data.tags
 
 
 def report_comparison(storage: Storage, names: Sequence[str], quoted: bool, out: Path | None) -> Page:
@@ -187,7 +199,7 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
     with wrap_errors(storage, out):
         runs = _runs(storage)
         definitions = {name: load_definition(name, read_mapping) for name in list_tables()}
-        notes = [] if len(runs) else [f"There are no runs in {_describe_store(storage)} yet."]
+        notes = [] if len(runs) else [f"There are no runs in {storage.location} yet."]
         for folder_with_tables in dict.fromkeys((storage.reports, folder)):
             for file in sorted(folder_with_tables.glob(f"{OWN_TABLE}-*.yaml")):
                 try:
@@ -217,10 +229,6 @@ def report_all(storage: Storage, out: Path | None) -> list[Path]:
         for run_id in dict.fromkeys(run_id for run_id in shown_ids if run_id in stored_ids):
             pages.append(write_run_page(client_of(storage), runs, run_id, folder))
         return [write_index(pages, folder, notes)]
-
-
-def _describe_store(storage: Storage) -> str:
-    return storage.tracking_server or str(storage.root)
 
 
 def _runs(storage: Storage) -> pd.DataFrame:

@@ -211,11 +211,16 @@ def _fetch_from_hub(source: str) -> Path:
 @contextmanager
 def _hub_errors(source: str) -> Iterator[None]:
     """Report errors of the Hugging Face Hub as errors of the input."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+    )
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"repository={source}: cannot be used ({reason}); check its name, run `hf auth login`, or set HF_ENDPOINT"

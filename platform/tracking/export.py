@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from linflab.platform.errors import InputError
+from linflab.platform.files import read_text
 from linflab.platform.tracking.mlflow import client_of, get_or_create_experiment
 from linflab.platform.tracking.storage import Storage
 from linflab.reports import schema
@@ -46,6 +47,7 @@ NONNEGATIVE_METRICS = (
     schema.FLOPS, schema.PARAMETERS, schema.TRAIN_SECONDS, schema.EPOCH_SECONDS, schema.SWEEP_SECONDS,
     schema.BEST_EPOCH, schema.TEST_VIOLATIONS,
 )  # fmt: skip
+MAX_FILE_BYTES = 2**30
 HEADER = '{"format": "linflab runs", "version": 2}'
 HEAD_OF_VERSION_1 = '{"format": "linflab records", "version": 1}'  # has old names; is still readable
 MAX_PARAMS_PER_BATCH = 100  # limit of MLflow
@@ -316,7 +318,7 @@ def read_exported_runs(file: Path) -> list[ExportedRun]:
         InputError: If the file cannot be read or is not valid; the message names the line.
     """
     try:
-        head, *lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        head, *lines = read_text(file, MAX_FILE_BYTES).removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or invalid path
         raise InputError(
             f"file={file}: cannot be read ({error}); use a file written by `linflab runs export`"

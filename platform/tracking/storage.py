@@ -149,6 +149,11 @@ class Storage:
         return uri if match is None else (self.artifacts / match.group(1)).as_uri()
 
     @property
+    def location(self) -> str:
+        """Location of the tracking store for messages: a server's address, or the storage directory."""
+        return self.tracking_server or str(self.root)
+
+    @property
     def database(self) -> Path:
         """Path of the SQLite database."""
         return self.root / "mlflow.db"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from linflab.platform.config.recipes import recipe_files
 from linflab.platform.results.compare import comparison_name, plan_runs
+from linflab.platform.training.checkpoints import CheckpointStore
 from linflab.reports import schema
 from tests.conftest import RECIPE, RunCli, assert_rejected
 from tests.platform.interruptions import Command, Outcome, group_outcomes
@@ -114,8 +115,17 @@ def test_repeated_command_continues_after_interruption(
     assert status == (-number if number == signal.SIGKILL else 130), output
     if number != signal.SIGKILL:
         assert output.splitlines()[-1].startswith("linflab: ") and "linflab compare" in output.splitlines()[-1]
+    expected = [1, 1, 2, 3]
+    if number == signal.SIGKILL:  # a run that another process trains is left out, and the other runs are trained
+        (folder,) = (storage / "checkpoints").iterdir()
+        with CheckpointStore(folder).lock():
+            command = Command(storage, *interruptible)
+            status, output = command.process.wait(300), command.output
+        assert status == 1 and "another process is training run" in output and "1 of 4 runs failed" in output
+        assert output.splitlines()[-1].endswith("--storage " + str(storage) + "`")
+        expected = [3, 1, 0, 1]
     output = Command(storage, *interruptible).finish()
-    assert [output.count(f"status={status}") for status in ("reused", "resumed", "started", "finished")] == [1, 1, 2, 3]
+    assert [output.count(f"status={one}") for one in ("reused", "resumed", "started", "finished")] == expected
     resumed_at = int(re.search(r"status=resumed\s+epoch=(\d+)/", output)[1])  # type: ignore[index]
     assert resumed_at > 2
     found = group_outcomes(storage)
@@ -165,9 +175,22 @@ def test_invalid_comparisons_are_rejected(
 
 def test_unusable_output_directory_is_rejected_before_training(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    out = tmp_path / "file" / "report"
-    done = run_cli("compare", RECIPE, "--output-dir", str(out), "--storage", str(tmp_path / "runs"))
-    assert_rejected(done, str(out))
+    # /proc exists, but nobody can write a file to it.
+    for out in (tmp_path / "file" / "report", Path("/proc")):
+        done = run_cli("compare", RECIPE, "--output-dir", str(out), "--storage", str(tmp_path / "runs"))
+        assert_rejected(done, f"output-dir={out}")
+
+
+@pytest.mark.parametrize("change", ["seed: 1", "method: other", "training: {checkpoint_interval: 7}"])
+def test_recipes_that_differ_in_no_result_are_rejected(tmp_path: Path, run_cli: RunCli, change: str) -> None:
+    """Both would be trained to the same networks, and shown as two methods."""
+    settings = yaml.safe_load(recipe_files()[RECIPE].read_text())
+    for name, value in yaml.safe_load(change).items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    file = tmp_path / "copy.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    done = run_cli("compare", RECIPE, str(file), "--storage", str(tmp_path / "runs"))
+    assert_rejected(done, f"recipe={file}", RECIPE, "seed")
 
 
 def test_plan_has_consecutive_seeds_and_equal_epochs() -> None:

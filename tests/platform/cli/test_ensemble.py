@@ -20,6 +20,7 @@ from linflab.platform.results.ensemble import log_ensemble, prepare_ensemble
 from linflab.platform.results.ensemble_weights import choose_weights, limit_ratios, refine_weights
 from linflab.platform.tracking.mlflow import client_of
 from linflab.platform.tracking.storage import Storage
+from linflab.platform.training.weights import load_weights, save_weights
 from linflab.reports import schema
 from linflab.reports.records import read_run
 from tests.conftest import RECIPE, RunCli, assert_rejected
@@ -108,6 +109,19 @@ def test_the_mean_of_runs_is_a_run(storage: Storage, run_cli: RunCli, tmp_path: 
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     (computed,) = session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})
     torch.testing.assert_close(torch.from_numpy(computed), network(images[:3]).detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without CUDA")
+def test_members_trained_on_cuda_are_averaged_on_the_cpu(storage: Storage, run_cli: RunCli) -> None:
+    records = linflab.records(storage.root).set_index(schema.NAME)
+    for name in ("first", "second"):
+        (file,) = (path for path in storage.root.rglob(schema.WEIGHTS_FILE) if records["run_id"][name] in path.parts)
+        weights = load_weights(file)
+        compute = weights.experiment.compute.model_copy(update={"device": "cuda"})
+        experiment = weights.experiment.model_copy(update={"compute": compute})
+        save_weights(file, weights.network, experiment, epoch=1)
+    done = run_cli("ensemble", "first", "second", "--weights", "auto", "--name", "mean", "--storage", str(storage.root))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_relu_networks_are_averaged_with_chosen_weights_and_certified_by_ibp(storage: Storage, run_cli: RunCli) -> None:

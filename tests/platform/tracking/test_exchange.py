@@ -76,7 +76,7 @@ def test_imported_run_has_a_report_page(finished_sweep: FinishedSweep, run_cli: 
         out = tmp_path / name
         done = run_cli("report", "run", name, "--storage", str(target), "--output-dir", str(out))
         assert done.returncode == 0 and done.stderr == ""
-        assert "--radii-dir" in done.stdout  # it has no figures of radii
+        assert "--radii-dir" not in done.stdout  # figures of radii would need the weights
         assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".html", ".md", ".tex"]
     assert_rejected(run_cli("evaluate", old, "--storage", str(target)), new)
     assert_rejected(run_cli("sweep", "--resume", "three", "--storage", str(target)), "resume=three")
