@@ -23,8 +23,8 @@ from linflab.search_spaces.strict_yaml import read_mapping
 
 FOLDER = Path(__file__).parents[1] / "methods"
 NOT_MEASURED = (
-    "No recipe of this method has been run to its end with linflab, so there is no measured row. Published results are "
-    "in [the tables](../results/measured.md).\n"
+    "[The table of measured results](../results/measured.md) has no row of this method. Its quoted rows are published "
+    "results.\n"
 )
 
 
@@ -99,7 +99,7 @@ def _recipes(names: list[str]) -> str:
     command = small[0].split("[")[1].split("]")[0] if small else first
     return (
         f"## Recipes and command\n\n```bash\nlinflab train {command}\n```\n\n" + "\n".join(lines) + "\n\nRecipes that "
-        "end in `_cpu` are small enough for a few CPU cores; the others have the sizes of the papers.\n"
+        "end in `_cpu` are small enough for a few CPU cores, as are those for `digits`. The others are made for a GPU.\n"
     )
 
 

@@ -25,8 +25,7 @@ linflab sweeps
 # %%
 # ## Resume and extend
 #
-# The tracking store is the only state of a sweep. After Ctrl-C or a crash, `--resume` trains what is missing; with a
-# larger budget, it adds trials.
+# After Ctrl-C or a crash, `--resume` trains what is missing; with a larger budget, it adds trials.
 linflab sweep --resume small --budget 4 > log.txt
 linflab sweeps
 

@@ -13,7 +13,8 @@ linflab runs import "$(python -c 'from linflab.reports import papers; print(pape
 #
 # A YAML file names the datasets, the columns, the published sources, and which runs belong to a row. Rows are means
 # over seeds. Of each method, the configuration with the best validation accuracy is shown, never the best on test
-# images. Here, only runs count that were retrained with the validation images.
+# images. The filter below keeps only runs that were trained on the validation images as well, as in the papers. These
+# have no validation accuracy, so the latest configuration of each method is shown.
 cat > table.yaml <<'YAML'
 title: Networks for two CPU cores
 columns: [Method, FLOPs, Clean, Robust, Certified, Runs]
