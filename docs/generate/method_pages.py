@@ -99,7 +99,7 @@ def _recipes(names: list[str]) -> str:
     command = small[0].split("[")[1].split("]")[0] if small else first
     return (
         f"## Recipes and command\n\n```bash\nlinflab train {command}\n```\n\n" + "\n".join(lines) + "\n\nRecipes that "
-        "end in `_cpu` are small enough for a few CPU cores, as are those for `digits`. The others are made for a GPU.\n"
+        "end in `_cpu`, and those for `digits`, are small enough for a few CPU cores. The others are made for a GPU.\n"
     )
 
 

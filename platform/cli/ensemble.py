@@ -33,8 +33,9 @@ def ensemble(
 
     The runs must have the same dataset, eps and input shape. The mean of Lipschitz networks is Lipschitz with the mean
     of their constants, and is certified from its margin (lipschitz). With other networks among the runs, such as ReLU
-    networks trained with IBP, interval bounds certify it (ibp). If all runs have the same certifier, it is used instead.
-    The attacks are those of all runs, with the steps and restarts of the first one. Epochs and training time are sums over the runs.
+    networks trained with IBP, interval bounds certify it (ibp). If all runs have the same certifier, it is used
+    instead. The attacks are those of all runs, with the steps and restarts of the first one. Epochs and training time
+    are sums over the runs.
 
     With --mirror, the logits of runs trained with augmentation.horizontal_flip=true are also computed for the image
     mirrored left to right, and averaged. Other runs have not seen mirror images, and are averaged as without --mirror.

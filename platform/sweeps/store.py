@@ -1,4 +1,4 @@
-"""The MLflow runs of a sweep, which are its only state: a parent run, and one child run per trial.
+"""The MLflow runs of a sweep, which have all of its results: a parent run, and one child run per trial.
 
 The driver is the process that runs the sweep. It creates the run of a trial, with the configuration, before the trial
 starts. The process of the trial ends the run. Each trial is logged exactly once, even if a process dies. `--resume`

@@ -48,6 +48,7 @@ NONNEGATIVE_METRICS = (
     schema.BEST_EPOCH, schema.TEST_VIOLATIONS,
 )  # fmt: skip
 MAX_FILE_BYTES = 2**30
+METRIC_GROUPS = ("train", "val", "best", "test", "model", "sweep")  # of linflab's metrics; users may log others
 HEADER = '{"format": "linflab runs", "version": 2}'
 HEAD_OF_VERSION_1 = '{"format": "linflab records", "version": 1}'  # has old names; is still readable
 MAX_PARAMS_PER_BATCH = 100  # limit of MLflow
@@ -254,7 +255,7 @@ def _belongs(tag: str) -> bool:
 
 
 def _is_ours(metric: str) -> bool:
-    return "/" in metric and not metric.startswith("system/")
+    return metric.partition("/")[0] in METRIC_GROUPS and "/" in metric
 
 
 def import_runs(storage: Storage, file: Path) -> tuple[int, int]:

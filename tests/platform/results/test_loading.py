@@ -35,17 +35,24 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_networks_of_own_data_certify_without_the_data(own_data: Path, tmp_path: Path, run_cli: RunCli) -> None:
     storage = tmp_path / "runs"
-    assert run_cli("train", RECIPE, *TINY, "--storage", str(storage)).returncode == 0
+    flips = "augmentation.horizontal_flip=true"
+    assert run_cli("train", RECIPE, *TINY, flips, "--name", "exp/1", "--storage", str(storage)).returncode == 0
     (run,) = {path.parents[1].name for path in storage.glob("artifacts/*/artifacts/weights.pt")}
     info = load_weights(find_weights(run, storage)[0]).info
     own_data.rename(tmp_path / "elsewhere")
     weights = load_weights(find_weights(run[:8], storage)[0])
     assert weights.info == info and weights.image_shape == SHAPE and info.classes == 3
     Image.fromarray(np.full((6, 7, 3), 90, dtype=np.uint8)).save(tmp_path / "image.png")
+    assert find_weights("exp/1", storage)[2] == run  # the name of a run may look like a path
     for source in (run, str(storage / "artifacts" / run / "artifacts" / "weights.pt")):
         done = run_cli("certify", source, str(tmp_path / "image.png"), "--storage", str(storage), "--json")
         assert done.returncode == 0 and '"certifier": "lipschitz"' in done.stdout
         assert_rejected(run_cli("evaluate", source, "--storage", str(storage)), "dataset=mine")
+    own_data.mkdir()
+    for file in (tmp_path / "elsewhere").glob("*.npy"):
+        np.save(own_data / file.name, np.load(file)[:, :, :5] if "images" in file.name else np.load(file))
+    done = run_cli("ensemble", "exp/1", "--mirror", "--name", "mean", "--storage", str(storage))
+    assert_rejected(done, "dataset=mine")
 
 
 def test_evaluate_rejects_other_data_than_in_training(own_data: Path, tmp_path: Path, run_cli: RunCli) -> None:

@@ -296,6 +296,9 @@ def test_repositories_that_cannot_be_used_are_rejected(
     with pytest.raises(InputError) as caught:
         linflab.load("hf://me/absent")
     assert_rejected(caught, "repository=hf://me/absent", "hf auth login")
+    with pytest.raises(InputError) as caught:  # a name that the Hub does not allow
+        linflab.load("hf://me/my--net")
+    assert_rejected(caught, "repository=hf://me/my--net")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert_rejected(run_cli(*push, "me/net", *storage), "repository=me/net", "hf auth login")
     assert hub.commits == {}

@@ -173,8 +173,10 @@ def test_table_reads_its_runs_file(finished_sweep: FinishedSweep, run_cli: RunCl
 
 def test_invalid_runs_files_are_rejected(run_cli: RunCli, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
+    os.mkfifo(tmp_path / "pipe")
     for name, text, *parts in (
         ("none", None),
+        ("pipe", None),
         ("other.jsonl", "{}\n"),
         ("damaged.jsonl", f'{HEADER}\n{{"run_id": "a"}}\n', "line 2", "experiment"),
     ):
