@@ -115,8 +115,8 @@ class Group(_Strict):
 class MeasuredRows(_Strict):
     """Rows made from runs: the best configuration of each group, selected on validation images.
 
-    Ties go to the configuration with the shortest training time. Configurations certified in real arithmetic compete
-    only if no other one includes float32 rounding.
+    Ties go to the configuration with the shortest training time. A configuration certified in real arithmetic
+    does not compete with the same training certified with float32 rounding.
 
     Attributes:
         group_by: Settings by dotted path. Runs compete for one row if they have equal values of these settings, the
@@ -268,8 +268,8 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
     if any(row.runs and row.selected_on == "validation" for row in rows):
         notes += [
             "Configurations are selected by mean certified accuracy on validation images, never on test images; "
-            "ties go to the fastest to train. Those certified in real arithmetic compete only if no other includes "
-            "float32 rounding.",
+            "ties go to the fastest to train. A configuration certified in real arithmetic does not compete with the "
+            "same training certified with float32 rounding.",
             "Epochs are selected in the same way; runs that train on validation images use the last epoch.",
         ]
     if definition.runs_file is not None:
@@ -445,7 +445,11 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
     compared = merge_member_settings(settings)
-    scored_runs = scored_runs.assign(configuration=compared.groupby(compared_columns, sort=False).ngroup())
+    training_columns = [name for name in compared_columns if not name.startswith("evaluation.")]
+    scored_runs = scored_runs.assign(
+        configuration=compared.groupby(compared_columns, sort=False).ngroup(),
+        training=compared.groupby(training_columns, sort=False).ngroup(),
+    )
     scored_runs = scored_runs.drop_duplicates(
         ["configuration", SEEDS, INCLUDE_VALIDATION]
     )  # keeps the latest of runs with equal settings and seed
@@ -462,8 +466,9 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
             latest = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
             yield latest, LATEST
             continue
-        if (is_sound_setting := competing.get(SOUND, pd.Series("", index=competing.index)) == "True").any():
-            competing = competing[is_sound_setting]
+        includes_rounding = competing.get(SOUND, pd.Series("", index=competing.index)) == "True"
+        has_sound_twin = includes_rounding.groupby(competing["training"]).transform("any")
+        competing = competing[includes_rounding | ~has_sound_twin]
         configurations = competing.groupby("configuration", sort=False).agg(
             size=("start_time", "size"),
             mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"),
