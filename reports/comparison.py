@@ -31,6 +31,7 @@ from linflab.reports.ensembles import (
     MEMBER_SETTINGS,
     SEEDS,
     add_member_columns,
+    group_by_training,
     merge_member_settings,
     repeat_commands,
     share_members,
@@ -51,7 +52,7 @@ from linflab.reports.literature import dataset_title, parse_eps, quoted_rows, so
 from linflab.reports.methods import KINDS, NETWORK_KINDS, describe_method, method_name
 from linflab.reports.papers import list_tables
 from linflab.reports.plain import shorten
-from linflab.reports.records import is_value, logged_values, param_columns
+from linflab.reports.records import has_values, is_value, logged_values, param_columns
 from linflab.reports.renames import FIELDS, current_setting, current_settings
 from linflab.reports.sweep_tables import OBJECTIVE_LABELS, rank_trials, sweep_objectives
 from linflab.reports.tables import (
@@ -87,7 +88,7 @@ ACCURACIES = {TEST: schema.TEST_CLEAN, ROBUST: schema.TEST_ROBUST, CERTIFIED: sc
 TIE_TOLERANCE = 1e-9  # of accuracies averaged over seeds; one image is far more
 SEED, INCLUDE_VALIDATION = "seed", "training.include_validation"
 UNCOMPARED_SETTINGS = (SEED, INCLUDE_VALIDATION)  # settings without effect on results are not compared either
-SOUND, CERTIFIER = "evaluation.sound", "evaluation.certifier"
+SOUND = "evaluation.sound"
 LATEST = "Latest configuration, since no run has validation results"
 SIZE_SETTINGS = ("depth", "width", "hidden_size", "q")  # shown in the column Model
 Column = Literal[
@@ -247,10 +248,10 @@ def comparison_table(definition: TableDefinition, runs: pd.DataFrame) -> Table:
             continue
         group_runs = _filter_group(runs, group)
         for path in [*definition.measured.filters, *definition.measured.group_by]:
-            if len(group_runs) and path not in [*group_runs, *ADDED_TEXTS]:
+            if len(group_runs) and not has_values(group_runs, path):
                 notes.append(f"{group.title}: no run has the setting {path}.")
         for path, value in definition.measured.filters.items():
-            matches = [is_value(one, str(value)) for one in logged_values(group_runs, path)]
+            matches = [is_value(one, str(value)) for one in logged_values(group_runs, path, runs)]
             group_runs = group_runs[pd.Series(matches, index=group_runs.index, dtype=bool)]
         scored_runs = group_runs[(group_runs["status"] == "FINISHED") & group_runs[schema.TEST_CERTIFIED].notna()]
         selected = list(_select_best_settings(scored_runs, definition.measured))
@@ -400,7 +401,7 @@ def _with_columns(runs: pd.DataFrame) -> pd.DataFrame:
         schema.FLOPS,
         schema.BEST_VALIDATION_CERTIFIED, schema.TEST_CLEAN, schema.TEST_ROBUST, schema.TEST_CERTIFIED,
         schema.TEST_CERTIFIED_REAL, schema.TEST_VERIFIED, schema.TEST_VERIFICATION, schema.TEST_VIOLATIONS,
-        schema.TRAIN_SECONDS, schema.SELECTION, schema.MEMBERS,
+        schema.TRAIN_SECONDS, schema.SELECTION, schema.MEMBERS, SOUND,
     ]  # fmt: skip
     complete = runs.reindex(columns=[*runs.columns, *(name for name in columns if name not in runs)])
     return complete if SEEDS in complete else add_member_columns(complete, SEED, UNCOMPARED_SETTINGS)
@@ -445,10 +446,9 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
     for path in settings.columns.intersection(list(ADDED_TEXTS)):  # earlier versions did not log these settings
         settings[path] = settings[path].replace("", ADDED_TEXTS[path])
     compared = merge_member_settings(settings)
-    training_columns = [name for name in compared_columns if not name.startswith("evaluation.")]
     scored_runs = scored_runs.assign(
         configuration=compared.groupby(compared_columns, sort=False).ngroup(),
-        training=compared.groupby(training_columns, sort=False).ngroup(),
+        training=group_by_training(compared),
     )
     scored_runs = scored_runs.drop_duplicates(
         ["configuration", SEEDS, INCLUDE_VALIDATION]
@@ -466,15 +466,23 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
             latest = candidates[candidates["configuration"] == candidates["configuration"].iloc[0]]
             yield latest, LATEST
             continue
-        includes_rounding = competing.get(SOUND, pd.Series("", index=competing.index)) == "True"
-        has_sound_twin = includes_rounding.groupby(competing["training"]).transform("any")
-        competing = competing[includes_rounding | ~has_sound_twin]
         configurations = competing.groupby("configuration", sort=False).agg(
             size=("start_time", "size"),
             mean=(schema.BEST_VALIDATION_CERTIFIED, "mean"),
             seconds=(schema.TRAIN_SECONDS, "mean"),
+            training=("training", "first"),
+            is_sound=(SOUND, lambda texts: texts.iloc[0] == "True"),
         )
-        eligible = configurations[configurations["size"] >= min(measured.min_seeds, configurations["size"].max())]
+        is_eligible = configurations["size"] >= min(measured.min_seeds, configurations["size"].max())
+        is_final = configurations.index.isin(candidates["configuration"][is_retrained])
+        # Real arithmetic never certifies fewer images, so it would always be selected.
+        replaces = is_eligible & configurations["is_sound"]
+        twins = [
+            ((configurations["training"] == training) & replaces & (is_final | ~final)).any()
+            for training, final in zip(configurations["training"], is_final, strict=True)
+        ]
+        is_replaced = pd.Series(twins, index=configurations.index) & ~configurations["is_sound"]
+        configurations, eligible = configurations[~is_replaced], configurations[~is_replaced & is_eligible]
         tied = eligible[eligible["mean"] > eligible["mean"].max() - TIE_TOLERANCE]
         best = tied["seconds"].fillna(math.inf).idxmin()
         accuracy = f"{100 * eligible['mean'][best]:.2f}"
@@ -484,7 +492,8 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         elif len(eligible) < len(configurations):
             seeds_note = f"with at least {eligible['size'].min()} seeds"
             selection = f"Best of {len(eligible)} of {len(configurations)} {seeds_note} on validation ({accuracy}%)"
-        if competing.get(CERTIFIER, pd.Series(dtype=object)).nunique() > 1:
+        certifiers = competing[schema.CERTIFIER][competing["configuration"].isin(eligible.index)].dropna()
+        if certifiers.str.removesuffix(schema.SOUND).nunique() > 1:
             selection += ", by different certifiers"
         retrained = candidates[is_retrained & (candidates["configuration"] == best)]
         if len(retrained):

@@ -110,6 +110,17 @@ def merge_member_settings(settings: pd.DataFrame) -> pd.DataFrame:
     return merged
 
 
+def group_by_training(settings: pd.DataFrame) -> pd.Series:
+    """Return a number for each run, equal for runs whose settings differ only in evaluation, also in their members'.
+
+    Args:
+        settings: Settings of runs as text, as returned by `merge_member_settings`.
+    """
+    columns = [path for path in settings if not str(path).startswith("evaluation.")]
+    members = settings[MEMBER_SETTINGS].str.replace(r"(?m)^evaluation\..*\n?", "", regex=True)
+    return settings.assign(**{MEMBER_SETTINGS: members}).groupby(columns, sort=False).ngroup()
+
+
 def _positions_by_id(runs: pd.DataFrame) -> Mapping[str, int]:
     """Return the position of each run by its id, and by its id before export and import."""
     columns = [runs[name] for name in (schema.ORIGINAL_RUN_ID, "run_id") if name in runs]

@@ -56,7 +56,8 @@ def is_sound(runs: pd.DataFrame) -> bool:
 
 def describe_hardware(runs: pd.DataFrame) -> str:
     """Return the hardware of runs."""
-    return "; ".join(sorted(set(runs[schema.HARDWARE].dropna()))) or "not recorded"
+    machines = {machine for text in runs[schema.HARDWARE].dropna() for machine in text.split("; ")}
+    return "; ".join(sorted(machines)) or "not recorded"
 
 
 def describe_workers(run: pd.Series) -> str:

@@ -98,12 +98,12 @@ def _query(engine: Engine, tags: Mapping[str, str]) -> list[dict[str, object]]:
         names: dict[str, str] = {}  # shares equal strings between runs
         metric = SqlLatestMetric
         # Runs that start during the queries are not in `rows`.
-        tags: dict[str, dict[str, str]] = {}
+        tags_by_run: dict[str, dict[str, str]] = {}
         for run_id, key, text in select_rows(SqlTag.run_uuid, SqlTag.key, SqlTag.value):
             if run_id in rows and key.startswith(TAG_PREFIXES):
-                tags.setdefault(run_id, {})[key] = text
-        for run_id, tags_of_run in tags.items():
-            for name, current in current_tags(tags_of_run).items():
+                tags_by_run.setdefault(run_id, {})[key] = text
+        for run_id, own_tags in tags_by_run.items():
+            for name, current in current_tags(own_tags).items():
                 rows[run_id][names.setdefault(name, name)] = names.setdefault(current, current)
         for run_id, key, text in select_rows(SqlParam.run_uuid, SqlParam.key, SqlParam.value):
             if run_id in rows:
@@ -259,11 +259,11 @@ def list_runs(
             ((path, current_value),) = current.items()
             raise LookupError(f"where={name}={value}: was renamed; use {path}={current_value}")
         column = {title: column for column, title in columns.items()}.get(name, name)
-        if len(table) and (column not in [*table, *ADDED_TEXTS] or column in ("settings", "tags")):
+        if len(table) and (not has_values(table, column) or column in ("settings", "tags")):
             raise LookupError(
                 f"where={name}: not found in any run; use a column such as status, or a setting such as seed"
             )
-        table = table[[is_value(one, value) for one in logged_values(table, column)]] if len(table) else table
+        table = table[[is_value(one, value) for one in logged_values(table, column, runs)]] if len(table) else table
     tag_columns = [column for column in table.columns if str(column).startswith(schema.USER_TAG)]
     user_tags = [
         {str(name).removeprefix(schema.USER_TAG): text for name, text in run.items() if text == text}
@@ -288,7 +288,12 @@ def _differences(runs: pd.DataFrame, paths: Sequence[str]) -> list[dict[str, str
     return [differences.get(index, {}) for index in runs.index]
 
 
-def logged_values(runs: pd.DataFrame, path: str) -> list[object]:
+def has_values(runs: pd.DataFrame, path: str) -> bool:
+    """Return whether any run has a value of a column, by `logged_values`."""
+    return path in runs or (path in ADDED_TEXTS and not path.startswith("model."))
+
+
+def logged_values(runs: pd.DataFrame, path: str, all_runs: pd.DataFrame) -> list[object]:
     """Return the value of a column for each run; None if it is missing.
 
     Runs of earlier versions get the value of a setting that these did not have. If it is a setting of the network, only
@@ -297,16 +302,19 @@ def logged_values(runs: pd.DataFrame, path: str) -> list[object]:
     Args:
         runs: Trials, as returned by `read_runs`.
         path: Column, such as a setting by dotted path.
+        all_runs: Runs that show which kinds of networks have the setting.
     """
     values = [None if value != value else value for value in runs[path]] if path in runs else [None] * len(runs)
     if path not in ADDED_TEXTS:
         return values
-    kinds = runs["model.kind"].tolist() if "model.kind" in runs else [None] * len(runs)
-    is_shared = not path.startswith("model.")
-    kinds_with_path = {kind for kind, value in zip(kinds, values, strict=True) if value is not None}
+    if path.startswith("model."):
+        has_path = all_runs["model.kind"][all_runs[path].notna()] if path in all_runs else ()
+        is_applicable = runs.get("model.kind", pd.Series(index=runs.index, dtype=object)).isin(set(has_path)).tolist()
+    else:
+        is_applicable = [True] * len(runs)
     return [
-        ADDED_TEXTS[path] if value is None and (is_shared or kind in kinds_with_path) else value
-        for kind, value in zip(kinds, values, strict=True)
+        ADDED_TEXTS[path] if value is None and applicable else value
+        for value, applicable in zip(values, is_applicable, strict=True)
     ]
 
 

@@ -206,7 +206,8 @@ def _notes_per_page(table: Table, shown_rows: Sequence[Row]) -> tuple[list[str],
     """
     footnotes = [row for row in shown_rows if row.footnote_mark]
     room = LATEX_PAGE_LINES - sum(map(_row_lines, shown_rows))
-    shown, hidden = [], []
+    shown: list[str] = []
+    hidden: list[str] = []
     for note in table.notes:
         room -= _note_lines(note)
         (shown if room >= 0 else hidden).append(note)
@@ -216,7 +217,7 @@ def _notes_per_page(table: Table, shown_rows: Sequence[Row]) -> tuple[list[str],
     else:
         hidden += [f"({row.footnote_mark}) {row.footnote}" for row in footnotes]
     if hidden:
-        notes.append(f"{len(hidden)} more notes: see the source of this table.")
+        notes.append(f"{len(hidden)} more notes: see the comments in the LaTeX file.")
     if len(shown_rows) < len(table.rows):
         notes.append(f"{len(table.rows) - len(shown_rows)} more rows: see the CSV file.")
     return notes, hidden

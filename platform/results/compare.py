@@ -52,7 +52,12 @@ def plan_runs(recipes: Sequence[str], overrides: Sequence[str], seeds: int) -> l
         except InputError as error:
             reason = str(error)
             raise InputError(reason if reason.startswith("recipe=") else f"recipe={recipe}: {reason}") from None
-        settings = {path: value for path, value in base.to_flat_dict().items() if path != "seed" and is_compared(path)}
+        # Some objectives use the means of each worker's part of the batch.
+        settings = {
+            path: value
+            for path, value in base.to_flat_dict().items()
+            if path != "seed" and (is_compared(path) or path == "compute.workers")
+        }
         other = names_by_settings.setdefault(repr(sorted(settings.items())), recipe)
         if len(names_by_settings) == len(rows):
             raise InputError(

@@ -47,16 +47,20 @@ def find_weights(run_or_weights: str, storage_dir: Path) -> tuple[Path, Storage 
     is_file = exists(path, stat.S_IFREG)
     if is_file:
         return path, None, ""
-    try:
-        storage = Storage.open_existing(storage_dir)
-        run = find_run_id(storage, run_or_weights)
-    except InputError:
-        if "/" in run_or_weights or run_or_weights.endswith(".pt"):  # more likely a path than the name of a run
-            raise InputError(
-                f"{run_or_weights}: not found, or not a regular file; use the path of a weights file"
-            ) from None
-        raise
+    looks_like_path = "/" in run_or_weights or run_or_weights.endswith(".pt")
+    if looks_like_path and not _has_run_named(Storage.from_path(storage_dir), run_or_weights):
+        raise InputError(f"{run_or_weights}: not found, or not a regular file; use the path of a weights file")
+    storage = Storage.open_existing(storage_dir)
+    run = find_run_id(storage, run_or_weights)
     return download_weights(storage, run), storage, run
+
+
+def _has_run_named(storage: Storage, name: str) -> bool:
+    if not storage.has_runs:
+        return False
+    with wrap_errors(storage):
+        runs = read_runs(storage.tracking_uri, {schema.KIND: "trial"})
+    return schema.NAME in runs and bool((runs[schema.NAME] == name).any())
 
 
 def find_run_id(storage: Storage, run: str) -> str:

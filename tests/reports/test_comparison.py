@@ -162,20 +162,23 @@ def test_rows_are_selected_on_validation_and_averaged_over_seeds() -> None:
 def test_real_arithmetic_does_not_compete_with_sound_certificates_of_the_same_training() -> None:
     """Its accuracy is never lower, so it would always be selected."""
     real = make_run(1, 0.78, 0.77, **{"evaluation.sound": "False"})
-    sound = make_run(2, 0.77, 0.76, **{"evaluation.sound": "True", "evaluation.certifier": "ibp"})
+    sound = make_run(2, 0.77, 0.76, **{"evaluation.sound": "True", schema.CERTIFIER: "lipschitz-sound"})
     other = make_run(3, 0.775, 0.75, **{"evaluation.sound": "False", "model.width": "96"})
-    for runs, number, choice in (
-        ([real, sound], 2, "Only configuration (77.00% on validation)"),
-        ([real], 1, "Only configuration (78.00% on validation)"),
-        ([real, sound, other], 3, "Best of 2 on validation (77.50%)"),
-        (
-            [sound, {**other, "evaluation.certifier": "complete"}],
-            3,
-            "Best of 2 on validation (77.50%), by different certifiers",
-        ),
+    complete = {**other, schema.CERTIFIER: "complete"}
+    # A sound configuration with fewer seeds, or without final runs, does not replace one in real arithmetic.
+    seeds = [make_run(10 + k, 0.78, 0.77, seed=str(k), **{"evaluation.sound": "False"}) for k in range(3)]
+    final = make_run(4, None, 0.8, **{"evaluation.sound": "False", "training.include_validation": "True"})
+    for runs, numbers, choice in (
+        ([real, sound], [2], "Only configuration (77.00% on validation)"),
+        ([real], [1], "Only configuration (78.00% on validation)"),
+        ([real, sound, other], [3], "Best of 2 on validation (77.50%)"),
+        ([sound, complete], [3], "Best of 2 on validation (77.50%), by different certifiers"),
+        ([*seeds, sound], [10, 11, 12], "Best of 1 of 2 with at least 3 seeds on validation (78.00%)"),
+        ([real, sound, final], [4], "Best of 2 on validation (78.00%), retrained with validation images"),
     ):
         (row,) = select_measured(comparison_table(TABLE, pd.DataFrame(runs)))
-        assert row.runs == (f"{number:032x}",) and has_words(row.footnote, f"{choice}.")
+        assert row.runs == tuple(f"{number:032x}" for number in numbers), choice
+        assert f" {choice}. " in row.footnote
 
 
 def test_rows_state_on_which_images_they_were_selected() -> None:
@@ -190,20 +193,25 @@ def test_rows_state_on_which_images_they_were_selected() -> None:
 def test_filters_match_values_as_in_yaml_and_defaults_of_earlier_versions() -> None:
     new = {"model.kind": "conv_net", "model.variant": "xu2020", "training.recalibrate_batch_norm": "False"}
     runs = [
-        make_run(1, 0.78, 0.77, **{"model.kind": "conv_net", "optimizer.learning_rate": "0.001"}, seed="1"),
-        make_run(2, 0.78, 0.77, **new, **{"objective.eps_train": str(8 / 255)}, seed="2"),
-        make_run(3, 0.78, 0.77, **{"model.kind": "linf_dist_mlp"}, seed="3"),
+        make_run(1, 0.78, 0.77, **{"model.kind": "conv_net", "optimizer.learning_rate": "0.001", "model.width": "1"}),
+        make_run(2, 0.78, 0.77, **new, **{"objective.eps_train": str(8 / 255), "model.width": "2"}),
+        make_run(3, 0.78, 0.77, **{"model.kind": "linf_dist_mlp", "model.width": "3"}),
     ]
-    for text, seeds in (
-        ("optimizer.learning_rate: 1e-3", ["1"]), ("objective.eps_train: 8/255", ["2"]),
-        ("training.recalibrate_batch_norm: false", ["1", "2", "3"]), ("model.variant: xu2020", ["1", "2"]),
-        ("optimizer.algorithm: adamw", ["1", "2", "3"]), ("optimizer.algorithm: sgd", []),
+    for text, numbers in (
+        ("optimizer.learning_rate: 1e-3", [1]), ("objective.eps_train: 8/255", [2]),
+        ("training.recalibrate_batch_norm: false", [1, 2, 3]), ("model.variant: xu2020", [1, 2]),
+        ("optimizer.algorithm: adamw", [1, 2, 3]), ("optimizer.algorithm: sgd", []),
+        # The order of filters does not matter.
+        ("{model.width: 1, model.variant: xu2020}", [1]), ("{model.variant: xu2020, model.width: 1}", [1]),
     ):  # fmt: skip
-        measured = MeasuredRows(filters=yaml.safe_load(text), min_seeds=1)
+        measured = MeasuredRows(filters=yaml.safe_load(text), group_by=("model.width",))
         table = comparison_table(TABLE.model_copy(update={"measured": measured}), pd.DataFrame(runs))
-        selected = {run for row in select_measured(table) for run in row.runs}
-        assert selected <= {f"{int(seed):032x}" for seed in seeds} and bool(selected) == bool(seeds), text
+        selected = [run for row in select_measured(table) for run in row.runs]
+        assert sorted(selected) == [f"{number:032x}" for number in numbers], text
         assert not any("no run has the setting" in note for note in table.notes), text
+    measured = MeasuredRows(filters={"model.variant": "xu2020"})  # a setting of the network that no run has
+    table = comparison_table(TABLE.model_copy(update={"measured": measured}), pd.DataFrame([runs[0]]))
+    assert any("no run has the setting model.variant" in note for note in table.notes)
 
 
 def test_long_table_for_latex_shows_rows_before_notes_and_measured_rows_first() -> None:
@@ -213,7 +221,9 @@ def test_long_table_for_latex_shows_rows_before_notes_and_measured_rows_first() 
     text = to_latex(table)
     assert all(f"(width={k})" in text for k in range(20))
     hidden = [line for line in text.splitlines() if line.startswith("% (") and "Only configuration" in line]
-    assert len(hidden) == 20 and "20 more notes: see the source of this table." in text and "more rows" not in text
+    assert (
+        len(hidden) == 20 and "20 more notes: see the comments in the LaTeX file." in text and "more rows" not in text
+    )
     many = pd.DataFrame([make_run(k, 0.7, 0.7, **{"model.width": str(k)}) for k in range(40)])
     text = to_latex(comparison_table(TABLE.model_copy(update={"measured": measured}), many))
     assert "CROWN-IBP" not in text and "more rows: see the CSV file." in text

@@ -154,6 +154,16 @@ def test_settings_that_ensembles_inherit_from_the_first_member_do_not_separate_t
     assert numbers_of(find_rows(*members, *ensembles, kind="Ensemble (")) == [[20]]
 
 
+def test_ensembles_of_sound_members_replace_those_in_real_arithmetic() -> None:
+    flags = [{"evaluation.sound": text} for text in ("False", "True")]
+    members = [make_member(10 + k, **flags[k // 2]) for k in range(4)]
+    ensembles = [
+        make_ensemble(20, [10, 11], **flags[0], **{schema.BEST_VALIDATION_CERTIFIED: 0.79}),
+        make_ensemble(21, [12, 13], **flags[1]),
+    ]
+    assert numbers_of(find_rows(*members, *ensembles)) == [[21]]
+
+
 def test_cpus_and_hardware_are_those_of_the_members() -> None:
     """The hours of an ensemble are those of its members, not of the machine that averaged them."""
     cluster = {"compute.workers": "4", "compute.cpus_per_worker": "8", schema.HARDWARE: "32 CPU cores"}
