@@ -304,7 +304,9 @@ def logged_values(runs: pd.DataFrame, path: str, all_runs: pd.DataFrame) -> list
         path: Column, such as a setting by dotted path.
         all_runs: Runs that show which kinds of networks have the setting.
     """
-    values = [None if value != value else value for value in runs[path]] if path in runs else [None] * len(runs)
+    values: list[object] = [None] * len(runs)
+    if path in runs:
+        values = [None if value != value else value for value in runs[path]]
     if path not in ADDED_TEXTS:
         return values
     if path.startswith("model."):

@@ -377,6 +377,9 @@ def test_table_is_read_from_a_users_file(tmp_path: Path) -> None:
         ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nquoted: [me]", "quoted=me"),
         ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\ncolumns: [Tset]", "columns.0=Tset"),
         ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nmeasured: {seed: 3}", "measured.seed=3"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nmeasured: {seed: 3}", "min_seeds"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 0.1, seed: 3}]", "groups.0.seed=3"),
+        ("title: t\ngroups: [{dataset: mnist, eps: 0.1}]\nwidth: 3", "runs_file"),
     ],
 )
 def test_invalid_definitions_are_rejected(content: str, part: str, tmp_path: Path) -> None:

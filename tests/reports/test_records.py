@@ -50,6 +50,18 @@ def test_runs_are_selected_by_tags(store: Path) -> None:
     assert read_runs(f"sqlite:///{store}", {schema.KIND: "no"}).empty
 
 
+def test_tags_of_earlier_versions_do_not_replace_current_ones(tmp_path: Path) -> None:
+    """A run that this version resumed has both."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    pairs = ({"linflab.host": "old", schema.HOST: "new"}, {schema.HOST: "new", "linflab.host": "old"})
+    for tags in pairs:
+        run = client.create_run("0", tags={schema.KIND: "trial"}).info.run_id
+        for name, text in tags.items():
+            client.set_tag(run, name, text)
+    assert read_runs(uri, {schema.KIND: "trial"})[schema.HOST].tolist() == ["new", "new"]
+
+
 def test_sweeps_are_summarized(store: Path) -> None:
     (sweep,) = read_sweeps(f"sqlite:///{store}").to_dict("records")
     assert sweep["sweep"] == "it's" and sweep["status"] == "interrupted" and sweep["budget"] == "3 trials"

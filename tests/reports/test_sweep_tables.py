@@ -10,6 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from linflab.reports import schema
+from linflab.reports.comparison import table_for_names
 from linflab.reports.importance import param_importances
 from linflab.reports.records import read_trials, sweep_names
 from linflab.reports.rendering import print_table, to_csv, to_latex, to_markdown, write_table
@@ -96,6 +97,8 @@ def test_verified_trials_come_first(tracking_uri: str) -> None:
     assert table.column("#") == ["1", "3", "4", "2"]
     assert table.column("Val. verified") == [70, 60, None, None]
     assert any("100 validation images" in note for note in table.notes)
+    (row,) = table_for_names(trials, ["s"], quoted=False).rows
+    assert "Best of sweep s by validation verified accuracy, trial 1." in row.footnote
 
 
 def test_sweeps_without_verification_have_no_such_column(table: Table) -> None:
@@ -160,7 +163,7 @@ def test_importances_identify_the_relevant_setting() -> None:
 def test_notes_describe_the_evaluation(table: Table) -> None:
     notes = "\n".join(table.notes)
     failure = "(failed): TrainingError: the loss became nan [/gloo/pair.cc:53]"
-    for part in ("lipschitz", "20 steps", "2 CPU cores", "0.83 hours", "Trial 2", failure):
+    for part in ("lipschitz", "20 steps", "2 CPU cores", "3 of 4 trials: 0.83 hours", "Trial 2", failure):
         assert has_words(notes, part), part
 
 

@@ -66,6 +66,22 @@ def test_imported_runs_make_the_same_tables(finished_sweep: FinishedSweep, run_c
     assert set(theirs["mlflow.parentRunId"]) == {parent}
 
 
+def test_metrics_of_users_are_not_exported(run_cli: RunCli, tmp_path: Path) -> None:
+    """They may have other units, and would be rejected by the import."""
+    storage = Storage.open(tmp_path / "runs")
+    storage.ensure_store()
+    client = MlflowClient(storage.tracking_uri)
+    run = client.create_run("0", tags={schema.KIND: "trial"}).info.run_id
+    for name in (schema.TRAIN_LOSS, "mine", "eval/accuracy_percent"):
+        client.log_metric(run, name, 97.0)
+    client.set_terminated(run, "FAILED")
+    file = tmp_path / "runs.jsonl"
+    done = run_cli("runs", "export", str(file), "--storage", str(storage.root))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text().splitlines()[1])["metrics"] == {schema.TRAIN_LOSS: 97.0}
+    assert run_cli("runs", "import", str(file), "--storage", str(tmp_path / "there")).returncode == 0
+
+
 def test_imported_run_has_a_report_page(finished_sweep: FinishedSweep, run_cli: RunCli, tmp_path: Path) -> None:
     """The page has the run's row but no curves, because the file has only last values; its old id is accepted."""
     target = tmp_path / "there"
