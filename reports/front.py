@@ -12,6 +12,7 @@ from linflab.reports.tables import CERTIFIED, INTERVALS, METHOD, TEST, Row
 WIDTH, HEIGHT, LINE_HEIGHT = 5.2, 3.1, 0.15  # inches: axes, and a line of the legend
 MIN_SPAN = 1.0  # of an axis, in percentage points
 CLOSE = 0.035  # distance of points that share a label, as a fraction of the axes
+MIN_RUNS = 3  # for error bars
 MARKERS = "oDs^vP*<>Xph"  # one for each measured row
 GRAY, MEDIUM = "0.45", "#6d87b0"
 
@@ -32,6 +33,8 @@ def pareto_rows(rows: Sequence[Row]) -> list[Row]:
 
 def front_figure(measured: Sequence[Row], quoted: Sequence[Row], title: str) -> Figure:
     """Plot certified over clean accuracy, with error bars for confidence intervals and a line for each Pareto front.
+
+    Rows of two runs have no error bars: their intervals of 12.7 standard errors would dominate the figure.
 
     Published results that were selected on test images are hollow. Numbers and the legend name those on the published
     Pareto front. Results without clean or certified accuracy are left out. Published results far from all others are
@@ -54,7 +57,7 @@ def front_figure(measured: Sequence[Row], quoted: Sequence[Row], title: str) -> 
             axes.plot(*zip(*points, strict=True), "o", color=color, mec=GRAY, mew=0.8, ms=4.5, label=label)
     _plot_front(axes, quoted, "--", GRAY, "Pareto front of published results")
     for number, row in enumerate(measured):
-        errors = [row.cell(INTERVALS[column]).value or 0.0 for column in (TEST, CERTIFIED)]
+        errors = [_error(row, column) for column in (TEST, CERTIFIED)]
         axes.errorbar(
             *_accuracies(row),
             yerr=errors[1],
@@ -89,13 +92,17 @@ def front_figure(measured: Sequence[Row], quoted: Sequence[Row], title: str) -> 
     return figure
 
 
+def _error(row: Row, column: str) -> float:
+    return (row.cell(INTERVALS[column]).value or 0.0) if len(row.runs) >= MIN_RUNS else 0.0
+
+
 def _limit_axes(
     axes: Axes, measured: Sequence[Row], quoted: Sequence[Row], front: Sequence[Row]
 ) -> Callable[[Row], bool]:
     """Set limits that contain measured rows, the front and what is near; return whether a row is within them."""
     limits = []
     for index, column in enumerate((TEST, CERTIFIED)):
-        centers = [(_accuracies(row)[index], row.cell(INTERVALS[column]).value or 0.0) for row in [*measured, *front]]
+        centers = [(_accuracies(row)[index], _error(row, column)) for row in [*measured, *front]]
         low, high = min(value - error for value, error in centers), max(value + error for value, error in centers)
         span = max(high - low, MIN_SPAN)
         near = [value for value in (_accuracies(row)[index] for row in quoted) if value >= low - span]

@@ -142,7 +142,8 @@ def test_figure_shows_all_results_near_the_front() -> None:
         _row("far away", 57.0, 2.0),
         _row("no clean accuracy", None, 50.0),
     ]
-    comparison = compare_over_seeds([("a", _runs("A", [0.369, 0.371])), ("b", _runs("B", [0.41], 1))], quoted=False)
+    runs = [("a", _runs("A", [0.369, 0.37, 0.371])), ("b", _runs("B", [0.40, 0.42], 1))]
+    comparison = compare_over_seeds(runs, quoted=False)
     figure = front_figure(comparison.measured, quoted, "title $1")
     (axes,) = figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
@@ -153,10 +154,12 @@ def test_figure_shows_all_results_near_the_front() -> None:
     np.testing.assert_allclose(lines["Pareto front of published results"].get_xydata(), [(60, 40), (65, 39)])
     bars = [one for one in axes.containers if isinstance(one, ErrorbarContainer)]
     np.testing.assert_allclose([bar.lines[0].get_xydata()[0] for bar in bars], [(47, 37), (51, 41)])
-    half_width = T_QUANTILES[1] * np.std([36.9, 37.1], ddof=1) / np.sqrt(2)
+    half_width = T_QUANTILES[2] * np.std([36.9, 37, 37.1], ddof=1) / np.sqrt(3)
     horizontal, vertical = (bar.get_segments()[0] for bar in bars[0].lines[2])
     np.testing.assert_allclose(horizontal, [(47 - half_width, 37), (47 + half_width, 37)], rtol=1e-6)
     np.testing.assert_allclose(vertical, [(47, 37 - half_width), (47, 37 + half_width)], rtol=1e-6)
+    for segments in bars[1].lines[2]:  # two runs: no interval
+        np.testing.assert_allclose(segments.get_segments()[0], [(51, 41), (51, 41)])
     (legend,) = figure.legends
     entries = [text.get_text() for text in legend.get_texts()]
     assert entries[:2] == ["A (a)", "B (b)"] and {"1: IBP (X)", "2: SABR (X)"} <= set(entries)
