@@ -20,6 +20,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -178,7 +179,7 @@ class TableDefinition(_Strict):
         return self
 
 
-MODELS: Mapping[str, type[_Strict]] = {"groups": Group, "measured": MeasuredRows}  # of the fields with fields
+NESTED: Mapping[str, type[_Strict]] = {"groups": Group, "measured": MeasuredRows}  # fields that have fields themselves
 
 
 def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
@@ -216,7 +217,7 @@ def load_definition(name: str, read: Callable[[Path], Any]) -> TableDefinition:
         message = details["msg"][0].lower() + details["msg"][1:]
         value_text = "" if details["type"] == "missing" else f"={shorten(details['input'])}"
         if details["type"] == "extra_forbidden":
-            fields = MODELS.get(str(details["loc"][0]), TableDefinition).model_fields
+            fields = NESTED.get(str(details["loc"][0]), TableDefinition).model_fields
             message = f"unknown field; use one of {', '.join(fields)}"
         raise ValueError(f"table={name}: {field_path}{value_text}: {message}") from None
     if definition.runs_file is None:
@@ -475,13 +476,7 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
         )
         is_eligible = configurations["size"] >= min(measured.min_seeds, configurations["size"].max())
         is_final = configurations.index.isin(candidates["configuration"][is_retrained])
-        # Real arithmetic never certifies fewer images, so it would always be selected.
-        replaces = is_eligible & configurations["is_sound"]
-        twins = [
-            ((configurations["training"] == training) & replaces & (is_final | ~final)).any()
-            for training, final in zip(configurations["training"], is_final, strict=True)
-        ]
-        is_replaced = pd.Series(twins, index=configurations.index) & ~configurations["is_sound"]
+        is_replaced = _replaced_by_sound(configurations, is_eligible, is_final)
         configurations, eligible = configurations[~is_replaced], configurations[~is_replaced & is_eligible]
         tied = eligible[eligible["mean"] > eligible["mean"].max() - TIE_TOLERANCE]
         best = tied["seconds"].fillna(math.inf).idxmin()
@@ -500,6 +495,25 @@ def _select_best_settings(scored_runs: pd.DataFrame, measured: MeasuredRows) -> 
             yield retrained, f"{selection}, retrained with validation images"
         else:
             yield competing[competing["configuration"] == best], selection
+
+
+def _replaced_by_sound(configurations: pd.DataFrame, is_eligible: pd.Series, is_final: np.ndarray) -> pd.Series:
+    """Return which configurations in real arithmetic a sound one of the same training replaces.
+
+    Real arithmetic never certifies fewer images, so it would always be selected. The sound configuration must be
+    eligible, and trained on validation images too if the other one is.
+
+    Args:
+        configurations: Configurations, with the columns `training` and `is_sound`.
+        is_eligible: Whether each has enough seeds.
+        is_final: Whether each was also trained on validation images.
+    """
+    replaces = is_eligible & configurations["is_sound"]
+    has_replacement = [
+        bool(((configurations["training"] == training) & replaces & (is_final | ~final)).any())
+        for training, final in zip(configurations["training"], is_final, strict=True)
+    ]
+    return pd.Series(has_replacement, index=configurations.index) & ~configurations["is_sound"]
 
 
 def _sortable(value: str) -> tuple[bool, float, str]:

@@ -24,7 +24,7 @@ MEMBER_COMMANDS = "linflab.member_commands"  # (command, commit) of each member;
 # Settings of ensembles.
 MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR = "model.runs", "model.weights", "model.mirror"
 CPU_SETTINGS = ("compute.workers", "compute.cpus_per_worker")
-MACHINES = (*CPU_SETTINGS, schema.HARDWARE)
+MACHINE_COLUMNS = (*CPU_SETTINGS, schema.HARDWARE)
 ATTACKS = "evaluation.attack.methods"  # in the order of the members
 ID_CHARS = 8  # of an id in a command: the start of a run's id, and the name of a repeated run
 
@@ -54,7 +54,7 @@ def add_member_columns(runs: pd.DataFrame, seed: str, uncompared: tuple[str, ...
     member_runs, weights, mirrors = (
         runs.get(path, pd.Series("", index=runs.index)).tolist() for path in (MEMBER_RUNS, MEMBER_WEIGHTS, MIRROR)
     )
-    machines = {path: runs.get(path, pd.Series(index=runs.index, dtype=object)).tolist() for path in MACHINES}
+    machines = {path: runs.get(path, pd.Series(index=runs.index, dtype=object)).tolist() for path in MACHINE_COLUMNS}
     for position in ensembles:
         rule = runs[schema.SELECTION].iloc[position]
         if isinstance(rule, str) and rule.endswith(schema.CHOSEN_WEIGHTS):
