@@ -187,12 +187,16 @@ def to_latex(table: Table) -> str:
 
 
 def _rows_per_page(table: Table) -> tuple[Row, ...]:
-    """Return the rows that fit on a page, with at least a third of it for notes; measured rows have priority."""
+    """Return the rows that fit on a page, with at least a third of it for notes."""
     notes = sum(map(_note_lines, [*table.notes, *(row.footnote for row in table.rows)]))
-    room = LATEX_PAGE_LINES - min(notes, LATEX_PAGE_LINES // 3)
+    return _select_rows(table, LATEX_PAGE_LINES - min(notes, LATEX_PAGE_LINES // 3), _row_lines)
+
+
+def _select_rows(table: Table, room: int, count_lines: Callable[[Row], int]) -> tuple[Row, ...]:
+    """Return the rows that fit into `room` lines, in their order; measured rows have priority over quoted ones."""
     shown: set[int] = set()
     for position in sorted(range(len(table.rows)), key=lambda position: table.rows[position].origin == "quoted"):
-        room -= _row_lines(table.rows[position])
+        room -= count_lines(table.rows[position])
         if room < 0:
             break
         shown.add(position)
@@ -407,8 +411,8 @@ def _html_cell(row: Row, column: str, table: Table) -> str:
 
 
 def print_table(table: Table, console: PlainConsole) -> None:
-    """Print a table on the terminal, with at most `MAX_TERMINAL_ROWS` rows."""
-    rows, title, columns = table.rows[:MAX_TERMINAL_ROWS], table.title, list(table.columns)
+    """Print a table on the terminal, with at most `MAX_TERMINAL_ROWS` rows; measured ones have priority."""
+    rows, title, columns = _select_rows(table, MAX_TERMINAL_ROWS, lambda row: 1), table.title, list(table.columns)
     methods = {row.cell(METHOD).text for row in table.rows}
     if len(methods) == 1 and NUMBER in columns:  # the only method moves to the title
         title = f"{title}, {methods.pop()}"

@@ -1,5 +1,6 @@
 """The table of measured results: made from the shipped runs, which its commands repeat."""
 
+import io
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from linflab.platform.tracking.export import read_exported_runs, to_dataframe
 from linflab.reports import schema
 from linflab.reports.comparison import comparison_table, load_definition
 from linflab.reports.records import param_columns
-from linflab.reports.rendering import to_markdown
+from linflab.reports.rendering import print_table, to_markdown
 from linflab.reports.tables import Row, Table
+from linflab.reports.terminal import PlainConsole
 from linflab.search_spaces.strict_yaml import read_mapping
 
 
@@ -47,6 +49,14 @@ def rebuild_config(recorded: pd.Series) -> ExperimentConfig:
             section = section.setdefault(key, {})
         section[name] = None if text == "None" else yaml.safe_load(text)
     return build_config(tree, {})
+
+
+def test_terminal_shows_all_measured_rows(table: Table) -> None:
+    console = PlainConsole(io.StringIO(), width=100)
+    print_table(table, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "more rows: see the files." in text
+    assert all(f"[{row.footnote_mark}]" in text for row in table.rows if row.origin == "measured")
 
 
 def test_page_of_results_shows_the_table(table: Table) -> None:
