@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ class _State:
         self.has_arrived = False  # a signal has arrived, even if a library handled it
         self.interrupted = False  # a signal has interrupted the main thread
         self.hints: list[str] = []  # one for each active `guarded` block of the main thread
+        self.children: list[subprocess.Popen[bytes]] = []  # processes that must not outlive this one
         self.status: int | None = None  # exit status once the command has ended
         self.ending = threading.Lock()
 
@@ -143,6 +145,19 @@ def defer_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def owned(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Terminate a child process if this process ends immediately within the block, as after a second signal.
+
+    No `finally` clause runs then. The same holds if a library has swallowed the first signal's KeyboardInterrupt.
+    """
+    _state.children.append(process)
+    try:
+        yield
+    finally:
+        _state.children.remove(process)
+
+
 def command_ended(status: int) -> None:
     """Register that the command has ended and reported it; later signals end the process with `status`."""
     _state.status = status
@@ -179,8 +194,8 @@ def end_interrupted() -> None:
 def end_process(line: str, status: int) -> None:
     """End the process immediately, from any thread.
 
-    The operating system cleans up open files, Ray and locks. If `command_ended` was called before, no line is
-    printed, and the process ends with the status given there.
+    The operating system cleans up open files, Ray and locks; child processes of `owned` blocks are terminated. If
+    `command_ended` was called before, no line is printed, and the process ends with the status given there.
 
     Args:
         line: Message for stderr.
@@ -192,6 +207,10 @@ def end_process(line: str, status: int) -> None:
         with suppress(OSError):
             # A live display may have hidden the cursor and left it in the middle of a line.
             os.write(2, ("\r\x1b[K\x1b[?25h" if os.isatty(2) else "").encode() + f"linflab: {line}\n".encode())
+    for child in _state.children:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            child.terminate()
+            child.wait(1)
     os._exit(status if _state.status is None else _state.status)
 
 

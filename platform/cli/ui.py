@@ -62,6 +62,7 @@ def ui(
         signals.guarded(),
         relocated_copy(storage.database, storage.artifacts) as copy,
         subprocess.Popen(_ui_server(f"sqlite:///{copy}", port)) as server,
+        signals.owned(server),
     ):
         try:
             raise SystemExit(server.wait())

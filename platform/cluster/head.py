@@ -136,7 +136,7 @@ def ssh_tunnel(port: int, local: int | None = None) -> Iterator[int]:
         except OSError as error:
             raise InputError(f"cluster={path}: requires ssh ({error}); install an ssh client") from None
         try:
-            with _terminate_on_signal(process):
+            with signals.owned(process), _terminate_on_signal(process):
                 deadline = time.monotonic() + CONNECT_TIMEOUT_S
                 while not is_listening(local_port):
                     if process.poll() is not None or time.monotonic() > deadline:

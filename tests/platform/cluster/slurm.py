@@ -72,7 +72,7 @@ class SlurmCluster:
             "StateSaveLocation": f"{self.folder}/state", "SlurmdSpoolDir": f"{self.folder}/spool-%n",
             "SlurmctldPidFile": "/run/slurmctld.pid", "SlurmdPidFile": "/run/slurmd.pid", "GresTypes": "gpu",
             "SchedulerParameters": "sched_interval=5",
-            "MinJobAge": "0",  # Slurm forgets ended jobs after 5 minutes otherwise, perhaps before a test asks for them
+            "MinJobAge": "3600",  # the default is 5 minutes; 0 means at once in Slurm 22.05, despite its manual
         }  # fmt: skip
         lines = [f"{name}={value}" for name, value in options.items()]
         lines += [

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 
+from linflab.platform import signals
 from linflab.platform.cluster import node
 from linflab.platform.cluster.node import restrict_ports
 from linflab.platform.cluster.ports import find_free_port
@@ -94,6 +95,35 @@ def test_wrong_settings_are_rejected_before_connecting(laptop: Path, run_cli: Ru
     assert_rejected(done, "model.widht=3")
     assert "cluster" not in done.stderr
     assert_rejected(run_cli("train", RECIPE, "--dry-run", "--cluster"), "dry-run")
+
+
+def test_second_signal_ends_ssh(laptop: Path) -> None:
+    """A library may swallow the exception of the first signal."""
+    (laptop / "cluster.yaml").write_text(FILE)
+    ssh, pid = laptop / "ssh", laptop / "pid"
+    ssh.write_text(SSH.format(python=sys.executable, ray=ray.__version__, commit=ray.__commit__, pids=pid))
+    ssh.chmod(0o755)
+    script = (
+        "import time; from linflab.platform import signals; signals.watch()\n"
+        "from linflab.platform.cluster.head import ssh_tunnel\n"
+        "with ssh_tunnel(8265):\n"
+        "    for _ in range(2):\n"
+        "        try: print('ready', flush=True); time.sleep(100)\n"
+        "        except KeyboardInterrupt: pass\n"
+    )
+    path = f"{laptop}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(2):
+            assert process.stdout.readline() == b"ready\n"
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == signals.INTERRUPTED
+        assert process.stderr.read() == b"linflab: interrupted\n"
+    if remains := psutil.pid_exists(int(pid.read_text())):
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert not remains
 
 
 @pytest.mark.slow
