@@ -529,14 +529,19 @@ def _measured_rows(
 ) -> list[Row]:
     """Return the rows of a group, with distinguishing labels; `selected` holds runs and selection notes."""
     runs_by_row = [sort_by_seed(runs) for runs, _ in selected]
-    names, settings = [], []
-    for runs in runs_by_row:
-        first = runs.iloc[0]
-        row_settings = {
-            path: first[path] for path in group_by if path != "method" and path in first and first[path] == first[path]
+    grouped = [
+        {
+            path: runs.iloc[0][path]
+            for path in group_by
+            if path != "method" and path in runs and runs.iloc[0][path] == runs.iloc[0][path]
         }
+        for runs in runs_by_row
+    ]
+    names, settings = [], []
+    for runs, row_settings in zip(runs_by_row, grouped, strict=True):
+        first = runs.iloc[0]
         method = describe_method({str(path): value for path, value in first.items()}, first["method"]) or MISSING
-        names.append(method + (f" ({describe_settings(row_settings)})" if row_settings else ""))
+        names.append(method + (f" ({describe_settings(row_settings, grouped)})" if row_settings else ""))
         seeds = ", ".join(runs[SEEDS])
         shared_settings = {
             path: first[path] for path in param_columns(runs) if path not in (SEED, INCLUDE_VALIDATION, *group_by)

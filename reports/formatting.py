@@ -1,13 +1,14 @@
 """Formatting of stored values for tables and notes."""
 
 import shlex
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from linflab.reports import schema
 
+MAX_DIGITS = 17  # tell any two float64 numbers apart
 CERTIFIER_DESCRIPTIONS = {
     "lipschitz": "margin/2",
     "ibp": "interval bound propagation",
@@ -94,11 +95,17 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.3g} seconds"
 
 
-def describe_settings(values: Mapping[str, object]) -> str:
-    """Format settings, under their short names if these are unique: `p_start=7.34, width=96`."""
+def describe_settings(values: Mapping[str, object], rows: Sequence[Mapping[str, object]] = ()) -> str:
+    """Format settings, under their short names if these are unique: `p_start=7.34, width=96`.
+
+    Args:
+        values: Settings by dotted path.
+        rows: Settings of the rows from which these must be told apart; numbers get the digits that this takes.
+    """
     short = [short_name(path) for path in values]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, values, strict=True)]
-    return ", ".join(f"{name}={format_value(value)}" for name, value in zip(names, values.values(), strict=True))
+    texts = [format_value(value, [row[path] for row in rows if path in row]) for path, value in values.items()]
+    return ", ".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
 
 
 def short_name(path: str) -> str:
@@ -114,13 +121,27 @@ def short_name(path: str) -> str:
     return name
 
 
-def format_value(value: object) -> str:
+def format_value(value: object, others: Iterable[object] = ()) -> str:
     """Format the value of a setting; only real numbers are rounded, to three significant digits.
 
     The command of the run has the exact value.
+
+    Args:
+        value: Value.
+        others: Values from which the text must differ unless they are equal; it gets the digits that this takes.
     """
+    exact = _round_value(value, MAX_DIGITS)
+    different = [other for other in others if _round_value(other, MAX_DIGITS) != exact]
+    for digits in range(3, MAX_DIGITS):
+        text = _round_value(value, digits)
+        if all(_round_value(other, digits) != text for other in different):
+            return text
+    return exact
+
+
+def _round_value(value: object, digits: int) -> str:
     text = str(value)
     try:
-        return text if text.lstrip("-").isdigit() else f"{float(f'{float(text):.3g}'):g}"
+        return text if text.lstrip("-").isdigit() else f"{float(f'{float(text):.{digits}g}'):.{max(digits, 6)}g}"
     except ValueError:
         return text

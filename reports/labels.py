@@ -39,7 +39,9 @@ def distinguish(names: Sequence[str], rows: Sequence[Settings]) -> list[str]:
         paths = _select_distinguishing([rows[index] for index in indices])
         for index in indices:
             settings = {path: rows[index][path] for path in paths if _text(rows[index].get(path))}
-            labels[index] = f"{name} ({describe_settings(settings)})" if settings else name
+            labels[index] = (
+                f"{name} ({describe_settings(settings, [rows[one] for one in indices])})" if settings else name
+            )
     return labels
 
 

@@ -114,6 +114,9 @@ def test_rows_are_distinguished_by_few_settings() -> None:
     assert distinguish(["n"] * 4, rows) == [f"n (y={k})" for k in range(4)]
     assert distinguish(["n", "m", "n", "k"], rows) == ["n (y=0)", "m", "n (y=2)", "k"]
     assert distinguish(["n", "n"], [{}, {}]) == ["n", "n"]
+    values = "0.12344", "0.12341", "0.3", "1e-3"
+    labels = distinguish(["n"] * 4, [{"x": value} for value in values])
+    assert labels == ["n (x=0.12344)", "n (x=0.12341)", "n (x=0.3)", "n (x=0.001)"]
 
 
 def test_rows_with_different_attacks_have_no_best_cell() -> None:
