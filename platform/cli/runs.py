@@ -114,5 +114,10 @@ def runs_import(
 
     storage = Storage.open(storage_dir)
     with wrap_errors(storage):
-        num_added, num_existing = import_runs(storage, file)
-    console.print(f"Imported {num_added} runs into {storage.location}; {num_existing} were already there.")
+        counts = import_runs(storage, file)
+    console.print(f"Imported {counts.imported} runs into {storage.location}; {counts.present} were already there.")
+    if counts.outdated:
+        console.print(
+            f"{counts.outdated} of these have other results in the file. They are not changed; to replace them, delete "
+            "them in the MLflow UI and import the file again."
+        )

@@ -8,7 +8,7 @@ original runs, and the same file when they are exported again.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pandas as pd
 from mlflow.entities import Metric, Param
@@ -237,12 +237,14 @@ def _line(run: MLflowRun, experiments: dict[str, str], originals: dict[str, str]
         end_time=max(run.info.end_time or 0, run.info.start_time),  # the clock may have been set back
         tags=tags,
         params=dict(sorted(run.data.params.items())),
-        metrics={
-            name: value
-            for name, value in sorted(run.data.metrics.items())
-            if _is_ours(name) and abs(value) <= MAX_METRIC  # neither NaN nor infinity
-        },
+        metrics=_metrics(run),
     )
+
+
+def _metrics(run: MLflowRun) -> dict[str, float]:
+    """Return linflab's metrics of a run that are finite numbers."""
+    metrics = sorted(run.data.metrics.items())
+    return {name: value for name, value in metrics if _is_ours(name) and abs(value) <= MAX_METRIC}
 
 
 def _belongs(tag: str) -> bool:
@@ -258,7 +260,15 @@ def _is_ours(metric: str) -> bool:
     return metric.partition("/")[0] in METRIC_GROUPS and "/" in metric
 
 
-def import_runs(storage: Storage, file: Path) -> tuple[int, int]:
+class ImportCounts(NamedTuple):
+    """Numbers of runs in an imported file."""
+
+    imported: int
+    present: int  # already in the storage, hence not imported
+    outdated: int  # of these, those with other metrics or tags than in the file
+
+
+def import_runs(storage: Storage, file: Path) -> ImportCounts:
     """Import the runs of a file into a storage.
 
     The whole file is validated before any run is imported. Runs that an interrupted import left incomplete are imported
@@ -268,24 +278,23 @@ def import_runs(storage: Storage, file: Path) -> tuple[int, int]:
         storage: The storage.
         file: Exported runs.
 
-    Returns:
-        The number of imported runs, and of runs that were already present.
-
     Raises:
         InputError: If the file cannot be read or is not valid; the message names the line.
     """
     records = read_exported_runs(file)
     client = client_of(storage)
     run_ids: dict[str, str] = {}
+    present: dict[str, MLflowRun] = {}
     for run in search_runs(client, ""):
         if schema.ORIGINAL_RUN_ID in run.data.tags and run.info.status == "RUNNING":
             client.delete_run(run.info.run_id)
         else:
-            run_ids[_original(run)] = run.info.run_id
-    num_added = 0
+            run_ids[_original(run)], present[_original(run)] = run.info.run_id, run
+    num_imported = num_outdated = 0
     # Import parent runs first, since their trials refer to their new ids.
     for record in sorted(records, key=lambda record: PARENT in record.tags):
-        if record.run_id in run_ids:
+        if record.run_id in present:
+            num_outdated += _differs(record, present[record.run_id])
             continue
         tags = {**record.tags, schema.ORIGINAL_RUN_ID: record.run_id}
         if PARENT in tags:
@@ -298,8 +307,16 @@ def import_runs(storage: Storage, file: Path) -> tuple[int, int]:
         metrics = [Metric(name, value, record.end_time, 0) for name, value in record.metrics.items()]
         client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
         client.set_terminated(run.info.run_id, record.status, record.end_time)
-        run_ids[record.run_id], num_added = run.info.run_id, num_added + 1
-    return num_added, len(records) - num_added
+        run_ids[record.run_id], num_imported = run.info.run_id, num_imported + 1
+    return ImportCounts(num_imported, len(records) - num_imported, num_outdated)
+
+
+def _differs(record: ExportedRun, run: MLflowRun) -> bool:
+    """Return whether a run was evaluated again, or otherwise changed, before or after it was exported."""
+    tags = {name: text for name, text in run.data.tags.items() if _belongs(name) and name != PARENT}
+    return _metrics(run) != record.metrics or tags != {
+        name: text for name, text in record.tags.items() if name != PARENT
+    }
 
 
 def to_dataframe(records: Sequence[ExportedRun]) -> pd.DataFrame:

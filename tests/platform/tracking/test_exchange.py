@@ -42,7 +42,7 @@ def test_imported_runs_make_the_same_tables(finished_sweep: FinishedSweep, run_c
     assert parse_counts(repeated) == [0, 4] and set(read_trial_runs(target)["run_id"]) == ids
     # Importing into the original storage adds no duplicates.
     back = run_cli("runs", "import", str(file), "--storage", str(finished_sweep.storage))
-    assert parse_counts(back)[0] == 0 and len(read_trial_runs(finished_sweep.storage)) == 3
+    assert parse_counts(back) == [0, 4] and len(read_trial_runs(finished_sweep.storage)) == 3
     tables = []
     for storage in (finished_sweep.storage, target):
         out = tmp_path / f"report-{storage.name}"
@@ -54,7 +54,7 @@ def test_imported_runs_make_the_same_tables(finished_sweep: FinishedSweep, run_c
     run_cli("runs", "export", str(second), "--storage", str(target))
     assert second.read_bytes() == file.read_bytes()
     back = run_cli("runs", "import", str(second), "--storage", str(finished_sweep.storage))
-    assert parse_counts(back)[0] == 0 and len(read_trial_runs(finished_sweep.storage)) == 3
+    assert parse_counts(back) == [0, 4] and len(read_trial_runs(finished_sweep.storage)) == 3
     mine, theirs = (read_trial_runs(storage) for storage in (finished_sweep.storage, target))
     assert set(theirs.columns) - set(mine.columns) == {schema.ORIGINAL_RUN_ID}
     # Ids, users and system metrics depend on the storage; everything else is equal, missing values included.
@@ -80,6 +80,22 @@ def test_metrics_of_users_are_not_exported(run_cli: RunCli, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert json.loads(file.read_text().splitlines()[1])["metrics"] == {schema.TRAIN_LOSS: 97.0}
     assert run_cli("runs", "import", str(file), "--storage", str(tmp_path / "there")).returncode == 0
+
+
+def test_import_reports_runs_with_other_results(run_cli: RunCli, tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path / "runs")
+    storage.ensure_store()
+    client = MlflowClient(storage.tracking_uri)
+    runs = [client.create_run("0", tags={schema.KIND: "trial"}).info.run_id for _ in range(2)]
+    for run in runs:
+        client.set_terminated(run, "FAILED")
+    file, there = tmp_path / "runs.jsonl", ["--storage", str(tmp_path / "there")]
+    for outdated in (0, 1):
+        assert run_cli("runs", "export", str(file), "--storage", str(storage.root)).returncode == 0
+        run_cli("runs", "import", str(file), *there)
+        done = run_cli("runs", "import", str(file), *there)
+        assert parse_counts(done) == [0, 2] + [outdated] * outdated, done.stdout
+        client.log_metric(runs[0], schema.TEST_CERTIFIED, 0.5)  # evaluated again
 
 
 def test_imported_run_has_a_report_page(finished_sweep: FinishedSweep, run_cli: RunCli, tmp_path: Path) -> None:
