@@ -1,11 +1,12 @@
 """Tests of IBP and CROWN bounds against an independent computation in float64 with dense matrices."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -13,7 +14,9 @@ from torch.nn import functional
 from linflab.models.networks.layers import Normalize
 from linflab.models.networks.linf_dist import LinfDistMLPConfig
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
+from linflab.models.robustness.bounds.linear_bounds import LinearBounds
 from linflab.models.robustness.bounds.relaxations import relax
+from linflab.models.robustness.certification import certify
 from linflab.models.robustness.margins import logit_differences
 from tests.models.affine_maps import extract_affine
 from tests.models.real_arithmetic import crown_bounds, crown_logit_differences, ibp_bounds, ibp_logit_differences
@@ -244,6 +247,97 @@ def test_concatenation_and_functions_have_sound_bounds() -> None:
         whole = ibp_bounds(net, box)
         torch.testing.assert_close(whole.lower, relu.lower + tanh.lower)
         torch.testing.assert_close(whole.upper, relu.upper + tanh.upper)
+
+
+WINDOWS = [(k, stride, padding) for k in (1, 2, 3) for stride in (1, 2) for padding in (0, 1) if padding < k]
+Window = tuple[int, int, int]
+
+
+def build_branch(windows: list[Window], is_pooled: bool) -> nn.Sequential:
+    layers = [nn.Conv2d(2, 2, k, stride, padding) for k, stride, padding in windows]
+    return nn.Sequential(*([nn.MaxPool2d(2, 1), *layers] if is_pooled else layers))
+
+
+@st.composite
+def branches_of_equal_size(draw: st.DrawFn) -> list[nn.Sequential]:
+    """Two branches with any strides whose outputs have the same shape, for images (2, 7, 6)."""
+    chains = st.lists(st.sampled_from(WINDOWS), min_size=1, max_size=2)
+    branches = [build_branch(draw(chains), draw(st.booleans())) for _ in range(6)]
+    images = torch.zeros(1, 2, 7, 6)
+    sizes = [tuple(branch(images).shape) if _fits(branch, images) else None for branch in branches]
+    pairs = [(i, j) for j in range(6) for i in range(j) if sizes[i] is not None and sizes[i] == sizes[j]]
+    assume(pairs)
+    return [branches[index] for index in draw(st.sampled_from(pairs))]
+
+
+def _fits(branch: nn.Module, images: torch.Tensor) -> bool:
+    try:
+        branch(images)
+    except RuntimeError:  # a kernel is larger than its input
+        return False
+    return True
+
+
+class Branched(nn.Module):
+    """The sum or concatenation of two branches from the images, with a ReLU and a linear layer."""
+
+    def __init__(self, branches: list[nn.Sequential], is_sum: bool) -> None:
+        super().__init__()
+        self.branches, self.is_sum = nn.ModuleList(branches), is_sum
+        self.mixed = nn.Conv2d(2 if is_sum else 4, 2, 1)
+        self.last = nn.LazyLinear(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        a, b = (branch(images) for branch in self.branches)
+        hidden = a + b if self.is_sum else torch.cat([a, b], dim=1)
+        return self.last(self.mixed(hidden.relu()).relu().flatten(1))
+
+
+@pytest.mark.integration
+@given(branches=branches_of_equal_size(), is_sum=st.booleans(), eps=st.floats(0.001, 0.1), seed=st.integers(0, 99))
+def test_branches_of_any_strides_have_sound_bounds(
+    branches: list[nn.Sequential], is_sum: bool, eps: float, seed: int
+) -> None:
+    """Windows of coefficients give the same bounds as dense coefficients."""
+    torch.manual_seed(seed)
+    net, images = Branched(branches, is_sum).double(), torch.rand(2, 2, 7, 6, dtype=torch.float64)
+    net(images)
+    box = perturbation_box(images, eps)
+    with torch.no_grad():
+        bounds = crown_bounds(net.eval(), box)
+        with mock.patch.object(LinearBounds, "_max_patch_elements", lambda self, name: None):
+            dense = crown_bounds(net, box)
+        torch.testing.assert_close(bounds.lower, dense.lower)
+        torch.testing.assert_close(bounds.upper, dense.upper)
+        for _ in range(10):
+            logits = net(box.lower + torch.rand_like(images).round() * (box.upper - box.lower))
+            assert (logits >= bounds.lower - 1e-9).all() and (logits <= bounds.upper + 1e-9).all()
+
+
+def test_branches_with_strides_1_and_2_are_not_certified_wrongly() -> None:
+    """A stride of 2 with kernel 1, and kernel 2 with stride 1, give maps of one size but read other pixels."""
+    first, second, last = nn.Conv2d(1, 1, 1, stride=2), nn.Conv2d(1, 1, 2), nn.Linear(4, 2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = first, second, last
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.last((self.first(images) + self.second(images)).relu().flatten(1))
+
+    with torch.no_grad():
+        for parameter in (first.weight, first.bias, second.weight, second.bias, last.weight, last.bias):
+            parameter.zero_()
+        first.weight.fill_(1)
+        first.bias.fill_(-0.5)
+        last.bias[0] = 0.2
+        last.weight[1, 3] = 1
+    images = torch.full((1, 1, 3, 3), 0.1)
+    images[..., 2, 2] = 0.9  # the second logit is 0.4
+    for kind in ("crown", "alpha_crown", "complete"):
+        assert not certify(Net().eval(), images, torch.tensor([0]), 0.01, kind), kind
+        assert certify(Net().eval(), images, torch.tensor([1]), 0.01, kind), kind
 
 
 def test_invalid_settings_are_rejected() -> None:

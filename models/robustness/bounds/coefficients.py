@@ -229,6 +229,8 @@ class PatchCoefficients(Coefficients):
 
     def add(self, other: "PatchCoefficients") -> "PatchCoefficients":
         """Return the coefficients of the sums of functions."""
+        if self.stride != other.stride:
+            raise ValueError(f"windows with strides {self.stride} and {other.stride} lie at different places")
         padding = tuple(map(max, self.padding, other.padding))
         ends = [
             tuple(k - p for k, p in zip(one.a.shape[-2:], one.padding, strict=True)) for one in (self, other)

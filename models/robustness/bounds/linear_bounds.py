@@ -229,20 +229,27 @@ class LinearBounds(BackwardPropagation):
         return self._linear_step(step, a, add)
 
     def _max_patch_elements(self, name: str) -> int | None:
-        """Return the largest patch size of a map's functions; None if dense coefficients are better."""
+        """Return the largest patch size of a map's functions; None if dense coefficients are better or necessary.
+
+        They are necessary if two branches from a value have different strides, such as a convolution with stride 2
+        and one with a kernel of twice the size: their windows lie at different places.
+        """
         kernels: dict[str, tuple[int, ...]] = {name: (1, 1)}
+        strides: dict[str, tuple[int, ...]] = {name: (1, 1)}
         largest = rows = 0
         for value in reversed(self.order):
             if value not in kernels:
                 continue
             kernel, step, shape = kernels.pop(value), self.producers.get(value), self._shape(value)
+            stride, window = strides[value], None
             if len(shape) != 3:
                 return None
             largest, rows = max(largest, shape[0] * math.prod(kernel)), max(rows, shape.numel())
             if step is None:
                 continue
             if value in self.maxima:
-                kernel = self.maxima[value].pooling.window.receptive_field(kernel, self.maxima[value].pooling.size)
+                window = self.maxima[value].pooling.window
+                kernel = window.receptive_field(kernel, self.maxima[value].pooling.size)
             elif isinstance(step.layer, VIEW_LAYERS):
                 if self._shape(step.inputs[0]) != shape:
                     return None
@@ -252,10 +259,15 @@ class LinearBounds(BackwardPropagation):
                     continue
                 if not (affine.window or affine.elementwise):
                     return None
-                if affine.window is not None:
-                    kernel = affine.window.receptive_field(kernel, affine.weight.shape[2:])
+                window = affine.window
+                if window is not None:
+                    kernel = window.receptive_field(kernel, affine.weight.shape[2:])
             elif isinstance(step.layer, Concat) and step.layer.dim != 1:
                 return None
+            if window is not None:
+                stride = tuple(own * factor for own, factor in zip(stride, window.stride, strict=True))
             for input_name in step.inputs:
+                if strides.setdefault(input_name, stride) != stride:
+                    return None
                 kernels[input_name] = tuple(map(max, kernel, kernels.get(input_name, kernel)))
         return largest if largest < rows else None
