@@ -18,6 +18,7 @@ from linflab.models.robustness.bounds.relaxations import RelaxationKind
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.rules import propagate_layer
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
+from linflab.models.robustness.certification import certify
 from linflab.models.robustness.margins import cross_entropy_from_differences, logit_differences
 from linflab.models.robustness.objectives import BoundMethod
 from tests.models.own_networks import BODIES, CLASSES, IDIOMS, LAYERS, SHAPE, build_own_network
@@ -300,6 +301,99 @@ def test_max_pooling_patches_match_dense_coefficients(
 @torch.jit.script
 def _square_scripted(x: Tensor) -> Tensor:
     return x * x
+
+
+class Doubled(nn.Linear):
+    """A linear layer with twice the weights of its base class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, 2 * self.weight, self.bias)
+
+
+class Reversed(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(-input)
+
+
+class Negated(nn.Identity):
+    def forward(self, input: Tensor) -> Tensor:
+        return -input
+
+
+class MinPool(nn.MaxPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return -super().forward(-input)
+
+
+@propagate_layer.register
+def _propagate_doubled(layer: Doubled, box: Box, sound: bool = False) -> Box:
+    plain = nn.Linear(layer.in_features, layer.out_features).to(layer.weight)
+    with torch.no_grad():
+        plain.weight.copy_(2 * layer.weight)
+        plain.bias.copy_(layer.bias)
+    return propagate_layer(plain, box, sound)
+
+
+@propagate_layer.register(Reversed)
+@propagate_layer.register(Negated)
+def _propagate_decreasing(layer: nn.Module, box: Box, sound: bool = False) -> Box:
+    return Box(layer(box.upper), layer(box.lower))
+
+
+@propagate_layer.register
+def _propagate_min_pool(layer: MinPool, box: Box, sound: bool = False) -> Box:
+    return Box(layer(box.lower), layer(box.upper))
+
+
+OWN_LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
+    "last linear": lambda: [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Doubled(8, 3)],
+    "hidden linear": lambda: [nn.Flatten(), Doubled(16, 8), nn.ReLU(), nn.Linear(8, 3)],
+    "relu": lambda: [nn.Flatten(), nn.Linear(16, 8), Reversed(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)],
+    "identity": lambda: [Negated(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Negated(), nn.Linear(8, 3)],
+    "pooling": lambda: [nn.Conv2d(1, 2, 1), MinPool(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(OWN_LAYERS))
+def test_layers_that_extend_a_supported_class_keep_their_own_rule(kind: str) -> None:
+    """Linear maps, relaxations and other shortcuts of the base class do not apply to them."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        net = nn.Sequential(*OWN_LAYERS[kind]()).eval()
+        images, labels = torch.rand(3, 1, 4, 4), torch.randint(3, (3,))
+        box = perturbation_box(images, 0.2)
+        with torch.no_grad():
+            bounds = [ibp_bounds(net, box, sound=True), crown_bounds(net, box, "crown", sound=True)]
+            differences = [
+                ibp_logit_differences(net, box, labels, sound=True),
+                crown_logit_differences(net, box, labels, sound=True),
+                WorstCaseBounds(net)(images, labels, 0.2, math.inf).logit_difference_bounds + 1e-5,
+            ]
+            for point in sample_points(box, 50):
+                logits = net(point).double()
+                for lower, upper in bounds:
+                    assert (logits >= lower).all() and (logits <= upper).all()
+                for difference in differences:
+                    assert (logit_differences(logits, labels) <= difference).all()
+
+
+@pytest.mark.parametrize("certifier", ["ibp", "crown", "alpha_crown", "complete"])
+def test_own_linear_layers_are_not_certified_with_the_weights_of_their_base_class(certifier: str) -> None:
+    """With weight 1 instead of 2, the difference of the logits would keep its sign over the ball."""
+    for layers in ([nn.Flatten(), nn.ReLU(), Doubled(1, 2)], [nn.Flatten(), Doubled(1, 2), nn.ReLU(), nn.Linear(2, 2)]):
+        net = nn.Sequential(*layers).eval()
+        with torch.no_grad():
+            linear = [layer for layer in net if isinstance(layer, nn.Linear)]
+            linear[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+            linear[0].bias.copy_(torch.tensor([0.0, 0.5]))
+            if len(linear) == 2:
+                linear[0].bias.add_(1)  # the ReLUs are active
+                linear[1].weight.copy_(torch.eye(2))
+                linear[1].bias.zero_()
+        assert net(torch.zeros(1, 1, 1, 1)).argmax() == 1
+        image, label = torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
+        assert not certify(net, image, label, 0.3, certifier).item()
+        assert certify(net, image, label, 0.1, certifier).item()
 
 
 class Refused(nn.Module):

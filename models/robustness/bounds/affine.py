@@ -13,7 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.networks.layers import L1ProjectedLinear, MeanShift, Normalize, ScaledLinear
 from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma
-from linflab.models.robustness.bounds.steps import AddConstant, ChannelAffine, Negate, Quotient, Rearrangement, Scale
+from linflab.models.robustness.bounds.steps import (
+    AddConstant,
+    ChannelAffine,
+    Negate,
+    OwnLayer,
+    Quotient,
+    Rearrangement,
+    Scale,
+    has_exact_rule,
+)
 
 MIN_DIVISOR = 2.0**-126  # smaller divisors are subnormal, with fewer bits
 
@@ -103,6 +112,11 @@ def affine_map(layer: nn.Module, inputs: torch.Size) -> Affine | None:
         TypeError: If an option of the layer is not supported (the message names it).
     """
     return None
+
+
+@affine_map.register
+def _own_layer(layer: OwnLayer, inputs: torch.Size) -> Affine | None:
+    return affine_map(layer.layer, inputs) if has_exact_rule(affine_map, layer.layer) else None
 
 
 @affine_map.register(nn.Linear)

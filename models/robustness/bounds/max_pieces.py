@@ -14,6 +14,7 @@ from torch.nn.functional import unfold
 from linflab.models.distance.convolution import output_size
 from linflab.models.networks.layers import GroupSort, LpDistance, LpDistanceConv2d, SortDistance
 from linflab.models.robustness.bounds.pooling import extract_windows, get_pooling
+from linflab.models.robustness.bounds.steps import OwnLayer, has_exact_rule
 
 MAX_PIECES = 2**22  # larger layers are not split into pieces
 
@@ -55,6 +56,11 @@ def max_pieces(layer: nn.Module, inputs: torch.Size) -> Pieces | None:
         inputs: Shape of its inputs without the batch.
     """
     return None
+
+
+@max_pieces.register
+def _own_layer(layer: OwnLayer, inputs: torch.Size) -> Pieces | None:
+    return max_pieces(layer.layer, inputs) if has_exact_rule(max_pieces, layer.layer) else None
 
 
 @max_pieces.register

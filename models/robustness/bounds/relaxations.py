@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.robustness.bounds.boxes import Box, max_magnitude
-from linflab.models.robustness.bounds.steps import Clamp
+from linflab.models.robustness.bounds.steps import Clamp, OwnLayer, has_exact_rule
 
 Function = Callable[[Tensor], Tensor]
 TurningPoints = Callable[[Tensor], list[Tensor]]
@@ -64,7 +64,16 @@ def relax(
 
 def has_relaxation(layer: nn.Module) -> bool:
     """Return True if layers of this type have a linear relaxation."""
+    if isinstance(layer, OwnLayer):
+        return has_exact_rule(relax, layer.layer)
     return relax.dispatch(type(layer)) is not relax.dispatch(object)
+
+
+@relax.register
+def _own_layer(
+    layer: OwnLayer, box: Box, relaxation: RelaxationKind = "adaptive", sound: bool = False
+) -> LinearRelaxation | None:
+    return relax(layer.layer, box, relaxation, sound) if has_exact_rule(relax, layer.layer) else None
 
 
 @relax.register

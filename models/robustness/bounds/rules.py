@@ -40,6 +40,7 @@ from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box, max_magnitude
 from linflab.models.robustness.bounds.rounding import UNDERFLOW_SLACK, gamma
 from linflab.models.robustness.bounds.steps import (
+    FORWARD_PARTS,
     Add,
     AddConstant,
     ChannelAffine,
@@ -47,14 +48,14 @@ from linflab.models.robustness.bounds.steps import (
     Concat,
     Masking,
     Negate,
+    OwnLayer,
     Quotient,
     Rearrangement,
     Reshape,
     Scale,
     ShrunkReLU,
+    has_exact_rule,
 )
-
-FORWARD_PARTS = ("forward", "_conv_forward")  # methods that decide what a layer with a rule computes
 
 
 @singledispatch
@@ -97,6 +98,11 @@ def _monotone(layer: nn.Module, box: Box, sound: bool = False) -> Box:
     if getattr(layer, "return_indices", False):
         raise TypeError(f"bounds: {type(layer).__name__} with return_indices=True is not supported; use False")
     return Box(layer(box.lower), layer(box.upper))
+
+
+@propagate_layer.register
+def _own_layer(layer: OwnLayer, box: Box, sound: bool = False) -> Box:
+    return propagate_layer(layer.layer, box, sound)
 
 
 @propagate_layer.register
@@ -275,7 +281,4 @@ def has_rule(layer: nn.Module) -> bool:
         return False
     if getattr(layer, "padding_mode", "zeros") != "zeros":  # traced as padding, then a convolution
         return False
-    rule_class = next((kind for kind in type(layer).__mro__ if kind in propagate_layer.registry), object)
-    return rule_class is not object and all(
-        getattr(type(layer), part, None) is getattr(rule_class, part, None) for part in FORWARD_PARTS
-    )
+    return has_exact_rule(propagate_layer, layer)

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+FORWARD_PARTS = ("forward", "_conv_forward")  # methods that decide what a layer with a rule computes
 
 
 class TraceStep(NamedTuple):
@@ -176,6 +178,43 @@ class Rearrangement(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the gathered values (B, *shape)."""
         return functional.pad(x.flatten(1), (0, 1))[:, self.index.flatten()].view(x.shape[0], *self.index.shape)
+
+
+class OwnLayer(nn.Module):
+    """A user's layer whose class extends one of torch or linflab with another forward.
+
+    Only its own rules hold for it. Code that asks for the class of a layer must not take it for the class it extends.
+    """
+
+    layer: nn.Module
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # not a module of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the layer."""
+        outputs: Tensor = self.layer(x)
+        return outputs
+
+
+def hide_base_class(layer: nn.Module) -> nn.Module:
+    """Return an `OwnLayer` if the layer's class changes what a class of torch or linflab computes, else the layer."""
+    known = next(kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] in ("torch", "linflab"))
+    return layer if known is nn.Module or _computes_as(layer, known) else OwnLayer(layer)
+
+
+def has_exact_rule(function: Any, layer: nn.Module) -> bool:
+    """Return True if a single-dispatch function has a rule for what a layer computes.
+
+    A rule of a base class is not exact if the layer's class has another forward.
+    """
+    kind = next((kind for kind in type(layer).__mro__ if kind in function.registry), object)
+    return kind is not object and _computes_as(layer, kind)
+
+
+def _computes_as(layer: nn.Module, kind: type) -> bool:
+    return all(getattr(type(layer), part, None) is getattr(kind, part, None) for part in FORWARD_PARTS)
 
 
 VIEW_LAYERS = (

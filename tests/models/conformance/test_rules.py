@@ -52,7 +52,7 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (own.Normalize((0.4, 0.5), (0.3, 0.2)), MAPS),
 ]
 MULTI_INPUT_LAYERS = (steps.Add(), steps.Concat(1))
-BASE_CLASSES = {"_BatchNorm", "object"}
+BASE_CLASSES = {"_BatchNorm", "object", "OwnLayer"}  # OwnLayer: passes on the rules of the layer that it holds
 TRAINING_CLASSES = {"ShrunkReLU"}  # their boxes do not contain all outputs
 
 
