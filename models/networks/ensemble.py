@@ -121,7 +121,7 @@ class Ensemble(nn.Module):
         mirror: For each member, whether it is averaged over mirror images.
 
     Raises:
-        ValueError: If there is not one weight or value of `mirror` for each member.
+        ValueError: If there is not one positive weight or one value of `mirror` for each member.
     """
 
     def __init__(
@@ -135,6 +135,11 @@ class Ensemble(nn.Module):
                 f"mirror={list(self.mirror)}: must be one value for each of the {len(members)} members; give one each"
             )
         weights = weights or [1.0] * len(members)
+        if len(weights) != len(members) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"weights={list(weights)}: must be one positive number for each of the {len(members)} members; "
+                "give one each, or none for equal weights"
+            )
         total = math.fsum(weights)
         self.shares = tuple(weight / total for _, weight in zip(members, weights, strict=True))
 

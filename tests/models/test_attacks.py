@@ -46,6 +46,36 @@ class Recorder(nn.Module):
         return self.network(images)
 
 
+class Squeezed(nn.Module):
+    """A network that fails on single images, since `squeeze` removes the batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.last = (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.features(images).squeeze().flatten(1))
+
+
+@every_attack
+def test_attacks_run_on_single_images_and_without_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    net, images = Squeezed().eval(), torch.rand(6, 1, 5, 5)
+    labels = net(images).argmax(dim=1)
+    config = AttackConfig(methods=(kind,), steps=5, queries=20, target_classes=2)
+    with torch.no_grad():
+        alone = [
+            robust_under_attack(net, image, label, 0.01, config, make_generator())
+            for image, label in zip(images.split(1), labels.split(1), strict=True)
+        ]
+        together = robust_under_attack(net, images, labels, 0.01, config, make_generator())
+    assert torch.cat(alone).shape == together.shape == (6,)
+    assert robust_under_attack(net, images, labels, 0.0, config, make_generator()).all()
+
+
 @every_attack
 def test_attack_points_stay_in_the_ball_and_pixel_range(kind: str) -> None:
     torch.manual_seed(0)

@@ -14,10 +14,12 @@ from linflab.models.robustness.certification import (
     CompleteCertifier,
     CROWNCertifier,
     Decision,
+    IBPCertifier,
     Verdict,
     certify,
 )
 from linflab.models.robustness.certification.cascade import CascadeSettings
+from linflab.models.robustness.certification.judging import judge_images
 from linflab.models.robustness.margins import margin
 from tests.models.relu_networks import SHAPE, build_relu_network
 
@@ -57,6 +59,32 @@ def test_verdicts_agree_with_stages_and_attacks(kind: str, eps: float) -> None:
             with torch.no_grad():
                 assert not margin(network(one.adversarial[None]), label[None]) > 0
     assert sum(one.status == "unknown" for one in verdicts) <= 1
+
+
+@pytest.mark.parametrize("wrong_first", [False, True])
+def test_stages_do_not_depend_on_the_first_image(wrong_first: bool) -> None:
+    """Branch and bound with rounding requires float32, whether or not the first image is classified correctly."""
+    network = build_relu_network("dense", 1).double()
+    images = torch.rand(4, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = network(images).argmax(dim=1)
+    if wrong_first:
+        labels[0] = (labels[0] + 1) % 5
+    certifier = CascadeCertifier(network, True, LIMITS)
+    radii, verdicts = certifier.compute_radius(images, labels), certifier.judge(images, labels, 0.3)
+    assert (radii[1:] > 0).all() and (radii[0] > 0).item() is not wrong_first
+    assert {one.status for one in verdicts[1:]} <= {"certified", "falsified", "unknown"}
+    with pytest.raises(TypeError, match="float32"):
+        CompleteCertifier(network, True).decide(images[:1], labels[:1], 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_verdicts_accept_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    network = build_relu_network("dense", 1)
+    images, labels = make_images(network, 0, 4)
+    for certifier in (IBPCertifier(network), CascadeCertifier(network, True, LIMITS)):
+        statuses = [one.status for one in judge_images(certifier, images, labels.to(dtype), 0.001)]
+        assert statuses == ["falsified", "certified", "certified", "certified"]
 
 
 def test_stages_run_from_cheap_to_complete() -> None:

@@ -1,6 +1,7 @@
 """Ensembles: Lipschitz constant, bounds of rounding, and certificates against attacks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -300,3 +301,11 @@ def test_invalid_members_are_rejected() -> None:
     mixed = EnsembleConfig(members=(CONFIGS[0], ConvNetConfig(per_channel_std=True)))
     with pytest.raises(ValueError, match=r"^model\.members: .*per_channel_std"):
         mixed.check()
+
+
+@pytest.mark.parametrize("weights", [(2.0, -1.0), (1.0, 0.0), (1.0, math.nan), (1.0,), (1.0, math.inf)])
+def test_weights_must_be_positive_numbers(weights: tuple[float, ...]) -> None:
+    """With a negative weight, the Lipschitz constant would be larger than the mean of the members'."""
+    members = [LinfDistMLPConfig(depth=2, width=4).build((1, 2, 2), 3) for _ in range(2)]
+    with pytest.raises(ValueError, match="positive"):
+        LipschitzEnsemble(members, weights)

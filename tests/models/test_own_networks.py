@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from linflab.models.networks.layers import LpDistance, SortDistance
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
 from linflab.models.robustness.bounds.coefficients import PatchCoefficients
 from linflab.models.robustness.bounds.linear_bounds import LinearBounds
@@ -394,6 +395,34 @@ def test_own_linear_layers_are_not_certified_with_the_weights_of_their_base_clas
         image, label = torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
         assert not certify(net, image, label, 0.3, certifier).item()
         assert certify(net, image, label, 0.1, certifier).item()
+
+
+def test_arguments_may_be_lists_or_keywords() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.last = nn.MaxPool2d([2, 2]), nn.Linear(4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            pooled = functional.max_pool2d(self.pool(images), [1, 1], stride=[1, 1])
+            return self.last(torch.flatten(input=pooled, start_dim=1))
+
+    torch.manual_seed(0)
+    net, images = Net().eval(), torch.rand(5, 1, 4, 4)
+    labels = net(images).argmax(dim=1)
+    for certifier in ("ibp", "crown", "alpha_crown", "complete"):
+        assert certify(net, images, labels, 1e-4, certifier).all()
+
+
+@pytest.mark.parametrize("layer", [LpDistance(8, 8), SortDistance(8, 8, 0.5)])
+def test_training_bounds_without_gradients_are_rejected(layer: nn.Module) -> None:
+    """Otherwise, the layers below would not be trained."""
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), layer, nn.Linear(8, 3)).eval(), torch.rand(3, 1, 4, 4)
+    labels = torch.tensor([0, 1, 2])
+    with pytest.raises(TypeError, match=rf"{type(layer).__name__}.*use another objective"):
+        WorstCaseBounds(net)(images, labels, 0.1, math.inf)
+    with torch.no_grad():
+        assert WorstCaseBounds(net)(images, labels, 0.1, math.inf).logit_difference_bounds.shape == (3, 3)
 
 
 class Refused(nn.Module):

@@ -71,8 +71,9 @@ def robust_under_attack(
     images = images.detach()
     if not len(images):
         return torch.zeros(0, dtype=torch.bool, device=images.device)
+    attacked = _AnyBatchSize(network)
     # A point that is misclassified only in half precision is not an adversarial example of the network.
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         with torch.no_grad():
             logits = compute_logits(network, images)
             check_logits(logits, labels)
@@ -86,6 +87,18 @@ def robust_under_attack(
                     remaining = robust.nonzero()[:, 0]
                     if len(remaining):
                         ball = linf_ball(images[remaining], eps)
-                        is_successful = attack.run(network, ball, labels[remaining], eps, generator, number)
+                        is_successful = attack.run(attacked, ball, labels[remaining], eps, generator, number)
                         robust[remaining[is_successful]] = False
     return robust
+
+
+class _AnyBatchSize(nn.Module):
+    """A network that fails on single images, for any number of images: a single one is doubled."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.training = network, network.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        return compute_logits(self.network, images)

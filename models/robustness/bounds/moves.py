@@ -43,7 +43,9 @@ def record_move(
     Returns:
         The outputs of the call; None if the function does more than move values within each sample.
     """
-    if len(values) != 1 or id(args[0]) not in values:
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+    if len(values) != 1 or not args or id(args[0]) not in values:
         return None
     (value,) = values.values()
     if name == "pad":

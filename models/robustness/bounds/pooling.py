@@ -73,7 +73,7 @@ def get_pooling(layer: nn.Module, inputs: torch.Size) -> Pooling | None:
     """Return the windows of max pooling on maps (C, H, W); None for other layers or unequal windows."""
     if isinstance(layer, nn.MaxPool2d):
         size, stride, padding, dilation = (
-            tuple(value) if isinstance(value, tuple) else (value, value)
+            (value, value) if isinstance(value, int) else tuple(value)
             for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         )
     elif isinstance(layer, nn.AdaptiveMaxPool2d):

@@ -67,7 +67,7 @@ class TwoPartBounds(WorstCaseBounds):
 
         Args:
             images: (B, C, H, W), pixel values in [0, 1].
-            labels: (B,) true classes, of any integer dtype.
+            labels: (B,) true classes, int64.
             eps: Radius of the l_inf ball, for pixel values in [0, 1].
             p: Exponent of the distance layers.
             masks: Input masks of SortNet in training.

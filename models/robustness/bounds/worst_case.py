@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linflab.models.networks.hybrid import LinfDistHybrid
-from linflab.models.networks.layers import SyncedBatchNorm
+from linflab.models.networks.layers import LpDistance, LpDistanceConv2d, SortDistance, SyncedBatchNorm
 from linflab.models.networks.linf_dist import DistanceNet, InputMasks
 from linflab.models.networks.running_statistics import hold_batch_means
 from linflab.models.robustness.bounds.batch_norm import normalization_of
@@ -125,8 +125,8 @@ class WorstCaseBounds:
             points: (B, C, H, W) further points whose logits to return; None: none.
 
         Raises:
-            TypeError: If a layer has no rule for its computation in training mode (the message names it), or images or
-                labels have the wrong type.
+            TypeError: If a layer has no rule for its computation in training mode or, with gradients, no differentiable
+                bounds (the message names it), or images or labels have the wrong type.
             ValueError: If images or labels have an invalid shape, or eps is NaN, negative or above 1.
         """
         check_image_form(images)
@@ -135,6 +135,8 @@ class WorstCaseBounds:
             with hold_batch_means(self.network):
                 return self._distance_net_bounds(images, labels, eps, p, masks, centers, points)
         traced, values = self.trace_batch(images)
+        if torch.is_grad_enabled():
+            check_differentiable(traced)
         logits = values[traced.output]
         if logits.dim() != 2:
             shape = tuple(logits.shape)
@@ -245,6 +247,20 @@ class WorstCaseBounds:
             values[step.output] = layer(*(values[name] for name in step.inputs))
             steps.append(step._replace(layer=layer))
         return traced._replace(steps=steps), values
+
+
+def check_differentiable(traced: Trace) -> None:
+    """Check that bounds of a traced network have gradients.
+
+    Raises:
+        TypeError: If a layer's boxes have none.
+    """
+    for step in traced.steps:
+        if isinstance(step.layer, LpDistance | LpDistanceConv2d | SortDistance):
+            raise TypeError(
+                f"bounds: {type(step.layer).__name__} has no differentiable bounds in a network of your own; train a "
+                "LinfDistNet, LinfDistHybrid or SortNet, or use another objective, such as cross_entropy"
+            )
 
 
 def shrink_relus(traced: Trace, factor: float) -> Trace:

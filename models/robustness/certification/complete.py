@@ -208,12 +208,13 @@ class CompleteCertifier(TracingCertifier):
         start = time.monotonic()
         logits = compute_logits(self.network, image)
         check_logits(logits, label)
-        if not bool(logits.isfinite().all()):
-            return Decision("unknown", None, time.monotonic() - start, 0)
         ball, box = linf_ball(image, eps), ball_box(image, eps)
-        if not bool(margin(logits, label) > 0):
+        is_finite = bool(logits.isfinite().all())
+        if not is_finite or not bool(margin(logits, label) > 0):
+            check_sound_dtype(self.kind, self.sound, box)
             self.trace_network(box)  # rejects unsupported networks, whichever the image
-            return Decision("falsified", image[0], time.monotonic() - start, 0)
+            seconds = time.monotonic() - start
+            return Decision("falsified", image[0], seconds, 0) if is_finite else Decision("unknown", None, seconds, 0)
         found = self._search(box, ball, label, deadline, max_subproblems)
         adversarial = None if found.point is None else ball.project(found.point.view_as(image).to(image))[0]
         return Decision(found.status, adversarial, time.monotonic() - start, found.subproblems)

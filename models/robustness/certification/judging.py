@@ -53,7 +53,7 @@ def judge_images(
         return verdicts
     start = time.monotonic()
     certified = certifier.certify(images, labels, eps)
-    is_correct = is_classified_correctly(certifier.network, images, labels.to(images.device))
+    is_correct = is_classified_correctly(certifier.network, images, labels.to(images.device, torch.int64))
     seconds = (time.monotonic() - start) / max(1, len(images))
     verdicts = [
         Verdict("certified", certifier.kind, seconds)

@@ -10,6 +10,7 @@ from linflab.models.robustness.bounds.cut import head_trace
 from linflab.models.robustness.bounds.rules import has_rule
 from linflab.models.robustness.bounds.steps import Trace
 from linflab.models.robustness.bounds.tracing import evaluation_mode, has_only_own_modules, trace
+from linflab.models.robustness.bounds.worst_case import check_differentiable
 
 
 def can_trace(network: nn.Module) -> bool:
@@ -47,12 +48,16 @@ def trace_bounded_layers(network: nn.Module, input_shape: Sequence[int]) -> Trac
         input_shape: Shape of an image, (C, H, W).
 
     Raises:
-        TypeError: If a layer or operation has no rule (the message names it).
+        TypeError: If a layer or operation has no rule, or no differentiable bounds (the message names it).
         ValueError: If the network fails on images of this shape.
     """
     if isinstance(network, LinfDistHybrid):
         return head_trace(network)
-    return Trace("logits", [], "logits") if isinstance(network, DistanceNet) else trace_network(network, input_shape)
+    if isinstance(network, DistanceNet):
+        return Trace("logits", [], "logits")
+    traced = trace_network(network, input_shape)
+    check_differentiable(traced)
+    return traced
 
 
 def check_relu_shrink(traced: Trace, relu_shrink: float) -> None:
