@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.networks.layers import LpDistance, SortDistance
+from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
 from linflab.models.robustness.bounds.coefficients import PatchCoefficients
+from linflab.models.robustness.bounds.ibp import trace_and_check
 from linflab.models.robustness.bounds.linear_bounds import LinearBounds
 from linflab.models.robustness.bounds.pooling import get_pooling, maximum_lines
-from linflab.models.robustness.bounds.relaxations import RelaxationKind
+from linflab.models.robustness.bounds.relaxations import LinearRelaxation, RelaxationKind, relax
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.rules import propagate_layer
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
@@ -395,6 +397,43 @@ def test_own_linear_layers_are_not_certified_with_the_weights_of_their_base_clas
         image, label = torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
         assert not certify(net, image, label, 0.3, certifier).item()
         assert certify(net, image, label, 0.1, certifier).item()
+
+
+class Coarse(nn.Module):
+    """The identity, computed with few bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (8 * x).round() / 8
+
+
+@propagate_layer.register
+def _propagate_coarse(layer: Coarse, box: Box, sound: bool = False) -> Box:
+    return Box(layer(box.lower), layer(box.upper)) if sound else box
+
+
+@relax.register
+def _relax_coarse(
+    layer: Coarse, box: Box, relaxation: RelaxationKind = "adaptive", sound: bool = False
+) -> LinearRelaxation:
+    slope, zero = torch.ones_like(box.lower), torch.zeros_like(box.lower)
+    return LinearRelaxation(slope, zero, slope, zero)
+
+
+def test_sound_linear_bounds_include_the_rounding_of_own_activations() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Coarse(), nn.ReLU(), nn.Linear(8, 3)).eval()
+    box, labels = perturbation_box(torch.rand(3, 1, 4, 4), 0.01), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        lower, upper = crown_bounds(net, box, "crown", sound=True)
+        differences = [
+            alpha_crown_margins(trace_and_check(net, box), box, labels, 3, 0),
+            crown_logit_differences(net, box, labels, sound=True),
+        ]
+        for point in sample_points(box, 100):
+            logits = net(point).double()
+            assert (logits >= lower).all() and (logits <= upper).all()
+            for difference in differences:
+                assert (logit_differences(logits, labels) <= difference).all()
 
 
 def test_arguments_may_be_lists_or_keywords() -> None:

@@ -77,7 +77,7 @@ class Reduction(BackwardPropagation):
         self.network = ReducedNetwork(box, sound)
         for step in traced.steps:
             if step.output in needed and step.output not in self.sources:
-                if has_relaxation(step.layer):
+                if has_relaxation(step.layer, sound):
                     self._add_range_level(step)
                 elif step.output in self._pieces:
                     self._add_max_level(step, self._pieces[step.output])
@@ -123,7 +123,7 @@ class Reduction(BackwardPropagation):
             if pieces is not None and (split_distances or not pieces.is_rounded):
                 self._pieces[step.output] = pieces.to(self.boxes[step.output].lower.device)
             elif not (
-                has_relaxation(step.layer)
+                has_relaxation(step.layer, self.sound)
                 or isinstance(step.layer, (*VIEW_LAYERS, Add, Concat, Masking))
                 or affine_map(step.layer, shape) is not None
             ):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linflab.models.robustness.bounds.boxes import Box, max_magnitude
-from linflab.models.robustness.bounds.steps import Clamp, OwnLayer, has_exact_rule
+from linflab.models.robustness.bounds.steps import Clamp, OwnLayer, has_exact_rule, is_library_layer
 
 Function = Callable[[Tensor], Tensor]
 TurningPoints = Callable[[Tensor], list[Tensor]]
@@ -62,8 +62,15 @@ def relax(
     return None
 
 
-def has_relaxation(layer: nn.Module) -> bool:
-    """Return True if layers of this type have a linear relaxation."""
+def has_relaxation(layer: nn.Module, sound: bool = False) -> bool:
+    """Return True if layers of this type have a linear relaxation.
+
+    Args:
+        layer: Layer of any type.
+        sound: If True, return False for activations of the user, since the rounding of their outputs is unknown.
+    """
+    if sound and not is_library_layer(layer):
+        return False
     if isinstance(layer, OwnLayer):
         return has_exact_rule(relax, layer.layer)
     return relax.dispatch(type(layer)) is not relax.dispatch(object)

@@ -200,8 +200,17 @@ class OwnLayer(nn.Module):
 
 def hide_base_class(layer: nn.Module) -> nn.Module:
     """Return an `OwnLayer` if the layer's class changes what a class of torch or linflab computes, else the layer."""
-    known = next(kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] in ("torch", "linflab"))
-    return layer if known is nn.Module or _computes_as(layer, known) else OwnLayer(layer)
+    return layer if _library_class(layer) is nn.Module or is_library_layer(layer) else OwnLayer(layer)
+
+
+def is_library_layer(layer: nn.Module) -> bool:
+    """Return True if a class of torch or linflab defines what a layer computes."""
+    known = _library_class(layer)
+    return known is not nn.Module and known is not OwnLayer and _computes_as(layer, known)
+
+
+def _library_class(layer: nn.Module) -> type:
+    return next(kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] in ("torch", "linflab"))
 
 
 def has_exact_rule(function: Any, layer: nn.Module) -> bool:
