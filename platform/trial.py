@@ -1,13 +1,14 @@
 """One trial as an MLflow run: training, one evaluation on the test set, and logging of both."""
 
 import dataclasses
+import errno
 import math
 import os
 import platform as machine
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def select_device(experiment: ExperimentConfig) -> torch.device:
 def select_evaluation_device(experiment: ExperimentConfig) -> torch.device:
     """Return the device for a trained network: the CPU if this machine lacks the CUDA device of the training."""
     return select_device(experiment) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def resource_errors(experiment: ExperimentConfig, kept: str = "") -> Iterator[None]:
+    """Raise errors for lack of memory or disk space as `TrainingError` that names what to change.
+
+    Args:
+        experiment: Config of the run.
+        kept: End of the message, about what is kept.
+    """
+    try:
+        yield
+    except (TrainingError, RunInterrupted):
+        raise
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):  # of PyTorch's CPU allocator
+            raise
+        reason = (" ".join(str(error).split()) or "MemoryError")[:200]
+        raise TrainingError(
+            f"out of memory ({reason}); use a smaller training.batch_size than {experiment.training.batch_size}, or a "
+            f"smaller evaluation.batch_size than {experiment.evaluation.batch_size}{kept}"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(f"disk full ({error}); free disk space, then resume with --resume{kept}") from error
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,11 @@ def run_trial(request: TrialRequest, on_report: Callable[[Report], None] = lambd
         RunLockedError: If another process is training the run.
         RunInterrupted: If a signal stopped the run.
     """
+    with resource_errors(request.experiment):
+        return _run_trial(request, on_report)
+
+
+def _run_trial(request: TrialRequest, on_report: Callable[[Report], None]) -> TrialResult | None:
     experiment, storage, resume = request.experiment, request.storage, request.resume_run_id
     if dist.is_initialized() and dist.get_rank() > 0:
         if _broadcast_decision(experiment):
@@ -277,13 +310,17 @@ def _train(
     spec = evaluation_spec(experiment, selected.network, with_attacks=True)
     tags = {schema.CERTIFIER: spec.certificate, schema.SELECTION: describe_selection(experiment)}
     with tempfile.TemporaryDirectory() as folder:
-        if request.evaluate_test:
-            images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
-            metrics |= evaluate_on_test(selected.network, dataset.test, spec, experiment, on_report, images)
-            tags[schema.ATTACK] = experiment.evaluation.attack.describe()
+        # First the weights, so that a failing evaluation loses no training.
         save_weights(Path(folder) / schema.WEIGHTS_FILE, selected.network, experiment, selected.epoch)
-        run.log_tags(tags)
         run.client.log_artifacts(run.id, folder)
+        run.log_tags(tags)
+    if request.evaluate_test:
+        with tempfile.TemporaryDirectory() as folder:
+            images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
+            with resource_errors(experiment, f"; the trained network is kept: evaluate it as run {run.id}"):
+                metrics |= evaluate_on_test(selected.network, dataset.test, spec, experiment, on_report, images)
+            run.log_tags({schema.ATTACK: experiment.evaluation.attack.describe()})
+            run.client.log_artifacts(run.id, folder)
     run.log_metrics({name: value for name, value in metrics.items() if name not in run.metrics})
     return TrialResult(run.id, metrics, spec.certificate)
 

@@ -13,6 +13,7 @@ from linflab.platform import signals
 from linflab.platform.cli.output import console, print_rows
 from linflab.platform.cli.progress import ProgressLine, format_clock
 from linflab.platform.errors import RunInterrupted, TrainingError, WorkerLostError
+from linflab.platform.tracking.storage import Storage
 from linflab.reports.tables import format_eps
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def evaluate_by_cascade(
     radii: Sequence[float | None] = eps or [None]
     for radius in radii:
         certification = CascadeRun(path, settings, radius, sound, images, workers)
-        with VerdictStore.open(storage_dir.absolute() / FOLDER, certification.plan) as store:
+        with VerdictStore.open(Storage.from_path(storage_dir).root / FOLDER, certification.plan) as store:
             try:
                 _certify(certification, store, silent=as_json)
             except (KeyboardInterrupt, WorkerLostError):

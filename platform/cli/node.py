@@ -44,7 +44,10 @@ def node_close_ports(
         Path, typer.Option("--storage", envvar="LINFLAB_STORAGE", help="Storage directory shared by all nodes")
     ],
 ) -> None:
-    """Restrict all ports of this on-premise node except ssh to nodes of the cluster, with nftables."""
+    """Restrict the ports of Ray, PyTorch and MLflow on this on-premise node to nodes of the cluster, with nftables.
+
+    These are TCP ports 5500, 6379, 8265 and 10001 to 65535. Other ports, such as ssh, stay as they are.
+    """
     from linflab.platform.cluster.node import restrict_ports
 
     restrict_ports(Storage.folder(storage_dir))

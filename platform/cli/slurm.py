@@ -1,6 +1,5 @@
 """`linflab slurm`: batch scripts for Slurm."""
 
-import re
 import shlex
 import time as clock
 from collections.abc import Sequence
@@ -91,7 +90,9 @@ def slurm_train(
     options = _sbatch_options(account, partition, sbatch)
     allocation = Allocation(nodes, gpus_per_node, cpus_per_node, time, stop_before, max_requeues, array, options)
     settings = _parse("train", arguments)
-    _check_experiment(settings["recipe"], [*(settings["overrides"] or []), *_first_task(allocation)], allocation)
+    for task in allocation.tasks or (None,):
+        override = [] if task is None else [f"{allocation.setting}={task}"]
+        _check_experiment(settings["recipe"], [*(settings["overrides"] or []), *override], allocation)
     command = ("train", *arguments, *_task_override(allocation))
     # The first start of another job with this script trains a new run, unless the command itself resumes.
     resume, advice = (*command, "--resume"), "add --resume to the command linflab slurm train, and submit its script"
@@ -168,8 +169,7 @@ def _parse(name: str, arguments: list[str]) -> dict[str, Any]:
 
 def _first_task(allocation: Allocation) -> list[str]:
     """Return the override of an array job's first task, for a check of the config."""
-    numbers = allocation.array.partition("=")[2]
-    return [f"{allocation.setting}={re.split('[-,:%]', numbers)[0]}"] if numbers else []
+    return [f"{allocation.setting}={task}" for task in allocation.tasks[:1]]
 
 
 def _task_override(allocation: Allocation) -> list[str]:
@@ -180,18 +180,29 @@ def _check_experiment(recipe: str, overrides: list[str], allocation: Allocation)
     """Check a config, and return its dataset; download the dataset here, since compute nodes may lack internet access.
 
     Raises:
-        InputError: If the config is not valid, or requires more GPUs than the job has.
+        InputError: If the config is not valid, or requires more CPUs or GPUs than the job has.
     """
     from linflab.platform.config.overrides import load_config
     from linflab.platform.data.datasets import load_dataset
+    from linflab.platform.training.trainer import check_dataset_compatibility
 
     experiment = load_config(recipe, overrides)
     workers, gpus = experiment.compute.workers, allocation.nodes * allocation.gpus_per_node
+    cpus, cpus_per_node = experiment.compute.cpus_per_worker, allocation.cpus_per_node
+    if experiment.compute.device == "cuda" and not gpus:
+        raise InputError("compute.device=cuda: requires a GPU, but the job has none; add --gpus-per-node 1")
+    if cpus_per_node is not None and cpus > cpus_per_node:
+        raise InputError(
+            f"compute.cpus_per_worker={cpus}: must be at most cpus-per-node={cpus_per_node}, since a worker has one "
+            "node; use fewer CPUs per worker, or more per node"
+        )
     if gpus and workers > gpus:
         raise InputError(
             f"compute.workers={workers}: requires a GPU per worker, but the job has {gpus}; use more nodes"
         )
-    return load_dataset(experiment.dataset, experiment.augmentation)
+    dataset = load_dataset(experiment.dataset, experiment.augmentation)
+    check_dataset_compatibility(experiment, dataset)
+    return dataset
 
 
 def _check_sweep(settings: dict[str, Any], allocation: Allocation) -> str:

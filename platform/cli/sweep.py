@@ -245,7 +245,7 @@ def sweeps(storage_dir: StorageFolder = DEFAULT_STORAGE, as_json: AsJson = False
         table = read_sweeps(storage.tracking_uri)
     jobs: list[str] = []
     if cluster and "running" in set(table["status"]):
-        from linflab.platform.cluster.head import active_job_ids
+        from linflab.platform.cluster.head import active_job_ids, is_job_of
 
         jobs = active_job_ids()
     for number, name in enumerate(table["sweep"]):
@@ -253,9 +253,8 @@ def sweeps(storage_dir: StorageFolder = DEFAULT_STORAGE, as_json: AsJson = False
         if table.loc[number, "status"] != "running":
             continue
         if cluster:  # the sweep's job may be gone
-            table.loc[number, "status"] = (
-                "running" if any(job.startswith(f"{name}-") for job in jobs) else "interrupted"
-            )
+            is_running = any(is_job_of(job, name) for job in jobs)
+            table.loc[number, "status"] = "running" if is_running else "interrupted"
         elif re.fullmatch(SWEEP_NAME, name) and lock.is_file():  # stored names may be invalid
             # If the lock is not accessible, as in another user's storage, the stored status is kept.
             with suppress(OSError), file_lock(lock) as free:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -52,7 +52,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate time and memory from a few steps, without training or logging")
     ] = False,
-    name: Annotated[str, typer.Option(help="Name of a new run; default: the recipe and its overrides")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; default: the recipe and its overrides")] = "",
     tag: Tags = None,
     cluster: OnCluster = False,
 ) -> None:
@@ -94,6 +94,7 @@ def train(
         signals.watch_again()  # imported libraries may have replaced the handlers
     check_dataset_compatibility(experiment, dataset)
     command = train_command(recipe, overrides or [])
+    user_tags = {schema.USER_TAG + key: value for key, value in own_tags.items()}
     tags = {
         schema.KIND: "trial",
         schema.INVOCATION_ID: uuid.uuid4().hex,
@@ -101,9 +102,9 @@ def train(
         schema.COMMAND: command,
         schema.MISSING: "model and figures",  # until they are logged
         **({schema.SLURM_JOB: slurm_job} if (slurm_job := os.environ.get(SLURM_JOB_VAR, "")) else {}),
-        **{schema.USER_TAG + key: value for key, value in own_tags.items()},
+        **user_tags,
     }
-    name = name or default_run_name(recipe, overrides or [])
+    given_name, name = name, name or default_run_name(recipe, overrides or [])
     if not resume:
         print_warning(_note_on_name(storage, name))
     resume_command = " ".join([command, *map(shlex.quote, storage_options(storage)), "--resume"])
@@ -113,6 +114,8 @@ def train(
             if earlier_run is not None and earlier_run.is_finished and again:
                 earlier_run = None
             run = earlier_run.result.run_id if earlier_run else None
+            if run is not None:
+                _set_tags(storage, run, {**user_tags, **({schema.NAME: given_name} if given_name else {})})
             if earlier_run is not None and earlier_run.is_finished:
                 console.print(f"Run {run} has finished already. Train again with `{resume_command} --again`.")
                 result = earlier_run.result
@@ -147,7 +150,7 @@ def train_request(request: "TrialRequest", hint: str) -> "TrialResult":
     from linflab.platform.distributed.address import needs_ray
     from linflab.platform.tracking.mlflow import retrying_client
     from linflab.platform.tracking.runs import terminate_open_runs
-    from linflab.platform.trial import check_local_resources, run_trial
+    from linflab.platform.trial import check_local_resources, checkpoint_store, run_trial
     from linflab.reports import schema
 
     experiment, storage, invocation = request.experiment, request.storage, request.tags[schema.INVOCATION_ID]
@@ -164,6 +167,8 @@ def train_request(request: "TrialRequest", hint: str) -> "TrialResult":
         wait_for_nodes(experiment, console.print)
         run_training = train_distributed
         if request.resume_run_id:
+            with checkpoint_store(storage, request.resume_run_id).lock():
+                pass  # another process may be training the run, which then must keep its tag
             # `terminate_open_runs` finds runs by this tag.
             retrying_client(storage).set_tag(request.resume_run_id, schema.INVOCATION_ID, invocation)
         watcher = watch_ray(hint, partial(terminate_open_runs, storage, invocation), 130)
@@ -177,6 +182,14 @@ def train_request(request: "TrialRequest", hint: str) -> "TrialResult":
             terminate_open_runs(storage, invocation)  # killed workers leave their runs open
     assert result is not None  # only workers other than the first return None
     return result
+
+
+def _set_tags(storage: Storage, run: str, tags: Mapping[str, str]) -> None:
+    """Add tags that the user has given to a run that existed before."""
+    from linflab.platform.tracking.mlflow import retrying_client
+
+    for key, value in tags.items():
+        retrying_client(storage).set_tag(run, key, value)
 
 
 def _note_on_name(storage: Storage, name: str) -> str | None:

@@ -7,6 +7,7 @@ The dashboard accepts jobs that are sent with the cluster's token. The MLflow se
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
 CONNECT_TIMEOUT_S = 30.0
+JOB_SUFFIX = 6  # hexadecimal digits behind the name of a command in the id of its job
 TOKEN = Path("~/.ray/auth_token")
 # Script that prints the head node's address and ssh settings as its last line, after messages of Ray.
 _HEAD_LOOKUP_SCRIPT = """
@@ -194,6 +196,11 @@ def tracking_server_tunnel(local: int | None = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+def is_job_of(job: str, name: str) -> bool:
+    """Return True if the id of a Ray job is one that `run_on_cluster` gives to commands of this name."""
+    return re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{{JOB_SUFFIX}}}", job) is not None
+
+
 def run_on_cluster(
     command: Sequence[str], name: str, files: Mapping[str, str], width: int, show: Callable[[str], None]
 ) -> None:
@@ -215,7 +222,7 @@ def run_on_cluster(
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # logs each upload
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    (path, _), job = cluster_file(), f"{name}-{uuid.uuid4().hex[:6]}"
+    (path, _), job = cluster_file(), f"{name}-{uuid.uuid4().hex[:JOB_SUFFIX]}"
     run = shlex.join(["linflab", *command])
     on_head = f"ray exec {os.environ.get('LINFLAB_CLUSTER') or path.name}"
     view = f"show it with `{on_head} 'ray job logs --follow {job}'`"

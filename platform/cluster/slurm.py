@@ -86,6 +86,19 @@ class Allocation:
         """Setting that the tasks of an array job vary; empty for a single job."""
         return self.array.partition("=")[0]
 
+    @property
+    def tasks(self) -> list[int]:
+        """Numbers of the tasks of an array job, of each range only the first and the last."""
+        numbers: dict[int, None] = {}
+        for part in filter(None, self.array.partition("=")[2].partition("%")[0].split(",")):
+            first, _, rest = part.partition("-")
+            last, _, step = rest.partition(":")
+            tasks = range(int(first), int(last or first) + 1, max(1, int(step or 1)))
+            if not tasks:
+                raise InputError(f"array={self.array}: ranges must begin with the smaller number; use seed=0-4")
+            numbers |= dict.fromkeys((tasks[0], tasks[-1]))
+        return list(numbers)
+
     def directives(self) -> list[str]:
         """Return the options of sbatch, without the leading dashes."""
         lines = [f"nodes={self.nodes}", "ntasks-per-node=1", f"time={self.time}"]
@@ -184,6 +197,7 @@ def batch_script(job: Job, allocation: Allocation) -> str:
         "is_started": job.is_started,
         "start": _START_ON_NODES if allocation.nodes > 1 else _START_HERE,
         "tracked": "" if job.tracking_server else f' python -m {SERVER_MODULE} run "$storage" "${{head%:*}}"',
+        "tracking_token": "" if job.tracking_server else " MLFLOW_TRACKING_TOKEN=$RAY_AUTH_TOKEN",
         "nodes": str(allocation.nodes),
         "gpus": str(allocation.gpus_per_node),
         "stop_timeout": str(STOP_TIMEOUT_S),
@@ -240,9 +254,9 @@ job=$!
 """
 
 _START_ON_NODES = """\
-# Ray and MLflow accept only this job's processes, since other users of the cluster do not know the token.
+# Ray, and MLflow if this job starts it, accept only this job's processes, since other users do not know the token.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN MLFLOW_TRACKING_TOKEN=$RAY_AUTH_TOKEN
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN@tracking_token@
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-180}
 # Address of this node, the first one. If other nodes cannot reach it, set LINFLAB_HEAD to another address of this node.
 head=${LINFLAB_HEAD:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}

@@ -13,7 +13,7 @@ from linflab.models.robustness.certification.cascade import CascadeSettings
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.own_parts import import_own_parts
 from linflab.platform.data.datasets import SplitName, load_dataset
-from linflab.platform.distributed.train import evaluation_resources, start_ray, uses_gpus
+from linflab.platform.distributed.train import evaluation_resources, max_evaluation_workers, start_ray
 from linflab.platform.errors import TrainingError
 from linflab.platform.host import configure_process
 from linflab.platform.source import verify_source_hash
@@ -98,11 +98,9 @@ def _shorten(error: Exception) -> str:
 
 
 def max_judges(experiment: ExperimentConfig) -> int:
-    """Return the largest number of workers of `judge_distributed` on the nodes that are there."""
-    resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0)) // experiment.compute.cpus_per_worker
-    gpus = int(resources.get("GPU", 0)) if uses_gpus(experiment) else 0
-    return max(1, min(cpus, gpus) if gpus else cpus)
+    """Return the largest number of workers of `judge_distributed` that fit on the nodes, at least 1."""
+    gpus = evaluation_resources(experiment, 1)[1]
+    return max(1, max_evaluation_workers(experiment.compute.cpus_per_worker, gpus))
 
 
 class _JudgeActor:

@@ -353,15 +353,20 @@ def evaluation_resources(experiment: ExperimentConfig, workers: int) -> tuple[in
     Raises:
         InputError: If the cluster is too small.
     """
-    resources = ray.cluster_resources()
-    gpus = int(uses_gpus(experiment) and resources.get("GPU", 0) >= 1)  # without GPUs, use CPUs
-    cpus = min(experiment.compute.cpus_per_worker, int(resources.get("CPU", 0)) // workers)
-    if not cpus or gpus * workers > resources.get("GPU", 0):
-        raise InputError(
-            f"workers={workers}: requires a CPU per worker, and a GPU if the cluster has any; there are "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; use fewer workers"
-        )
-    return cpus, gpus
+    nodes = node_resources()
+    gpus = int(uses_gpus(experiment) and _total(nodes, "GPU") >= 1)  # without GPUs, use CPUs
+    for cpus in range(experiment.compute.cpus_per_worker, 0, -1):
+        if max_evaluation_workers(cpus, gpus) >= workers:
+            return cpus, gpus
+    raise InputError(
+        f"workers={workers}: requires a CPU per worker, and a GPU on the same node if the cluster has any; there are "
+        f"{_total(nodes, 'CPU'):g} CPUs and {_total(nodes, 'GPU'):g} GPUs; use fewer workers"
+    )
+
+
+def max_evaluation_workers(cpus: int, gpus: int) -> int:
+    """Return the number of workers with these CPUs and GPUs that fit on the nodes, without those that would wait."""
+    return _max_workers({"CPU": cpus, **({"GPU": gpus} if gpus else {})})
 
 
 class _EvaluationActor:

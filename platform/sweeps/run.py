@@ -111,6 +111,7 @@ def _search(
                     "trials in all."
                 )
                 search.tell_verified(spec, verify(store.run_ids[spec.label], max_judges(plan.base)))
+                store.log_elapsed_time()
             if not search.is_finished():  # seeds of the best trial
                 _train_trials(search, store, train, resources, view)
         best = search.best()

@@ -293,7 +293,9 @@ def _artifact_roots(connection: sqlite3.Connection) -> list[str]:
         "(SELECT experiment_id FROM runs JOIN tags USING (run_uuid) WHERE tags.key = ?)"
     )
     uris = [str(uri) for (uri,) in connection.execute(query, (schema.KIND,))]
-    return [uri for uri in uris if (path := local_path(uri)) is not None and path.name == "artifacts"]
+    # A server, such as that of a Slurm job, gives each experiment a folder, named by its number.
+    uris = [re.sub(r"/artifacts/\d+$", "/artifacts", uri) for uri in uris]
+    return [uri for uri in dict.fromkeys(uris) if (path := local_path(uri)) is not None and path.name == "artifacts"]
 
 
 def _is_same_folder(uri: str, artifacts: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linflab.platform.data.datasets import Dataset
 from linflab.platform.errors import RunInterrupted, TrainingError
-from linflab.platform.training.evaluation import Accuracies, evaluate, evaluation_spec, recalibrate
+from linflab.platform.training.evaluation import Accuracies, BatchResult, evaluate, evaluation_spec, recalibrate
 from linflab.platform.training.trainer import ScheduledValues, Trainer
 
 # A float32 weight larger than this does not change if a pixel value in [0, 1] is added to it. A network with such a
@@ -94,7 +94,7 @@ def train_epochs(
         on_epoch: Called after each epoch.
         on_step: Called after each step.
         save: Writes a checkpoint of `state`.
-        should_stop: Called after each step; True stops training.
+        should_stop: Called after each step and batch of validation images; True stops training.
 
     Raises:
         TrainingError: If a loss or weight is not finite or too large; the state is not saved.
@@ -132,7 +132,14 @@ def train_epochs(
                 settings.training.batch_size,
                 trainer.recalibrated_kinds(state.epoch),
             )
-            (validation,) = evaluate(network, dataset.validation, spec, settings.evaluation.batch_size)
+            batch_size, epoch = settings.evaluation.batch_size, state.epoch
+
+            def stop_validation(part: BatchResult, epoch: int = epoch) -> None:
+                if should_stop():  # the validation of the epoch is repeated
+                    save()
+                    raise RunInterrupted(f"stopped during the validation after epoch {epoch} of {epochs}")
+
+            (validation,) = evaluate(network, dataset.validation, spec, batch_size, stop_validation)
             previous_best = state.best.validation if state.best is not None else None
             if previous_best is None or validation.certified >= previous_best.certified:
                 state.best = _select_network(trainer, state, network, validation)

@@ -68,6 +68,9 @@ def _restore(state: dict[str, Any], trainer: Trainer) -> TrainingState:
     for group, settings in zip(trainer.optimizer.param_groups, config_settings, strict=True):
         group.update(settings)  # settings come from the config, not from the checkpoint
     check_state(trainer.experiment.optimizer, trainer.optimizer)
+    for parameter, tensors in trainer.optimizer.state.items():
+        if "step" in tensors and trainer.optimizer.defaults.get("fused"):  # the checkpoint may be of another device
+            tensors["step"] = tensors["step"].to(parameter.device)
     best = None
     if state["best"] is not None:
         network = trainer.copy_network()

@@ -339,9 +339,10 @@ class Trainer:
         )
         if starts is not None:  # starts of the whole batch; keep this worker's part
             starts = starts[self.rank :: self.workers].to(images)
-        seed = int(
-            torch.randint(2**63 - 1, (), generator=generator)
-        )  # last, so that the other draws do not depend on it
+        # Last, so that the other draws do not depend on them.
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        own_seeds = torch.randint(2**63 - 1, (self.workers,), generator=generator)
+        torch.manual_seed(int(own_seeds[self.rank]))  # for dropout of the user's networks
         loss = self.parallel(images, labels, values, masks, seed, starts)
         self.optimizer.zero_grad()
         loss.backward()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from linflab.models.robustness.objectives import ObjectiveConfig
 from linflab.platform.config import own_parts
 from linflab.platform.config.overrides import build_config, load_config
 from linflab.platform.config.own_parts import UnknownObjectiveConfig, copy_own_modules, used_modules
-from linflab.platform.errors import InputError
+from linflab.platform.data.datasets import load_dataset
+from linflab.platform.errors import InputError, RunInterrupted
+from linflab.platform.training.checkpoints import CheckpointStore
+from linflab.platform.training.fit import fit
+from linflab.platform.training.trainer import Trainer
 from linflab.platform.training.weights import build_network, load_weights, save_weights
 from linflab.reports import schema
 from tests.conftest import RunCli, assert_rejected
@@ -42,7 +47,7 @@ class WideConfig(NetworkConfig):
 
     def build(self, input_shape: Sequence[int], classes: int, mean=(0.0,), std=1.0) -> nn.Module:
         hidden = nn.Linear(torch.Size(input_shape).numel(), 8)
-        return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(8, classes))
+        return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, classes))
 
 
 class SmallConfig(ObjectiveConfig):
@@ -97,6 +102,39 @@ def test_networks_load_without_the_objective(module: str, tmp_path: Path, monkey
         objective.build(1.0)
     with pytest.raises(InputError, match=r"objective\.kind=my_small.*LINFLAB_IMPORT"):
         build_config(experiment.model_dump(mode="json"), {})
+
+
+def has_ended(calls: Iterator[int]) -> bool:
+    return next(calls, None) is None
+
+
+def test_interrupted_training_with_dropout_is_deterministic(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINFLAB_IMPORT", module)
+    experiment = load_config(RECIPE, ["model.kind=my_wide", "training.epochs=2"])
+    data, checkpoints = load_dataset(experiment.dataset, experiment.augmentation), CheckpointStore(tmp_path / "run")
+    uninterrupted = fit(experiment, data)
+    for num_steps in (3, 47):
+        calls = iter(range(num_steps))
+        with pytest.raises(RunInterrupted):
+            fit(experiment, data, checkpoints=checkpoints, should_stop=partial(has_ended, calls))
+        torch.rand(7)  # the masks do not depend on earlier draws
+    resumed = fit(experiment, data, checkpoints=checkpoints)
+    for name, tensor in uninterrupted.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+
+
+def test_workers_draw_their_own_dropout_masks(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINFLAB_IMPORT", module)
+    experiment = load_config(RECIPE, ["model.kind=my_wide"])
+    data, seeds = load_dataset(experiment.dataset, experiment.augmentation), set()
+    for rank in range(2):
+        trainer = Trainer(experiment, data, rank, 2)
+        for step in range(2):
+            trainer.step(step, *trainer.epoch_order(1))
+            seeds.add(torch.initial_seed())
+    assert len(seeds) == 4
 
 
 def test_unknown_networks_name_their_module(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,11 +149,15 @@ def test_training_run_has_its_given_name_and_tags(
     assert done.returncode == 0, done.stderr
     (run,) = read_runs(Storage(tmp_path).tracking_uri, {schema.KIND: "trial"}).to_dict("records")
     assert run[schema.NAME] == "[/n]" and run["linflab.tag.campaign"] == "a=b"
+    resume = ["train", RECIPE, *quick, 'method="net [/1] 网络"', "--resume", "--name", "[/m]", "--tag", "k=c", *storage]
+    assert run_cli(*resume).returncode == 0
+    (run,) = read_runs(Storage(tmp_path).tracking_uri, {schema.KIND: "trial"}).to_dict("records")
+    assert (run[schema.NAME], run["linflab.tag.campaign"], run["linflab.tag.k"]) == ("[/m]", "a=b", "c")
     others = read_runs(Storage(finished_training.storage).tracking_uri, {schema.KIND: "trial"}).set_index("run_id")
     name = others.loc[finished_training.id, schema.NAME]
     assert "epochs=3" in name and RECIPE in name
     text = run_cli("runs", *storage).stdout
-    assert "net [/1] 网络" in text and "[/n]" in text
+    assert "net [/1] 网络" in text and "[/m]" in text
     assert_rejected(run_cli("train", RECIPE, "--tag", "x", *storage), "tag=x")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from linflab.platform.cluster.slurm import Allocation, Job, batch_script
 from tests.conftest import QUICK, RECIPE, RunCli, assert_rejected
 
 TIME = ("--time", "01:00:00")
@@ -47,6 +48,11 @@ def read_command(script: str, **variables: str) -> list[str]:
         ([*TIME, "--dry-run"], "dry-run"),
         ([*TIME, "model.width=x"], "model.width=x"),
         ([*TIME, "compute.workers=4", "--gpus-per-node", "1", "--nodes", "2"], "compute.workers=4"),
+        ([*TIME, "compute.cpus_per_worker=8", "--cpus-per-node", "4"], "compute.cpus_per_worker=8"),
+        ([*TIME, "compute.device=cuda"], "compute.device=cuda"),
+        ([*TIME, "training.batch_size=100000"], "training.batch_size=100000"),
+        ([*TIME, "--array", "training.batch_size=64,100000"], "training.batch_size=100000"),
+        ([*TIME, "--array", "training.batch_size=100-50"], "array=training.batch_size=100-50"),
     ],
 )
 def test_invalid_job_is_rejected(run_cli: RunCli, tmp_path: Path, arguments: list[str], expected: str) -> None:
@@ -151,6 +157,14 @@ def test_job_requests_the_chosen_resources(run_cli: RunCli, tmp_path: Path, node
     exported = (Path(__file__).parents[3] / "cluster.yaml").read_text()
     for name in ("RAY_memory_monitor_refresh_ms", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         assert f"{name}=0" in exported and (f"{name}=0" in script) is (nodes == "2")
+
+
+@pytest.mark.parametrize("server", [None, "http://127.0.0.1:5500"])
+def test_token_of_a_job_stays_in_the_job(tmp_path: Path, server: str | None) -> None:
+    """Another server has its own token, and must not learn the one that gives access to Ray."""
+    job = Job("train", tmp_path, server, tmp_path, ("train", RECIPE), ("train", RECIPE, "--resume"), "false", "")
+    script = batch_script(job, Allocation(2, 0, None, "01:00:00", 120, 0))
+    assert ("MLFLOW_TRACKING_TOKEN=$RAY_AUTH_TOKEN" in script) is (server is None)
 
 
 def test_nodes_bypass_the_proxy_and_keep_other_hosts(run_cli: RunCli, tmp_path: Path) -> None:

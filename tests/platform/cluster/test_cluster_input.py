@@ -15,6 +15,7 @@ import ray
 
 from linflab.platform import signals
 from linflab.platform.cluster import node
+from linflab.platform.cluster.head import is_job_of
 from linflab.platform.cluster.node import restrict_ports
 from linflab.platform.cluster.ports import find_free_port
 from linflab.platform.config.overrides import load_config
@@ -95,6 +96,11 @@ def test_wrong_settings_are_rejected_before_connecting(laptop: Path, run_cli: Ru
     assert_rejected(done, "model.widht=3")
     assert "cluster" not in done.stderr
     assert_rejected(run_cli("train", RECIPE, "--dry-run", "--cluster"), "dry-run")
+
+
+def test_jobs_of_sweeps_with_longer_names_are_other_jobs() -> None:
+    assert is_job_of("first-a1b2c3", "first") and is_job_of("first-lr-a1b2c3", "first-lr")
+    assert not is_job_of("first-lr-a1b2c3", "first") and not is_job_of("first", "first")
 
 
 def test_second_signal_ends_ssh(laptop: Path) -> None:

@@ -344,6 +344,20 @@ def test_artifacts_of_other_tools_keep_their_location(storage_with_run: Storage,
         assert moved.locate(uri) == uri
 
 
+def test_artifacts_of_a_server_move_with_the_storage(tmp_path: Path) -> None:
+    """The server of a Slurm job gives each experiment its own folder of artifacts."""
+    storage = Storage.open(tmp_path / "before")
+    storage.ensure_store()
+    client = MlflowClient(storage.tracking_uri)
+    experiment = client.create_experiment("digits eps 0.1", artifact_location=f"{storage.artifacts.as_uri()}/7")
+    run = client.create_run(experiment, tags={schema.KIND: "trial"}).info.run_id
+    client.log_text(run, "text", "file.txt")
+    moved = Storage.open(Path(shutil.move(storage.root, tmp_path / "after")))
+    client = MlflowClient(moved.tracking_uri)
+    assert client.get_experiment(experiment).artifact_location == f"{moved.artifacts.as_uri()}/7"
+    assert Path(client.download_artifacts(run, "file.txt", str(tmp_path))).read_text() == "text"
+
+
 READ_ONLY = """
 import sys
 from pathlib import Path

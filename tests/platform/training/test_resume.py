@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from linflab.models.robustness.attacks import PGD, Attack
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.config.overrides import load_config
 from linflab.platform.data.datasets import load_dataset
 from linflab.platform.errors import InputError, RunInterrupted, RunLockedError, TrainingError, WorkerLostError
-from linflab.platform.tracking.runs import Run
+from linflab.platform.results.load import find_weights
+from linflab.platform.tracking.runs import Run, find_runs
 from linflab.platform.tracking.storage import Storage
 from linflab.platform.training.checkpoints import CheckpointStore
 from linflab.platform.training.fit import fit
@@ -47,9 +49,10 @@ def train_until(
     last_step: int,
     config: ExperimentConfig,
     on_epoch: Callable[[EpochMetrics], None] = lambda report: None,
+    device: str = "cpu",
 ) -> None:
     """Train until this step and interrupt."""
-    data, step = load_dataset("digits", config.augmentation), 0
+    data, step = load_dataset("digits", config.augmentation).to(torch.device(device)), 0
 
     def on_step(report: StepMetrics) -> None:
         nonlocal step
@@ -78,6 +81,26 @@ def test_training_with_many_interruptions_is_deterministic(tmp_path: Path) -> No
         assert torch.equal(tensor, trained.network.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("kind", ["linf_dist_mlp", "sort_net"])
+def test_training_interrupted_in_validation_is_deterministic(tmp_path: Path, kind: str) -> None:
+    """The finished epoch is kept, and its validation is repeated."""
+    config = make_config(f"model.kind={kind}", "evaluation.batch_size=100", "training.checkpoint_interval=100")
+    data, checkpoints = load_dataset("digits", config.augmentation), CheckpointStore(tmp_path / "run")
+    uninterrupted, steps, num_calls = fit(config, data), [], 0
+
+    def is_in_validation() -> bool:
+        nonlocal num_calls
+        num_calls += 1
+        return num_calls == 39  # 37 steps, and the second batch of validation images
+
+    with pytest.raises(RunInterrupted, match="validation after epoch 1 of"):
+        fit(config, data, checkpoints=checkpoints, should_stop=is_in_validation)
+    resumed = fit(config, data, on_step=lambda report: steps.append(report.step), checkpoints=checkpoints)
+    assert steps[0] == 38 and (resumed.epoch, resumed.validation) == (uninterrupted.epoch, uninterrupted.validation)
+    for name, tensor in uninterrupted.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+
+
 def test_training_interrupted_in_evaluation_resumes_at_its_end(tmp_path: Path) -> None:
     checkpoints, data = CheckpointStore(tmp_path / "run"), load_dataset("digits", make_config().augmentation)
     settings = ["training.checkpoint_interval=100"]
@@ -86,6 +109,35 @@ def test_training_interrupted_in_evaluation_resumes_at_its_end(tmp_path: Path) -
     assert not steps and (resumed.epoch, resumed.validation) == (uninterrupted.epoch, uninterrupted.validation)
     for name, tensor in uninterrupted.network.state_dict().items():
         assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_training_resumes_on_another_device(tmp_path: Path, devices: tuple[str, str]) -> None:
+    checkpoints = CheckpointStore(tmp_path / "run")
+    train_until(checkpoints, 50, make_config("compute.device=auto"), device=devices[0])
+    train_until(checkpoints, 60, make_config("compute.device=auto"), device=devices[1])
+
+
+def test_weights_are_kept_if_evaluation_fails(tmp_path: Path) -> None:
+    class Wasteful(PGD):
+        kind = "wasteful"
+
+        def run(self, *arguments: object) -> torch.Tensor:
+            return torch.empty(2**45)  # more than any machine has
+
+    try:
+        config, storage = make_config("evaluation.attack.methods=[wasteful]"), Storage.open(tmp_path)
+        with pytest.raises(TrainingError, match=r"out of memory.*evaluation\.batch_size.*network is kept.*run \w+"):
+            run_trial(TrialRequest(config, storage, "wasteful", {schema.KIND: "trial"}))
+        (run,) = find_runs(storage, config)
+        assert run.info.status == "FAILED" and schema.TEST_CERTIFIED not in run.data.metrics
+        assert find_weights(run.info.run_id, tmp_path)[2] == run.info.run_id
+    finally:
+        Attack.registry.pop("wasteful")
+    trained = fit(make_config(), load_dataset("digits", config.augmentation))
+    for name, tensor in trained.network.state_dict().items():
+        assert torch.equal(tensor, load_weights(tmp_path)[name]), name
 
 
 def test_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path: Path) -> None:
