@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from linflab.models.networks.cost import count_flops, count_parameters
+from linflab.models.robustness.inputs import is_out_of_memory
 from linflab.platform.config.experiment import ExperimentConfig
 from linflab.platform.data.datasets import Split, load_dataset
 from linflab.platform.errors import InputError, RunInterrupted, TrainingError
@@ -94,30 +95,25 @@ def select_evaluation_device(experiment: ExperimentConfig) -> torch.device:
 
 
 @contextmanager
-def resource_errors(experiment: ExperimentConfig, kept: str = "") -> Iterator[None]:
-    """Raise errors for lack of memory or disk space as `TrainingError` that names what to change.
+def resource_errors(advice: str) -> Iterator[None]:
+    """Raise errors for lack of memory or disk space as `TrainingError`.
 
     Args:
-        experiment: Config of the run.
-        kept: End of the message, about what is kept.
+        advice: What to do about lack of memory.
     """
     try:
         yield
     except (TrainingError, RunInterrupted):
         raise
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and "can't allocate memory" not in str(error):  # of PyTorch's CPU allocator
+        if not is_out_of_memory(error):
             raise
-        reason = (" ".join(str(error).split()) or "MemoryError")[:200]
-        raise TrainingError(
-            f"out of memory ({reason}); use a smaller training.batch_size than {experiment.training.batch_size}, or a "
-            f"smaller evaluation.batch_size than {experiment.evaluation.batch_size}{kept}"
-        ) from error
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise TrainingError(f"out of memory ({reason}); {advice}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise TrainingError(f"disk full ({error}); free disk space, then resume with --resume{kept}") from error
+        raise TrainingError(f"disk full ({error}); free disk space, then resume with --resume") from error
 
 
 @dataclass(frozen=True)
@@ -231,7 +227,8 @@ def run_trial(request: TrialRequest, on_report: Callable[[Report], None] = lambd
         RunLockedError: If another process is training the run.
         RunInterrupted: If a signal stopped the run.
     """
-    with resource_errors(request.experiment):
+    size = request.experiment.training.batch_size
+    with resource_errors(f"use a smaller training.batch_size than {size}, or a smaller network"):
         return _run_trial(request, on_report)
 
 
@@ -317,7 +314,8 @@ def _train(
     if request.evaluate_test:
         with tempfile.TemporaryDirectory() as folder:
             images = Path(folder) / schema.FIGURES_DIR / schema.RADII_FILE
-            with resource_errors(experiment, f"; the trained network is kept: evaluate it as run {run.id}"):
+            batch_size = f"evaluation.batch_size={max(1, experiment.evaluation.batch_size // 10)}"
+            with resource_errors(f"the trained network is kept; use `linflab evaluate {run.id} {batch_size}`"):
                 metrics |= evaluate_on_test(selected.network, dataset.test, spec, experiment, on_report, images)
             run.log_tags({schema.ATTACK: experiment.evaluation.attack.describe()})
             run.client.log_artifacts(run.id, folder)

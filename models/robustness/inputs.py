@@ -5,6 +5,7 @@ Inputs that would change the meaning of a result are rejected with ValueError or
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -237,6 +238,18 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
         )
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return True if lack of memory, of the CPU or a GPU, caused an error."""
+    while error is not None:
+        # PyTorch's CPU allocator raises RuntimeError; causes are lost between processes.
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
 def compute_logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs of a network; raise a readable error if it fails on the images.
 
@@ -247,9 +260,9 @@ def compute_logits(network: nn.Module, images: Tensor) -> Tensor:
     """
     try:
         return network(images) if len(images) != 1 else network(torch.cat([images, images]))[:1]
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"images={tuple(images.shape)}: {type(network).__name__} fails on them ({reason}); use images of the shape "

@@ -118,6 +118,6 @@ def runs_import(
     console.print(f"Imported {counts.imported} runs into {storage.location}; {counts.present} were already there.")
     if counts.outdated:
         console.print(
-            f"{counts.outdated} of these have other results in the file. They are not changed; to replace them, delete "
-            "them in the MLflow UI and import the file again."
+            f"{counts.outdated} of these were imported before and have other results in the file. They are not "
+            "changed; to replace them, delete them in the MLflow UI and import the file again."
         )

@@ -189,9 +189,7 @@ def _check_experiment(recipe: str, overrides: list[str], allocation: Allocation)
     experiment = load_config(recipe, overrides)
     workers, gpus = experiment.compute.workers, allocation.nodes * allocation.gpus_per_node
     cpus, cpus_per_node = experiment.compute.cpus_per_worker, allocation.cpus_per_node
-    if experiment.compute.device == "cuda" and not gpus:
-        raise InputError("compute.device=cuda: requires a GPU, but the job has none; add --gpus-per-node 1")
-    if cpus_per_node is not None and cpus > cpus_per_node:
+    if cpus_per_node is not None and not allocation.uses_whole_nodes and cpus > cpus_per_node:
         raise InputError(
             f"compute.cpus_per_worker={cpus}: must be at most cpus-per-node={cpus_per_node}, since a worker has one "
             "node; use fewer CPUs per worker, or more per node"
@@ -201,7 +199,7 @@ def _check_experiment(recipe: str, overrides: list[str], allocation: Allocation)
             f"compute.workers={workers}: requires a GPU per worker, but the job has {gpus}; use more nodes"
         )
     dataset = load_dataset(experiment.dataset, experiment.augmentation)
-    check_dataset_compatibility(experiment, dataset)
+    check_dataset_compatibility(experiment, dataset, on_this_machine=False)
     return dataset
 
 

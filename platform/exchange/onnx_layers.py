@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linflab.models.distance.derivatives import sort_coefficients
 from linflab.models.networks.layers import GroupSort, LpDistance, LpDistanceConv2d, Normalize, SortDistance
 from linflab.models.robustness.bounds.affine import Affine, adaptive_window, affine_map
-from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Add, Clamp, Concat, Quotient, Rearrangement
+from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Add, Clamp, Concat, Quotient, Rearrangement, unwrap
 from linflab.platform.errors import InputError
 from linflab.platform.exchange.onnx_graph import GraphBuilder
 
@@ -58,7 +58,7 @@ def write_weights(layer: nn.Module, weight: Tensor, bias: Tensor, graph: GraphBu
 
 
 def _unsupported(layer: nn.Module, reason: str = "") -> InputError:
-    name = type(layer).__name__ + (f" with {reason}" if reason else "")
+    name = type(unwrap(layer)).__name__ + (f" with {reason}" if reason else "")
     return InputError(f"layer={name}: has no ONNX form in linflab; use --format safetensors, or another layer")
 
 

@@ -24,6 +24,7 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
+from linflab.models.robustness.inputs import is_out_of_memory
 from linflab.platform.config.own_parts import import_own_parts
 from linflab.platform.distributed.train import to_ray_metrics, train_distributed
 from linflab.platform.errors import RunLockedError, WorkerLostError
@@ -215,7 +216,7 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
         except Exception as error:
             if "CUDA error" in str(error):  # the process cannot use CUDA any more
                 raise WorkerLostError(f"{type(error).__name__}: {error}") from None
-            if not may_retry or not _out_of_memory(error):
+            if not may_retry or not is_out_of_memory(error):
                 metrics = {FAILURE_KEY: f"{type(error).__name__}: {error}"}
         if metrics is None:  # other trials may have used the memory: retry once from the checkpoint
             may_retry = False
@@ -228,7 +229,3 @@ def _trial(config: dict[str, Any], plan: SweepPlan, storage: Storage, train: Tra
 def _report(report: Report) -> None:
     if isinstance(report, EpochMetrics):
         tune.report(to_ray_metrics(report))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

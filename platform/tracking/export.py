@@ -265,7 +265,7 @@ class ImportCounts(NamedTuple):
 
     imported: int
     present: int  # already in the storage, hence not imported
-    outdated: int  # of these, those with other metrics or tags than in the file
+    outdated: int  # of these, earlier imports with other metrics than in the file
 
 
 def import_runs(storage: Storage, file: Path) -> ImportCounts:
@@ -294,7 +294,8 @@ def import_runs(storage: Storage, file: Path) -> ImportCounts:
     # Import parent runs first, since their trials refer to their new ids.
     for record in sorted(records, key=lambda record: PARENT in record.tags):
         if record.run_id in present:
-            num_outdated += _differs(record, present[record.run_id])
+            run = present[record.run_id]
+            num_outdated += schema.ORIGINAL_RUN_ID in run.data.tags and _metrics(run) != record.metrics
             continue
         tags = {**record.tags, schema.ORIGINAL_RUN_ID: record.run_id}
         if PARENT in tags:
@@ -309,14 +310,6 @@ def import_runs(storage: Storage, file: Path) -> ImportCounts:
         client.set_terminated(run.info.run_id, record.status, record.end_time)
         run_ids[record.run_id], num_imported = run.info.run_id, num_imported + 1
     return ImportCounts(num_imported, len(records) - num_imported, num_outdated)
-
-
-def _differs(record: ExportedRun, run: MLflowRun) -> bool:
-    """Return whether a run was evaluated again, or otherwise changed, before or after it was exported."""
-    tags = {name: text for name, text in run.data.tags.items() if _belongs(name) and name != PARENT}
-    return _metrics(run) != record.metrics or tags != {
-        name: text for name, text in record.tags.items() if name != PARENT
-    }
 
 
 def to_dataframe(records: Sequence[ExportedRun]) -> pd.DataFrame:

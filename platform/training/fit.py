@@ -37,7 +37,8 @@ def fit(
         on_epoch: Called after each epoch.
         on_step: Called after each step.
         checkpoints: Store to resume from and to write checkpoints to; None for a run without checkpoints.
-        should_stop: Called after each step. If it returns True, a checkpoint is written and training ends.
+        should_stop: Called after each step and batch of validation images. If it returns True, a checkpoint is written
+            and training ends.
 
     Returns:
         The selected network, with the total training time.

@@ -113,8 +113,13 @@ def _memory() -> int:
     return max([main, *(torch.cuda.get_device_properties(device).total_memory for device in devices)])
 
 
-def check_dataset_compatibility(experiment: ExperimentConfig, dataset: Dataset) -> None:
+def check_dataset_compatibility(experiment: ExperimentConfig, dataset: Dataset, on_this_machine: bool = True) -> None:
     """Check that a config fits its dataset and the memory of this machine.
+
+    Args:
+        experiment: All settings.
+        dataset: Its dataset.
+        on_this_machine: Whether the network is trained here, so that it must fit into the memory.
 
     Raises:
         InputError: If a batch is larger than the training set, the images are too small for the network, the objective
@@ -133,7 +138,7 @@ def check_dataset_compatibility(experiment: ExperimentConfig, dataset: Dataset) 
     except ValueError as error:
         raise InputError(str(error)) from None
     parameters, memory = count_parameters(network), _memory()
-    if BYTES_PER_PARAMETER * parameters > memory:
+    if on_this_machine and BYTES_PER_PARAMETER * parameters > memory:
         width = getattr(experiment.model, "width", None)
         raise InputError(
             f"{f'model.kind={experiment.model.kind}' if width is None else f'model.width={width}'}: requires "

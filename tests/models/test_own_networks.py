@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 from linflab.models.networks.layers import LpDistance, SortDistance
+from linflab.models.robustness.bounds.affine import Affine, affine_map
 from linflab.models.robustness.bounds.alpha_crown import alpha_crown_margins
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
 from linflab.models.robustness.bounds.coefficients import PatchCoefficients
@@ -20,6 +22,7 @@ from linflab.models.robustness.bounds.pooling import get_pooling, maximum_lines
 from linflab.models.robustness.bounds.relaxations import LinearRelaxation, RelaxationKind, relax
 from linflab.models.robustness.bounds.rounding import strict_float32
 from linflab.models.robustness.bounds.rules import propagate_layer
+from linflab.models.robustness.bounds.steps import Scale
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
 from linflab.models.robustness.certification import certify
 from linflab.models.robustness.margins import cross_entropy_from_differences, logit_differences
@@ -348,11 +351,35 @@ def _propagate_min_pool(layer: MinPool, box: Box, sound: bool = False) -> Box:
     return Box(layer(box.lower), layer(box.upper))
 
 
+class Tripled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
+class Sixfold(Tripled):
+    def forward(self, x: Tensor) -> Tensor:
+        return 6 * x
+
+
+@propagate_layer.register(Tripled)
+@propagate_layer.register(Sixfold)
+def _propagate_multiple(layer: nn.Module, box: Box, sound: bool = False) -> Box:
+    return propagate_layer(Scale(6.0 if isinstance(layer, Sixfold) else 3.0), box, sound)
+
+
+@affine_map.register
+def _tripled_map(layer: Tripled, inputs: torch.Size) -> Affine | None:
+    return affine_map(Scale(3.0), inputs)
+
+
 OWN_LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "last linear": lambda: [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Doubled(8, 3)],
     "hidden linear": lambda: [nn.Flatten(), Doubled(16, 8), nn.ReLU(), nn.Linear(8, 3)],
     "relu": lambda: [nn.Flatten(), nn.Linear(16, 8), Reversed(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)],
     "identity": lambda: [Negated(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Negated(), nn.Linear(8, 3)],
+    "parametrized": lambda: [nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), weight_norm(Doubled(8, 3))],
+    "map": lambda: [nn.Flatten(), nn.Linear(16, 8), Tripled(), nn.ReLU(), nn.Linear(8, 3)],
+    "map of a base class": lambda: [nn.Flatten(), nn.Linear(16, 8), Sixfold(), nn.ReLU(), nn.Linear(8, 3)],
     "pooling": lambda: [nn.Conv2d(1, 2, 1), MinPool(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)],
 }
 
@@ -434,6 +461,36 @@ def test_sound_linear_bounds_include_the_rounding_of_own_activations() -> None:
             assert (logits >= lower).all() and (logits <= upper).all()
             for difference in differences:
                 assert (logit_differences(logits, labels) <= difference).all()
+
+
+class OwnMish(nn.Mish):
+    """An activation of torch for which the user registers rules."""
+
+
+@relax.register
+def _relax_mish(
+    layer: OwnMish, box: Box, relaxation: RelaxationKind = "adaptive", sound: bool = False
+) -> LinearRelaxation:
+    """Exact for boxes of one point."""
+    zero, value = torch.zeros_like(box.lower), functional.mish(box.lower)
+    return LinearRelaxation(zero, value, zero, value)
+
+
+@propagate_layer.register
+def _propagate_mish(layer: OwnMish, box: Box, sound: bool = False) -> Box:
+    values = functional.mish(box.lower)
+    return Box(values - 0.01, values + 0.01) if sound else Box(values, values)
+
+
+def test_sound_linear_bounds_do_not_use_relaxations_with_unknown_rounding() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), OwnMish(), nn.ReLU(), nn.Linear(8, 3)).eval()
+    box = perturbation_box(torch.rand(3, 1, 4, 4), 0.0)
+    with torch.no_grad():
+        lower, upper = crown_bounds(net, box, "crown", sound=True)
+        assert (upper - lower > 0.001).all()  # the width of the sound box
+        lower, upper = crown_bounds(net, box, "crown")
+        assert (upper - lower < 1e-5).all()
 
 
 def test_arguments_may_be_lists_or_keywords() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from linflab.models.networks.group_sort import GroupSortConfig, GroupSortNet
-from linflab.models.networks.layers import L1ProjectedLinear
+from linflab.models.networks.layers import L1ProjectedLinear, LpDistance
 from linflab.models.networks.linf_dist import DistanceNetConfig, LinfDistMLPConfig, LinfDistNet
 from linflab.models.networks.sort_net import sample_masks
 from linflab.models.robustness.bounds.boxes import Box, perturbation_box
@@ -473,3 +473,25 @@ def test_lipschitz_certifier_rejects_hooks(config: DistanceNetConfig | GroupSort
             certify(net, images, labels, 0.01, "lipschitz")
         hook.remove()
     certify(net, images, labels, 0.01, "lipschitz")
+
+
+class Tenfold(LpDistance):
+    def forward(self, x: torch.Tensor, p: float = math.inf, masks: torch.Tensor | None = None) -> torch.Tensor:
+        return 10 * super().forward(x, p)
+
+
+class TenfoldLinear(L1ProjectedLinear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(input)
+
+
+def test_lipschitz_certifier_rejects_layers_that_extend_its_own() -> None:
+    """They have other Lipschitz constants."""
+    images, labels = torch.rand(2, 1, 3, 3), torch.zeros(2, dtype=torch.long)
+    distance_net = LinfDistMLPConfig(depth=2, width=8).build((1, 3, 3), 3, (0.4,), 0.3).eval()
+    distance_net.last = Tenfold(8, 3).eval()
+    group_sort_net = GroupSortConfig(depth=2, width=8).build((1, 3, 3), 3, (0.4,), 0.3).eval()
+    group_sort_net.layers[-1] = TenfoldLinear(8, 3).eval()
+    for net, name in ((distance_net, "Tenfold"), (group_sort_net, "TenfoldLinear")):
+        with pytest.raises(TypeError, match=rf"{name} .* is not supported by certifier=lipschitz"):
+            certify(net, images, labels, 0.01, "lipschitz")

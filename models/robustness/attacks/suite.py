@@ -1,6 +1,6 @@
 """Suites of attacks, and robust accuracy under attack, an upper bound on true robust accuracy."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import ClassVar
 
 import torch
@@ -93,12 +93,18 @@ def robust_under_attack(
 
 
 class _AnyBatchSize(nn.Module):
-    """A network that fails on single images, for any number of images: a single one is doubled."""
+    """A network for any number of images; a single image is doubled if the network fails on it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.training = network, network.training
+        self.network, self.training, self.has_failed = network, network.training, False
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K)."""
+        if len(images) == 1 and not self.has_failed:
+            with suppress(RuntimeError, ValueError, IndexError):
+                logits: Tensor = self.network(images)
+                if logits.dim() == 2 and len(logits) == 1:
+                    return logits
+            self.has_failed = True
         return compute_logits(self.network, images)

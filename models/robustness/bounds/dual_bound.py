@@ -26,7 +26,7 @@ from torch.nn import functional
 from linflab.models.robustness.bounds.affine import affine_map
 from linflab.models.robustness.bounds.boxes import Box
 from linflab.models.robustness.bounds.coefficients import DenseCoefficients
-from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Masking, Trace, TraceStep
+from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Masking, Trace, TraceStep, unwrap
 
 Multipliers = Callable[[TraceStep, Tensor], Tensor]
 
@@ -43,7 +43,7 @@ def relu_steps(traced: Trace, shapes: Mapping[str, torch.Size]) -> list[TraceSte
     """
     value, found = traced.input, list[TraceStep]()
     for step in traced.steps:
-        kind = type(step.layer).__name__
+        kind = type(unwrap(step.layer)).__name__
         if step.inputs != (value,):
             raise TypeError(f"{kind} does not follow the layer before it: shortcuts and branches are not supported")
         if isinstance(step.layer, nn.ReLU):

@@ -16,6 +16,7 @@ from linflab.models.networks.group_sort import GroupSortNet
 from linflab.models.networks.layers import DistanceLayer, GroupSort, L1ProjectedLinear, SortDistance
 from linflab.models.networks.linf_dist import LinfDistNet
 from linflab.models.robustness.bounds.rounding import ROOM, UNDERFLOW_SLACK, gamma, unit_roundoff
+from linflab.models.robustness.bounds.steps import is_library_layer
 
 
 class LipschitzRounding(NamedTuple):
@@ -91,15 +92,15 @@ def _distance_error(network: LinfDistNet) -> tuple[float, float]:
     """
     u = unit_roundoff(network.bias.dtype)
     normalize = network.features.normalize
+    for layer in (normalize, *network.features.shifts):
+        if not is_library_layer(layer):
+            raise _unknown_rounding(layer, network)
     mean, std = normalize.mean.double(), normalize.std.item()
     size = torch.maximum(mean.abs(), (1 - mean).abs()).max().item() / std  # largest magnitude of a layer's inputs
     error = 2 * u * size
     for k, layer in enumerate([*network.features.distances, network.last]):
-        if not isinstance(layer, DistanceLayer):
-            raise TypeError(
-                f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
-                "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
-            )
+        if not isinstance(layer, DistanceLayer) or not is_library_layer(layer):
+            raise _unknown_rounding(layer, network)
         distances = size + error + layer.weight.detach().flatten(1).abs().amax(dim=1).double()
         largest = distances.max().item()
         error += u * largest
@@ -138,6 +139,8 @@ def _group_sort_rounding(network: GroupSortNet) -> LipschitzRounding:
     error = 2 * unit_roundoff(dtype) * torch.maximum(lower.abs(), upper.abs()) + UNDERFLOW_SLACK
     excess = 1.0
     for layer in network.layers:
+        if not is_library_layer(layer):
+            raise _unknown_rounding(layer, network)
         if isinstance(layer, L1ProjectedLinear):
             rows = layer.projected_weight.double()
             bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.double()
@@ -161,10 +164,14 @@ def _group_sort_rounding(network: GroupSortNet) -> LipschitzRounding:
                 .flatten()
             )
         elif not isinstance(layer, nn.Flatten):
-            raise TypeError(
-                f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by "
-                "certifier=lipschitz, since its rounding has no known bound; use certifier=ibp, or sound=False"
-            )
+            raise _unknown_rounding(layer, network)
     largest_error = ROOM * error.max().item()
     largest_logit = ROOM * torch.maximum(lower.abs(), upper.abs()).max().item() + largest_error
     return LipschitzRounding(largest_error, excess, largest_logit)
+
+
+def _unknown_rounding(layer: nn.Module, network: nn.Module) -> TypeError:
+    return TypeError(
+        f"sound=True: {type(layer).__name__} in {type(network).__name__} is not supported by certifier=lipschitz, "
+        "since its rounding has no known bound; use certifier=ibp, or sound=False"
+    )

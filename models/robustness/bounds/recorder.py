@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from linflab.models.robustness.bounds.moves import MOVES, record_move
 from linflab.models.robustness.bounds.operations import ADVICE, DEFAULT_ADVICE, LAYER_FOR_OPERATION, Value
-from linflab.models.robustness.bounds.steps import Trace, TraceStep, hide_base_class, make_out_of_place
+from linflab.models.robustness.bounds.steps import Trace, TraceStep, hide_class, make_out_of_place
 
 METADATA = {  # methods that the trace can ignore
     *("size", "dim", "ndimension", "numel", "nelement", "__len__", "stride", "storage_offset", "is_contiguous"),
@@ -337,7 +337,7 @@ class ForwardRecorder(TorchFunctionMode):
                     f"{value.example.dtype} inputs is not supported; use a forward pass without autocast"
                 )
             elif isinstance(value, Value):
-                value = self.record(hide_base_class(make_out_of_place(module)), value, example=output)
+                value = self.record(hide_class(make_out_of_place(module)), value, example=output)
             self._bind(output, value)
         self.pause_depth -= 1
 

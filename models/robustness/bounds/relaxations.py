@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial, singledispatch
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,19 @@ def has_relaxation(layer: nn.Module, sound: bool = False) -> bool:
 
     Args:
         layer: Layer of any type.
-        sound: If True, return False for activations of the user, since the rounding of their outputs is unknown.
+        sound: If True, return False for activations or relaxations of the user, since `activation_error` does not
+            know the rounding of their outputs.
     """
-    if sound and not is_library_layer(layer):
-        return False
+    if sound:
+        rule = relax.dispatch(type(layer))
+        return is_library_layer(layer) and rule is not relax.dispatch(object) and _is_own(rule)
     if isinstance(layer, OwnLayer):
         return has_exact_rule(relax, layer.layer)
     return relax.dispatch(type(layer)) is not relax.dispatch(object)
+
+
+def _is_own(rule: Any) -> bool:
+    return str(getattr(rule, "func", rule).__module__).startswith("linflab.")
 
 
 @relax.register

@@ -181,9 +181,10 @@ class Rearrangement(nn.Module):
 
 
 class OwnLayer(nn.Module):
-    """A user's layer whose class extends one of torch or linflab with another forward.
+    """A layer whose forward pass the user has written.
 
-    Only its own rules hold for it. Code that asks for the class of a layer must not take it for the class it extends.
+    Only rules for exactly this forward pass hold for it. Code that asks for the class of a layer must not take it for
+    a class that it extends.
     """
 
     layer: nn.Module
@@ -198,19 +199,23 @@ class OwnLayer(nn.Module):
         return outputs
 
 
-def hide_base_class(layer: nn.Module) -> nn.Module:
-    """Return an `OwnLayer` if the layer's class changes what a class of torch or linflab computes, else the layer."""
-    return layer if _library_class(layer) is nn.Module or is_library_layer(layer) else OwnLayer(layer)
+def hide_class(layer: nn.Module) -> nn.Module:
+    """Return an `OwnLayer` if the user has written the forward pass of a layer, else the layer."""
+    return layer if is_library_layer(layer) else OwnLayer(layer)
+
+
+def unwrap(layer: nn.Module) -> nn.Module:
+    """Return the layer that an `OwnLayer` holds; other layers are returned as they are."""
+    return layer.layer if isinstance(layer, OwnLayer) else layer
 
 
 def is_library_layer(layer: nn.Module) -> bool:
-    """Return True if a class of torch or linflab defines what a layer computes."""
-    known = _library_class(layer)
-    return known is not nn.Module and known is not OwnLayer and _computes_as(layer, known)
-
-
-def _library_class(layer: nn.Module) -> type:
-    return next(kind for kind in type(layer).__mro__ if kind.__module__.partition(".")[0] in ("torch", "linflab"))
+    """Return True if torch or linflab defines what a layer computes, also if the user has extended its class."""
+    if isinstance(layer, OwnLayer):
+        return False
+    # Parametrizations of torch give a layer a class of torch, which has no forward pass of its own.
+    classes = (next((kind for kind in type(layer).__mro__ if part in vars(kind)), nn.Module) for part in FORWARD_PARTS)
+    return all(kind.__module__.partition(".")[0] in ("torch", "linflab") for kind in classes)
 
 
 def has_exact_rule(function: Any, layer: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from linflab.models.robustness.attacks.linf_ball import LinfBall
 from linflab.models.robustness.attacks.pgd import pgd_examples
 from linflab.models.robustness.bounds.boxes import ball_box
 from linflab.models.robustness.bounds.relaxations import has_relaxation
-from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Trace, run_steps
+from linflab.models.robustness.bounds.steps import VIEW_LAYERS, Trace, run_steps, unwrap
 from linflab.models.robustness.bounds.tracing import evaluation_mode
 from linflab.models.robustness.bounds.worst_case import WorstCaseBounds
 from linflab.models.robustness.bounds.zonotope import ZonotopeEstimate
@@ -100,7 +100,7 @@ class COLTConfig(ObjectiveConfig):
                 f"stages={self.stages}: requires {self.stages - 1} activation layers before the last layer, but the "
                 f"network has {len(cuts) - 1}; use at most {len(cuts)}"
             )
-        return [{step.layer for step in traced.steps[:cut]} for cut in cuts[: self.stages]]
+        return [{unwrap(step.layer) for step in traced.steps[:cut]} for cut in cuts[: self.stages]]
 
     def stage(self, progress: float) -> tuple[int, float]:
         """Return the stage, from 0, and the fraction of it that is done, in [0, 1)."""

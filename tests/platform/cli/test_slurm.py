@@ -49,7 +49,6 @@ def read_command(script: str, **variables: str) -> list[str]:
         ([*TIME, "model.width=x"], "model.width=x"),
         ([*TIME, "compute.workers=4", "--gpus-per-node", "1", "--nodes", "2"], "compute.workers=4"),
         ([*TIME, "compute.cpus_per_worker=8", "--cpus-per-node", "4"], "compute.cpus_per_worker=8"),
-        ([*TIME, "compute.device=cuda"], "compute.device=cuda"),
         ([*TIME, "training.batch_size=100000"], "training.batch_size=100000"),
         ([*TIME, "--array", "training.batch_size=64,100000"], "training.batch_size=100000"),
         ([*TIME, "--array", "training.batch_size=100-50"], "array=training.batch_size=100-50"),

@@ -110,9 +110,10 @@ def test_second_signal_ends_ssh(laptop: Path) -> None:
     ssh.write_text(SSH.format(python=sys.executable, ray=ray.__version__, commit=ray.__commit__, pids=pid))
     ssh.chmod(0o755)
     script = (
-        "import time; from linflab.platform import signals; signals.watch()\n"
+        "import time; from pathlib import Path; from linflab.platform import signals; signals.watch()\n"
         "from linflab.platform.cluster.head import ssh_tunnel\n"
         "with ssh_tunnel(8265):\n"
+        f"    while not Path({str(pid)!r}).exists(): time.sleep(0.01)\n"
         "    for _ in range(2):\n"
         "        try: print('ready', flush=True); time.sleep(100)\n"
         "        except KeyboardInterrupt: pass\n"

@@ -128,7 +128,7 @@ def test_weights_are_kept_if_evaluation_fails(tmp_path: Path) -> None:
 
     try:
         config, storage = make_config("evaluation.attack.methods=[wasteful]"), Storage.open(tmp_path)
-        with pytest.raises(TrainingError, match=r"out of memory.*evaluation\.batch_size.*network is kept.*run \w+"):
+        with pytest.raises(TrainingError, match=r"out of memory.*is kept.*evaluate \w+ evaluation\.batch_size=100"):
             run_trial(TrialRequest(config, storage, "wasteful", {schema.KIND: "trial"}))
         (run,) = find_runs(storage, config)
         assert run.info.status == "FAILED" and schema.TEST_CERTIFIED not in run.data.metrics
