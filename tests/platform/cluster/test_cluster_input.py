@@ -103,8 +103,8 @@ def test_jobs_of_sweeps_with_longer_names_are_other_jobs() -> None:
     assert not is_job_of("first-lr-a1b2c3", "first") and not is_job_of("first", "first")
 
 
-def test_second_signal_ends_ssh(laptop: Path) -> None:
-    """A library may swallow the exception of the first signal."""
+def test_swallowed_signal_ends_ssh(laptop: Path) -> None:
+    """A library may swallow the exception of the first signal; the second one, or the end of the grace period, counts."""
     (laptop / "cluster.yaml").write_text(FILE)
     ssh, pid = laptop / "ssh", laptop / "pid"
     ssh.write_text(SSH.format(python=sys.executable, ray=ray.__version__, commit=ray.__commit__, pids=pid))
@@ -126,7 +126,8 @@ def test_second_signal_ends_ssh(laptop: Path) -> None:
         for _ in range(2):
             assert process.stdout.readline() == b"ready\n"
             process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == signals.INTERRUPTED
+        # On a busy machine, both signals may be read at once, and count as the first.
+        assert process.wait(signals.GRACE_S + 15) == signals.INTERRUPTED
         assert process.stderr.read() == b"linflab: interrupted\n"
     if remains := psutil.pid_exists(int(pid.read_text())):
         os.kill(int(pid.read_text()), signal.SIGKILL)
