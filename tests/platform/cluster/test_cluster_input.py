@@ -104,7 +104,7 @@ def test_jobs_of_sweeps_with_longer_names_are_other_jobs() -> None:
 
 
 def test_swallowed_signal_ends_ssh(laptop: Path) -> None:
-    """A library may swallow the exception of the first signal; the second one, or the end of the grace period, counts."""
+    """A library may swallow the exception of the first signal; the second, or the end of the grace period, counts."""
     (laptop / "cluster.yaml").write_text(FILE)
     ssh, pid = laptop / "ssh", laptop / "pid"
     ssh.write_text(SSH.format(python=sys.executable, ray=ray.__version__, commit=ray.__commit__, pids=pid))
