@@ -365,7 +365,7 @@ def evaluation_resources(experiment: ExperimentConfig, workers: int) -> tuple[in
 
 
 def max_evaluation_workers(cpus: int, gpus: int) -> int:
-    """Return the number of workers with these CPUs and GPUs that fit on the nodes, without those that would wait."""
+    """Return how many workers of an evaluation, each with these CPUs and GPUs, run at once on the nodes."""
     return _max_workers({"CPU": cpus, **({"GPU": gpus} if gpus else {})})
 
 

@@ -102,6 +102,12 @@ def train_epochs(
     """
     settings, spec = trainer.experiment, evaluation_spec(trainer.experiment, trainer.network, with_attacks=False)
     epochs, selects_epoch = settings.training.epochs, not settings.training.include_validation
+
+    def stop_validation(part: BatchResult) -> None:
+        if should_stop():  # a resumed run repeats the validation, but not the epoch
+            save()
+            raise RunInterrupted(f"stopped during the validation after epoch {state.epoch} of {epochs}")
+
     while state.epoch <= epochs:
         start = time.perf_counter() - state.seconds
         order_and_draws = trainer.epoch_order(state.epoch)
@@ -132,14 +138,7 @@ def train_epochs(
                 settings.training.batch_size,
                 trainer.recalibrated_kinds(state.epoch),
             )
-            batch_size, epoch = settings.evaluation.batch_size, state.epoch
-
-            def stop_validation(part: BatchResult, epoch: int = epoch) -> None:
-                if should_stop():  # the validation of the epoch is repeated
-                    save()
-                    raise RunInterrupted(f"stopped during the validation after epoch {epoch} of {epochs}")
-
-            (validation,) = evaluate(network, dataset.validation, spec, batch_size, stop_validation)
+            (validation,) = evaluate(network, dataset.validation, spec, settings.evaluation.batch_size, stop_validation)
             previous_best = state.best.validation if state.best is not None else None
             if previous_best is None or validation.certified >= previous_best.certified:
                 state.best = _select_network(trainer, state, network, validation)

@@ -95,8 +95,7 @@ class LinearBounds(BackwardPropagation):
         for step in traced.steps:
             first = step.inputs[0]
             pooling = get_pooling(step.layer, self._shape(first))
-            is_activation = has_relaxation(step.layer, sound)
-            if is_activation or pooling is not None:
+            if has_relaxation(step.layer, sound) or pooling is not None:
                 # The box of an activation's output cannot be improved, so only other boxes are refined.
                 is_refined = first in refined_boxes or first in self.lines or first in self.maxima
                 if intermediate == "crown" and not is_refined:

@@ -72,13 +72,13 @@ def has_relaxation(layer: nn.Module, sound: bool = False) -> bool:
     """
     if sound:
         rule = relax.dispatch(type(layer))
-        return is_library_layer(layer) and rule is not relax.dispatch(object) and _is_own(rule)
+        return is_library_layer(layer) and rule is not relax.dispatch(object) and _is_library_rule(rule)
     if isinstance(layer, OwnLayer):
         return has_exact_rule(relax, layer.layer)
     return relax.dispatch(type(layer)) is not relax.dispatch(object)
 
 
-def _is_own(rule: Any) -> bool:
+def _is_library_rule(rule: Any) -> bool:
     return str(getattr(rule, "func", rule).__module__).startswith("linflab.")
 
 
